@@ -1,0 +1,258 @@
+"""A recipe is everything that decides a run's numbers; its hash is the run's name. No torch here: reports read recipes too.
+
+Whatever does not change the numbers (device, worker processes, where results lie) is not in a recipe but an argument of
+`runs.run`. Unknown keys are refused, text such as "1e-4" is accepted where a number is meant (papermill's YAML passes it so).
+"""
+
+import json
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ValidationError, model_validator
+
+from detrdistill.errors import InputError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+AP = Annotated[float, Field(ge=0, le=100, description="average precision in percent")]
+M = TypeVar("M", bound="Strict")
+
+
+class Strict(BaseModel):
+    """Frozen, and refuses what it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def read(cls: type[M], values: Any, where: str = "") -> M:
+        """Validate `values`, turning pydantic's report into one line that names field, value and rule.
+
+        Raises:
+            InputError: an unknown field, a wrong type, or a value out of range.
+        """
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise InputError(f"{where or cls.__name__}: {explain(error, cls)}") from None
+
+    def replace(self: M, **changes: Any) -> M:
+        """A copy with `changes` applied and validated; nested fields by dotted name: `replace(**{"schedule.lr": 1e-4})`."""
+        values = self.model_dump()
+        for name, value in changes.items():
+            *parents, last = name.split(".")
+            node = values
+            for parent in parents:
+                node = node.get(parent) if isinstance(node, dict) else None
+                if not isinstance(node, dict):
+                    raise InputError(f"{type(self).__name__}: '{name}' has no part '{parent}' here; fields: {', '.join(values)}")
+            node[last] = value.model_dump() if isinstance(value, BaseModel) else value
+        return type(self).read(values)
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """All faults of a pydantic report on one line."""
+    faults = []
+    for fault in error.errors(include_url=False):
+        name = ".".join(str(part) for part in fault["loc"]) or "recipe"
+        if fault["type"] == "extra_forbidden":
+            owner: Any = model
+            for part in fault["loc"][:-1]:
+                field = getattr(owner, "model_fields", {}).get(part)
+                owner = field.annotation if field else None
+            known = ", ".join(getattr(owner, "model_fields", {}) or model.model_fields)
+            faults.append(f"unknown parameter '{name}' = {fault['input']!r}; known here: {known}")
+        else:
+            reason = fault["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
+            faults.append(f"'{name}'{given}: {reason}")
+    return "; ".join(faults)
+
+
+class CropTraining(Strict):
+    """How a backbone learns to classify crops of the training objects before it detects: the stand-in for ImageNet."""
+
+    steps: PositiveInt = 600
+    batch: PositiveInt = 128
+    lr: PositiveFloat = 4e-3
+    weight_decay: NonNegativeFloat = 1e-2
+    size: PositiveInt = Field(32, description="crops are resized to this many pixels a side")
+    seed: NonNegativeInt = 0
+
+
+class Backbone(Strict):
+    """Convolutional backbone. Its BatchNorm is frozen when it starts from learned weights, trained when it starts from none."""
+
+    name: Literal["thin_resnet", "resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "resnet50"
+    width: PositiveInt = Field(16, description="channels of the first stage (thin_resnet only)")
+    blocks: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field((1, 1, 1, 1), description="blocks a stage (thin_resnet only)")
+    weights: Literal["none", "crops", "imagenet"] | Path = Field(
+        "imagenet", description="none; crops: `crops` below; imagenet: torchvision's; or a state_dict file"
+    )
+    crops: CropTraining | None = None
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if self.name == "thin_resnet" and self.weights == "imagenet":
+            raise ValueError("no ImageNet weights exist for thin_resnet; use weights='crops' or 'none'")
+        if self.weights == "crops" and self.crops is None:
+            raise ValueError("weights='crops' needs 'crops', the recipe of the crop training")
+        return self
+
+    @property
+    def frozen_norm(self) -> bool:
+        return self.weights != "none"
+
+    @property
+    def title(self) -> str:
+        if self.name != "thin_resnet":
+            return self.name
+        return f"thin{self.width}" + ("" if self.blocks == (1, 1, 1, 1) else "-" + "".join(map(str, self.blocks)))
+
+
+class Digits(Strict):
+    """The embedded data set: handwritten digits on photographs, a pure function of these numbers."""
+
+    name: Literal["digits"] = "digits"
+    size: Annotated[int, Field(ge=32, le=512)] = Field(96, description="side of the square images in pixels")
+    train: PositiveInt = 4000
+    val: PositiveInt = 400
+    seed: NonNegativeInt = 0
+
+
+class Folder(Strict):
+    """A user's COCO-style folder: instances_train.json, instances_val.json and images/ (or train2017/ and val2017/, as COCO has it)."""
+
+    name: Literal["folder"] = "folder"
+    path: Path
+    sha256: str | None = Field(None, description="hash of the two annotation files; filled in when a run starts, so that a moved folder is the same data")
+
+
+class Resize(Strict):
+    """How images are resized and augmented."""
+
+    train: Literal["none", "jitter", "detr", "flip"] = Field(
+        "detr", description="none: resize only; flip: and mirror; detr: multi-scale and crops of the DETR papers; jitter: small zooms and shifts, colour, no mirror"
+    )
+    short: PositiveInt = Field(800, description="shorter side in pixels at evaluation (and the largest of training)")
+    long: PositiveInt = Field(1333, description="longer side at most")
+
+
+class Schedule(Strict):
+    """Optimisation: AdamW, warm-up, then step or cosine decay."""
+
+    steps: PositiveInt | None = Field(None, description="optimizer steps; give this or epochs")
+    epochs: PositiveFloat | None = None
+    batch: PositiveInt = Field(16, description="images an optimizer step, over all devices and micro-batches")
+    accumulate: PositiveInt = Field(1, description="micro-batches an optimizer step")
+    lr: PositiveFloat = 1e-4
+    backbone_lr: NonNegativeFloat = Field(0.1, description="factor on lr for the backbone")
+    sampling_lr: NonNegativeFloat = Field(1.0, description="factor on lr for sampling offsets and reference points")
+    weight_decay: NonNegativeFloat = 1e-4
+    clip_norm: NonNegativeFloat = Field(0.1, description="largest gradient norm; 0 for no clipping")
+    warmup: NonNegativeInt = Field(0, description="steps of linear warm-up")
+    decay: Literal["step", "cosine"] = "step"
+    drops: tuple[Fraction, ...] = Field((0.8,), description="parts of the schedule after which lr falls to a tenth (decay='step')")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either 'steps' or 'epochs', not both")
+        if self.batch % self.accumulate:
+            raise ValueError(f"'batch' {self.batch} is not a multiple of 'accumulate' {self.accumulate}")
+        return self
+
+    def total_steps(self, images: int) -> int:
+        """Optimizer steps for a training set of `images` images."""
+        return self.steps or max(1, round(self.epochs * images / self.batch))
+
+
+class DETRDistill(Strict):
+    """Weights and constants of DETRDistill (ICCV 2023). 0 switches a part off, as in the component ablation (Table 7).
+
+    L = L_det + logits * Eq. 3-5 + features * Eq. 9 + assignment * Eq. 10. Neither the paper's lambdas nor its gamma were found in
+    any source we could reach; the values here are this kit's own.
+    """
+
+    name: Literal["detrdistill"] = "detrdistill"
+    logits: NonNegativeFloat = Field(1.0, description="lambda_1 (not found in any source)")
+    features: NonNegativeFloat = Field(1.0, description="lambda_2 (not found in any source)")
+    assignment: NonNegativeFloat = Field(1.0, description="lambda_3 (not found in any source)")
+    gamma: Fraction = Field(0.5, description="exponent of the quality score, Eq. 8 (not found in any source)")
+
+
+def _names_to_methods(value: Any) -> Any:
+    """Accept "none", "detrdistill", or a list of names as short forms."""
+    if isinstance(value, str):
+        value = [] if value == "none" else [value]
+    if isinstance(value, list | tuple):
+        return [{"name": item} if isinstance(item, str) else item for item in value]
+    return value
+
+
+Methods = Annotated[tuple[DETRDistill, ...], BeforeValidator(_names_to_methods)]
+
+
+class Recipe(Strict):
+    """One training run. The defaults are Deformable DETR's own (ICLR 2021, R50, 4 levels, 50 epochs)."""
+
+    detector: Literal["deformable_detr"] = "deformable_detr"
+    form: Literal["plain", "box_refine", "two_stage"] = Field("plain", description="Deformable DETR: plain, iterative box refinement, or two-stage")
+    backbone: Backbone = Backbone()
+    dim: PositiveInt = 256
+    heads: PositiveInt = 8
+    ffn: PositiveInt = 1024
+    encoder_layers: NonNegativeInt = 6
+    decoder_layers: PositiveInt = 6
+    queries: PositiveInt = 300
+    levels: PositiveInt = 4
+    points: PositiveInt = 4
+    dropout: Fraction = 0.1
+    methods: Methods = ()
+    teacher: "Recipe | None" = None
+    teacher_floor: AP = Field(0.0, description="AP that the teacher must exceed before it may teach")
+    data: Annotated[Digits | Folder, Field(discriminator="name")] = Digits()
+    resize: Resize = Resize()
+    schedule: Schedule
+    precision: Literal["fp32", "bf16"] = "fp32"
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _parts_fit(self) -> Self:
+        if self.dim % self.heads or self.dim % 4:
+            raise ValueError(f"'dim' {self.dim} must be a multiple of 'heads' {self.heads} and of 4")
+        if bool(self.methods) != (self.teacher is not None):
+            raise ValueError("a distillation method needs a 'teacher', and a teacher needs a method; give both or neither")
+        names = [method.name for method in self.methods]
+        if len(set(names)) < len(names):
+            raise ValueError(f"'methods' names one method twice: {', '.join(names)}")
+        return self
+
+    @property
+    def title(self) -> str:
+        method = "+".join(method.name for method in self.methods) or "plain"
+        return f"{self.detector}-{self.backbone.title}-{method}-seed{self.seed}"
+
+
+class CropRecipe(Strict):
+    """The run that teaches a thin backbone to classify crops; a student's recipe holds it as `backbone.crops`."""
+
+    kind: Literal["crops"] = "crops"
+    backbone: Backbone
+    data: Annotated[Digits | Folder, Field(discriminator="name")]
+
+    @property
+    def title(self) -> str:
+        return f"crops-{self.backbone.title}-seed{self.backbone.crops.seed}"
+
+
+def run_id(recipe: Recipe | CropRecipe) -> str:
+    """Readable title and eight hexadecimal digits of the recipe's hash. The folder a data set lies in does not count, its content does."""
+    return f"{recipe.title}-{sha256(json.dumps(_essence(recipe.model_dump(mode='json')), sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def _essence(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    hashed = values.get("name") == "folder" and values.get("sha256")
+    return {key: _essence(value) for key, value in values.items() if not (hashed and key == "path")}

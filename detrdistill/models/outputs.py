@@ -1,0 +1,92 @@
+"""The contract between detectors and losses. A loss may look at a `DetectorOutput` and at `Targets`, and at nothing else.
+
+Letters for shapes, here and everywhere: B images, S decoder stages, Q queries, C classes, D channels, L feature levels,
+H W grid, N targets.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What a decoder starts from. B is 1 where all images share the queries.
+
+    Attributes:
+        content: first content vectors.
+        position: the family's query embedding (query position in the DETRs).
+        reference: the family's first geometry: logits of reference points or boxes.
+    """
+
+    content: Float[Tensor, "B Q D"]
+    position: Float[Tensor, "B Q D"]
+    reference: Float[Tensor, "B Q P"]
+
+    def __len__(self) -> int:
+        return self.content.shape[1]
+
+
+@dataclass(frozen=True)
+class DetectorOutput:
+    """All a detector says about a batch, for one group of queries.
+
+    Attributes:
+        logits: class logits before the sigmoid.
+        boxes: cxcywh, relative to the image without padding.
+        queries: decoder outputs of each stage.
+        features: what the decoder attends to, a map a level: encoder memory, or the neck where there is no encoder.
+        padding: True on padding, a mask a level.
+        initial: the queries the decoder started from; a student takes its teacher's as a second group.
+        proposals: first-stage predictions of a two-stage detector (every token one class-agnostic proposal, as if one decoder
+            stage of H W tokens), None elsewhere.
+    """
+
+    logits: Float[Tensor, "S B Q C"]
+    boxes: Float[Tensor, "S B Q 4"]
+    queries: Float[Tensor, "S B Q D"]
+    features: Sequence[Float[Tensor, "B D H W"]]
+    padding: Sequence[Bool[Tensor, "B H W"]]
+    initial: Queries
+    proposals: "DetectorOutput | None" = None
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Ground truth of a batch, padded to the image with most objects, and the normalisers of the optimizer step.
+
+    A loss sums over images and divides by `step_boxes` or `step_images`, which count the whole optimizer step: all
+    micro-batches and all devices. So micro-batches, and 2 devices instead of 1, leave the loss and its gradient unchanged.
+
+    Attributes:
+        labels: class indices, 0 where padded.
+        boxes: cxcywh, relative to the image without padding; 0 where padded.
+        counts: objects of each image (numbers on the host).
+        step_boxes: objects in the whole optimizer step, at least 1.
+        step_images: images in the whole optimizer step.
+    """
+
+    labels: Int[Tensor, "B N"]
+    boxes: Float[Tensor, "B N 4"]
+    counts: list[int]
+    step_boxes: float = field(default=0.0)
+    step_images: float = field(default=0.0)
+
+    @classmethod
+    def pack(cls, labels: Sequence[Tensor], boxes: Sequence[Tensor]) -> Self:
+        """Pad per-image labels [n] and boxes [n, 4] to one batch; the normalisers count this batch alone."""
+        counts = [len(one) for one in labels]
+        packed_labels = torch.zeros(len(counts), max(counts, default=0), dtype=torch.long)
+        packed_boxes = torch.zeros(*packed_labels.shape, 4, dtype=boxes[0].dtype if len(boxes) else torch.float32)
+        for i, n in enumerate(counts):
+            packed_labels[i, :n], packed_boxes[i, :n] = labels[i], boxes[i]
+        return cls(packed_labels, packed_boxes, counts, max(float(sum(counts)), 1.0), float(len(counts)))
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device, copied without waiting."""
+        move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
+        return replace(self, labels=move(self.labels), boxes=move(self.boxes))
