@@ -15,7 +15,6 @@ from pydantic import ValidationError, model_validator
 from detrdistill.errors import InputError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
-AP = Annotated[float, Field(ge=0, le=100, description="average precision in percent")]
 M = TypeVar("M", bound="Strict")
 
 
@@ -153,6 +152,7 @@ class Schedule(Strict):
     warmup: NonNegativeInt = Field(0, description="steps of linear warm-up")
     decay: Literal["step", "cosine"] = "step"
     drops: tuple[Fraction, ...] = Field((0.8,), description="parts of the schedule after which lr falls to a tenth (decay='step')")
+    evaluations: PositiveInt = Field(1, description="how often AP is measured on the way, the last step included; gives the curve")
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -210,7 +210,7 @@ class Recipe(Strict):
     dropout: Fraction = 0.1
     methods: Methods = ()
     teacher: "Recipe | None" = None
-    teacher_floor: AP = Field(0.0, description="AP that the teacher must exceed before it may teach")
+    teacher_floor: float = Field(0.0, le=100, description="AP that the teacher must exceed before it may teach")
     data: Annotated[Digits | Folder, Field(discriminator="name")] = Digits()
     resize: Resize = Resize()
     schedule: Schedule

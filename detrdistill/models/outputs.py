@@ -1,7 +1,7 @@
 """The contract between detectors and losses. A loss may look at a `DetectorOutput` and at `Targets`, and at nothing else.
 
 Letters for shapes, here and everywhere: B images, S decoder stages, Q queries, C classes, D channels, L feature levels,
-H W grid, N targets.
+H W grid, N targets. (The classes are not frozen because Fabric copies its inputs field by field.)
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Queries:
     """What a decoder starts from. B is 1 where all images share the queries.
 
@@ -21,17 +21,20 @@ class Queries:
         content: first content vectors.
         position: the family's query embedding (query position in the DETRs).
         reference: the family's first geometry: logits of reference points or boxes.
+        proposals: first-stage predictions that two-stage queries were chosen from, as if one decoder stage with a query for
+            every token; None for learned queries.
     """
 
     content: Float[Tensor, "B Q D"]
     position: Float[Tensor, "B Q D"]
     reference: Float[Tensor, "B Q P"]
+    proposals: "DetectorOutput | None" = None
 
     def __len__(self) -> int:
         return self.content.shape[1]
 
 
-@dataclass(frozen=True)
+@dataclass
 class DetectorOutput:
     """All a detector says about a batch, for one group of queries.
 
@@ -41,9 +44,7 @@ class DetectorOutput:
         queries: decoder outputs of each stage.
         features: what the decoder attends to, a map a level: encoder memory, or the neck where there is no encoder.
         padding: True on padding, a mask a level.
-        initial: the queries the decoder started from; a student takes its teacher's as a second group.
-        proposals: first-stage predictions of a two-stage detector (every token one class-agnostic proposal, as if one decoder
-            stage of H W tokens), None elsewhere.
+        initial: the queries the decoder started from; a student takes its teacher's as a second group. None for proposals.
     """
 
     logits: Float[Tensor, "S B Q C"]
@@ -51,11 +52,10 @@ class DetectorOutput:
     queries: Float[Tensor, "S B Q D"]
     features: Sequence[Float[Tensor, "B D H W"]]
     padding: Sequence[Bool[Tensor, "B H W"]]
-    initial: Queries
-    proposals: "DetectorOutput | None" = None
+    initial: Queries | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Targets:
     """Ground truth of a batch, padded to the image with most objects, and the normalisers of the optimizer step.
 

@@ -1,0 +1,91 @@
+# Works with GNU make 3.81 (macOS) and newer. Variables can be given after the target: make reproduce PRESET=mini SEEDS="0 1 2"
+.DEFAULT_GOAL := help
+SHELL := /bin/sh
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.setup-stamp
+# Beside .venv, not in it: it must outlive a .venv that is being thrown away.
+UNFINISHED := .setup-unfinished
+
+PRESET ?= quick
+SEEDS ?= 0
+CORES ?= $(shell getconf _NPROCESSORS_ONLN)
+DRY ?=
+JOBS ?= 2
+ARGS ?=
+
+.PHONY: help setup test reproduce report lab lint clean constraints
+
+help:
+	@echo "make setup        make .venv and install everything in the versions of constraints.txt (PYTHON=$(PYTHON))"
+	@echo "make test         run the tests (JOBS=$(JOBS) processes, ARGS=... for pytest)"
+	@echo "make reproduce    run what is missing of a preset: runs, tables, figures, notebooks, report"
+	@echo "                  (PRESET=$(PRESET) SEEDS=\"$(SEEDS)\" CORES=$(CORES); DRY=1 only lists it; ARGS=... for snakemake)"
+	@echo "make report       write tables and figures again from stored results, without training (PRESET=$(PRESET))"
+	@echo "make lab          open the notebooks in JupyterLab"
+	@echo "make lint         check style, and that source notebooks carry no outputs"
+	@echo "make constraints  write the versions installed in .venv into constraints.txt"
+	@echo "make clean        remove caches; results, data and .venv stay"
+
+# An interpreter that does not start (its Python was removed or replaced) cannot be mended, only made again.
+setup:
+	@if [ -e $(VENV) ] && ! $(BIN)/python -c '' >/dev/null 2>&1; then echo "$(VENV) is broken, making it again"; rm -rf $(VENV); fi
+	@$(MAKE) --no-print-directory $(STAMP)
+
+# The stamp is written last. A setup that was killed leaves $(UNFINISHED), and the next one starts from nothing, since a package
+# may lie in .venv by half; what was downloaded is in pip's cache. The process id inside tells a dead setup from a living one.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing);" \
+	    "install one and name it: make setup PYTHON=python3.12" >&2; exit 1; }
+	@if [ -e $(UNFINISHED) ]; then \
+	  if kill -0 "$$(cat $(UNFINISHED))" 2>/dev/null; then \
+	    echo "error: another setup is running here (process $$(cat $(UNFINISHED))); wait for it, or end it" >&2; exit 1; fi; \
+	  echo "the last setup did not finish, making $(VENV) again"; rm -rf $(VENV); fi; \
+	echo $$$$ > $(UNFINISHED); \
+	{ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV); } && \
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test]' && \
+	touch $(STAMP); \
+	status=$$?; \
+	if [ $$status -eq 0 ]; then rm -f $(UNFINISHED); fi; exit $$status
+
+# One thread a process: more only fight for the cores, and sums then come out the same on every machine.
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+# Snakemake's lock outlives a killed snakemake. Running without a lock would let two of them delete each other's unfinished files, so
+# the process id of the owner is kept: a living owner is respected, a dead one's lock is removed.
+OWNER := .snakemake/owner
+SNAKEMAKE := $(BIN)/snakemake --snakefile workflow/Snakefile --config preset=$(PRESET) seeds="$(SEEDS)"
+
+reproduce: setup
+	@mkdir -p .snakemake; if [ -e $(OWNER) ]; then \
+	  if kill -0 "$$(cat $(OWNER))" 2>/dev/null; then \
+	    echo "error: another 'make reproduce' is running here (process $$(cat $(OWNER))); wait for it, or end it" >&2; exit 1; fi; \
+	  $(SNAKEMAKE) --unlock --quiet && rm -f $(OWNER) || exit 1; fi; \
+	sh -c 'echo $$$$ > $(OWNER); exec $(SNAKEMAKE) --cores $(CORES) --rerun-incomplete --keep-going $(if $(DRY),--dry-run) $(ARGS)'; \
+	status=$$?; rm -f $(OWNER); exit $$status
+
+report: setup
+	$(BIN)/detrdistill report --preset $(PRESET) $(ARGS)
+
+lab: setup
+	$(BIN)/jupyter lab notebooks
+
+lint: setup
+	$(BIN)/ruff check .
+	find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -exec $(BIN)/nbstripout --verify {} +
+
+# To move to newer versions: .venv/bin/pip install --upgrade -e '.[test]', run the tests, then this. What torch needs for CUDA comes
+# with torch, differs by platform, and is left out; so is the local part of a version (+cpu).
+constraints:
+	@{ sed -n '/^#/p' constraints.txt; \
+	  $(BIN)/python -m pip freeze --exclude-editable | sed -E 's/\+[a-z0-9.]+$$//' | grep -E '^[^@ ]+==[^@ ]+$$' \
+	    | grep -v -E '^(nvidia-|cuda-|triton==)'; } > constraints.txt.part
+	@mv constraints.txt.part constraints.txt
+
+clean:
+	rm -rf .pytest_cache .ruff_cache .hypothesis build dist
+	find . -name .venv -prune -o -name results -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +

@@ -1,0 +1,35 @@
+"""Box arithmetic that torchvision.ops does not have. Boxes are cxcywh relative to the image unless a name says xyxy."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchvision.ops import box_convert
+
+
+def cxcywh_to_xyxy(boxes: Float[Tensor, "*any 4"]) -> Float[Tensor, "*any 4"]:
+    return box_convert(boxes, "cxcywh", "xyxy")
+
+
+def xyxy_to_cxcywh(boxes: Float[Tensor, "*any 4"]) -> Float[Tensor, "*any 4"]:
+    return box_convert(boxes, "xyxy", "cxcywh")
+
+
+def inverse_sigmoid(p: Float[Tensor, "*any"], eps: float = 1e-5) -> Float[Tensor, "*any"]:
+    """Logit of `p`, finite also at 0 and 1: numerator and denominator are kept above `eps`, as the DETRs do."""
+    p = p.clamp(0, 1)
+    return torch.log(p.clamp(min=eps) / (1 - p).clamp(min=eps))
+
+
+def iou(a: Float[Tensor, "*any 4"], b: Float[Tensor, "*any 4"]) -> tuple[Float[Tensor, "*any"], Float[Tensor, "*any"]]:
+    """IoU and generalised IoU (Rezatofighi et al., CVPR 2019) of xyxy boxes, element by element with broadcasting.
+
+    torchvision pairs two flat lists of boxes; stages, images, queries and targets at once need broadcasting. Two empty boxes
+    have an IoU of 0.
+    """
+    tiny = torch.finfo(a.dtype).tiny
+    size_a, size_b = (a[..., 2:] - a[..., :2]).clamp(min=0), (b[..., 2:] - b[..., :2]).clamp(min=0)
+    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    union = size_a.prod(-1) + size_b.prod(-1) - overlap
+    ratio = overlap / union.clamp(min=tiny)
+    return ratio, ratio - (hull - union) / hull.clamp(min=tiny)

@@ -1,0 +1,85 @@
+"""The set criterion of the DETRs: Hungarian matching, then focal, L1 and GIoU losses on every decoder stage.
+
+Carion et al., ECCV 2020, with the focal loss that Deformable and Conditional DETR use (Lin et al., ICCV 2017). The same weights
+serve as matching cost and as loss: class 2, L1 5, GIoU 2.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
+
+from detrdistill.boxes import cxcywh_to_xyxy, iou
+from detrdistill.matching import Pairs, Problem
+from detrdistill.models.outputs import DetectorOutput, Targets
+
+CLASS, L1, GIOU = 2.0, 5.0, 2.0
+ALPHA, GAMMA = 0.25, 2.0
+
+
+class SetCriterion(nn.Module):
+    """L_det of the paper: the detector's own loss.
+
+    Call `problems`, have `matching.match` solve them together with those of other losses, then call the criterion with the pairs.
+    """
+
+    def problems(self, student: DetectorOutput, targets: Targets) -> dict[str, Problem]:
+        found = {"student": Problem(target_cost(student, targets), targets.counts)}
+        if student.initial.proposals is not None:
+            found["proposals"] = Problem(target_cost(student.initial.proposals, _one_class(targets)), targets.counts)
+        return found
+
+    def forward(self, student: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]) -> dict[str, Float[Tensor, " S"]]:
+        """Weighted losses, one value a decoder stage."""
+        losses = set_losses(student, targets, pairs["student"])
+        if student.initial.proposals is not None:
+            first = set_losses(student.initial.proposals, _one_class(targets), pairs["proposals"])
+            losses |= {f"proposals/{name}": value for name, value in first.items()}
+        return losses
+
+
+def target_cost(output: DetectorOutput, targets: Targets) -> Float[Tensor, "S B Q N"]:
+    """Price of giving query q to target n of its own image: 2 focal + 5 L1 - 2 GIoU."""
+    classes = _focal_cost(output.logits.detach().float())
+    labels = targets.labels[None, :, None, :].expand(*classes.shape[:3], -1)
+    return CLASS * classes.gather(-1, labels) + box_cost(output.boxes, targets.boxes[None])
+
+
+def box_cost(rows: Float[Tensor, "S B Q 4"], columns: Float[Tensor, "#S B N 4"]) -> Float[Tensor, "S B Q N"]:
+    """5 L1 - 2 GIoU between all boxes of an image, without gradient."""
+    rows, columns = rows.detach().float()[..., :, None, :], columns.detach().float()[..., None, :, :]
+    _, giou = iou(cxcywh_to_xyxy(rows), cxcywh_to_xyxy(columns))
+    return L1 * (rows - columns).abs().sum(-1) - GIOU * giou
+
+
+def set_losses(output: DetectorOutput, targets: Targets, pairs: Pairs) -> dict[str, Float[Tensor, " S"]]:
+    """Weighted class, L1 and GIoU losses of given pairs, one value a stage, divided by the objects of the optimizer step."""
+    wanted = torch.zeros_like(output.logits)
+    wanted[pairs.stage, pairs.image, pairs.query, targets.labels[pairs.image, pairs.target]] = 1
+    focal = sigmoid_focal_loss(output.logits, wanted, alpha=ALPHA, gamma=GAMMA).sum((1, 2, 3))
+    boxes = box_losses(output.boxes, targets.boxes[pairs.image, pairs.target], pairs)
+    return {"class": CLASS * focal / targets.step_boxes} | {name: value / targets.step_boxes for name, value in boxes.items()}
+
+
+def box_losses(boxes: Float[Tensor, "S B Q 4"], wanted: Float[Tensor, "K 4"], pairs: Pairs) -> dict[str, Float[Tensor, " S"]]:
+    """Weighted L1 and GIoU losses summed over the pairs of each stage."""
+    found = boxes[pairs.stage, pairs.image, pairs.query]
+    _, giou = iou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted))
+    per_stage = lambda values: boxes.new_zeros(len(boxes)).index_add(0, pairs.stage, values)  # noqa: E731
+    return {"l1": L1 * per_stage((found - wanted).abs().sum(-1)), "giou": GIOU * per_stage(1 - giou)}
+
+
+def _focal_cost(logits: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:
+    """What the focal loss would change if the class were present: positive term minus negative term (Deformable DETR's code)."""
+    p = logits.sigmoid()
+    present = ALPHA * (1 - p) ** GAMMA * -torch.log(p + 1e-8)
+    absent = (1 - ALPHA) * p**GAMMA * -torch.log(1 - p + 1e-8)
+    return present - absent
+
+
+def _one_class(targets: Targets) -> Targets:
+    """The encoder of a two-stage detector proposes objects of any class; its logit 0 stands for "object"."""
+    return replace(targets, labels=torch.zeros_like(targets.labels))

@@ -1,0 +1,235 @@
+"""COCO-style data: one dataset class for the embedded digits, COCO itself and a user's folder, and how samples become a batch."""
+
+import contextlib
+import io
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image, ImageOps
+from pycocotools.coco import COCO
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.datasets import CocoDetection, VisionDataset
+from torchvision.transforms import v2
+
+from detrdistill.data.digits import write_digits
+from detrdistill.data.validation import load_annotations
+from detrdistill.errors import InputError
+from detrdistill.experiments.recipes import Digits, Folder
+from detrdistill.models.outputs import Targets
+
+Split = Literal["train", "val"]
+SPLITS: tuple[Split, Split] = ("train", "val")
+Sample = tuple[Float[Tensor, "3 H W"], dict[str, Any]]
+UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)  # what Pillow raises
+LAYOUT = "instances_train.json, instances_val.json and images/, or COCO's annotations/instances_train2017.json, train2017/ and so on"
+
+
+@dataclass(frozen=True)
+class Category:
+    """A class: its index in logits and labels, its id in the annotations, its name."""
+
+    index: int
+    id: int
+    name: str
+
+
+class CocoDataset(CocoDetection):
+    """Images and targets of one annotation file, validated when it is opened.
+
+    Attributes:
+        coco: the cleaned annotations as pycocotools has them, crowds included: what evaluation compares with.
+        categories: the classes in order of their ids; gaps between ids do not matter.
+        ids: image ids in order; `dataset[i]` is image `ids[i]`.
+        report: what validation found and did.
+
+    Raises:
+        InputError: the annotations are refused.
+    """
+
+    def __init__(self, annotations: Path, images: Path, transform: Callable[..., Any]) -> None:
+        cleaned, self.report = load_annotations(annotations, images)
+        # Not CocoDetection's own init: it reads the file once more, unvalidated.
+        VisionDataset.__init__(self, images, transforms=transform)
+        self.coco = COCO()
+        self.coco.dataset = cleaned
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.coco.createIndex()
+        self.ids = sorted(self.coco.imgs)
+        self.categories = [Category(i, c["id"], c["name"]) for i, c in enumerate(sorted(cleaned["categories"], key=lambda c: c["id"]))]
+        self.index_of = {category.id: category.index for category in self.categories}
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        """Image `key`, or for a pair (index, seed), as a training sampler yields them, `sample(index, seed)`."""
+        return self.sample(*key) if isinstance(key, tuple) else self.sample(key, 0)
+
+    def sample(self, index: int, seed: int) -> Sample:
+        """Image and target, transformed with random numbers that depend on `index` and `seed` alone.
+
+        So neither workers, nor resuming, nor the number of processes change what is seen.
+
+        Returns:
+            image: normalised, [3 H W].
+            target: labels [n] (class indices), boxes [n 4] (cxcywh, relative), image_id, size and original_size (height, width).
+                Crowds are not among them.
+
+        Raises:
+            InputError: the image cannot be decoded or is not of the size that the annotations say.
+        """
+        image_id = self.ids[index]
+        image = v2.functional.pil_to_tensor(self._load_image(image_id))
+        objects = [a for a in self._load_target(image_id) if not a["iscrowd"]]
+        size = tuple(image.shape[-2:])
+        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=size)
+        target = {
+            "boxes": v2.functional.convert_bounding_box_format(boxes, new_format="XYXY"),
+            "labels": torch.tensor([self.index_of[a["category_id"]] for a in objects], dtype=torch.long),
+        }
+        with torch.random.fork_rng(devices=[]):
+            # The default generator, not torch.manual_seed, which would seed the GPU as well and not give its state back.
+            torch.default_generator.manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]))
+            image, target = self.transforms(tv_tensors.Image(image), target)
+        height, width = image.shape[-2:]
+        boxes = v2.functional.convert_bounding_box_format(target["boxes"], new_format="CXCYWH").as_subclass(Tensor)
+        boxes = boxes / torch.tensor([width, height, width, height])
+        where = {"image_id": image_id, "size": (height, width), "original_size": size}
+        return image.as_subclass(Tensor), {"labels": target["labels"], "boxes": boxes, **where}
+
+    def _load_image(self, id: int) -> Image.Image:
+        """The image in RGB, as its annotations see it.
+
+        COCO's sizes and boxes are those of the stored pixels, so a rotation noted in EXIF is applied only where the annotations'
+        size is that of the rotated image and not of the stored one.
+        """
+        entry = self.coco.imgs[id]
+        path, wanted = Path(self.root) / entry["file_name"], (entry["width"], entry["height"])
+        try:
+            with Image.open(path) as image:
+                if image.size != wanted:
+                    image = ImageOps.exif_transpose(image)
+                image = _rgb(image)
+        except FileNotFoundError:
+            raise InputError(f"image {id}: {path} is missing; put the file back or remove the image from the annotations") from None
+        except UNDECODABLE as error:
+            raise InputError(f"image {id}: {path} cannot be decoded ({str(error)[:100]}); replace the file") from None
+        if image.size != wanted:
+            sizes = f"{image.width} x {image.height} pixels, the annotations say {wanted[0]} x {wanted[1]}"
+            raise InputError(f"image {id}: {path} has {sizes}; correct width and height and its boxes, or replace the file")
+        return image
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Any mode as RGB; 16-bit grey is scaled down (Pillow would cut it off at 255)."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
+    return image.convert("RGB")
+
+
+def open_dataset(spec: Digits | Folder, split: Split, cache: Path, transform: Callable[..., Any]) -> CocoDataset:
+    """One split of a recipe's data; the embedded digits are written under `cache` if they are not there.
+
+    Raises:
+        InputError: the folder is missing or not laid out as expected, its hash is another than the recipe's, or its content is refused.
+    """
+    if isinstance(spec, Folder) and spec.sha256:
+        data_hash(spec, cache)
+    return CocoDataset(*_layout(spec, split, cache), transform)
+
+
+def require_same_categories(train: CocoDataset, val: CocoDataset) -> None:
+    """A class index must mean the same in training and in evaluation.
+
+    Raises:
+        InputError: the two files list different categories.
+    """
+    if train.categories != val.categories:
+        one, other = ({(c.id, c.name) for c in dataset.categories} for dataset in (train, val))
+        odd = ", ".join(f"{id} '{name}'" for id, name in sorted(one ^ other)[:5])
+        raise InputError(f"{val.report.file}: categories differ from those of {train.report.file} ({odd}); list the same in both")
+
+
+def data_hash(spec: Digits | Folder, cache: Path) -> str:
+    """SHA-256 over the two annotation files, train then val: `cat instances_train.json instances_val.json | sha256sum`.
+
+    Raises:
+        InputError: the recipe states a hash and the folder has another.
+    """
+    digest = sha256()
+    for split in SPLITS:
+        with _layout(spec, split, cache)[0].open("rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    found = digest.hexdigest()
+    if isinstance(spec, Folder) and spec.sha256 and spec.sha256 != found:
+        raise InputError(f"data folder {spec.path}: its annotations hash to {found}, the recipe says {spec.sha256}; give that run's data")
+    return found
+
+
+def _layout(spec: Digits | Folder, split: Split, cache: Path) -> tuple[Path, Path]:
+    """Annotation file and image folder of a split."""
+    root = write_digits(spec, cache) if isinstance(spec, Digits) else spec.path
+    if not root.is_dir():
+        raise InputError(f"data folder {root}: {'not a folder' if root.exists() else 'does not exist'}; expected there: {LAYOUT}")
+    candidates = [
+        (root / f"instances_{split}.json", root / "images"),
+        (root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"),
+    ]
+    for annotations, images in candidates:
+        if annotations.is_file():
+            if not images.is_dir():
+                raise InputError(f"data folder {root}: {annotations.name} is there but not the image folder {images}; expected: {LAYOUT}")
+            return annotations, images
+    raise InputError(f"data folder {root}: no annotations of the split '{split}'; expected there: {LAYOUT}")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images padded at the bottom and on the right to the largest of the batch.
+
+    Attributes:
+        padding: True on padding.
+        sizes: (height, width) of each image in `pixels`.
+        original_sizes: (height, width) of each image in its file, which the annotations' boxes refer to.
+    """
+
+    pixels: Float[Tensor, "B 3 H W"]
+    padding: Bool[Tensor, "B H W"]
+    targets: Targets
+    image_ids: list[int]
+    sizes: list[tuple[int, int]]
+    original_sizes: list[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same on another device, copied without waiting."""
+        pixels, padding = (tensor.to(device, non_blocking=True) for tensor in (self.pixels, self.padding))
+        return replace(self, pixels=pixels, padding=padding, targets=self.targets.to(device))
+
+    def pin_memory(self) -> Self:
+        """For DataLoader(pin_memory=True); the targets are too small to matter."""
+        return replace(self, pixels=self.pixels.pin_memory(), padding=self.padding.pin_memory())
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples of a `CocoDataset` as one batch."""
+    images, targets = zip(*samples, strict=True)
+    height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
+    pixels = torch.zeros(len(images), 3, height, width)
+    padding = torch.ones(len(images), height, width, dtype=torch.bool)
+    for i, image in enumerate(images):
+        h, w = image.shape[-2:]
+        pixels[i, :, :h, :w], padding[i, :h, :w] = image, False
+    ids, sizes, original_sizes = ([target[key] for target in targets] for key in ("image_id", "size", "original_size"))
+    packed = Targets.pack([target["labels"] for target in targets], [target["boxes"] for target in targets])
+    return Batch(pixels, padding, packed, ids, sizes, original_sizes)

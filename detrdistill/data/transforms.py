@@ -1,0 +1,89 @@
+"""How images are resized and augmented: torchvision's v2 transforms, and the two steps of the DETR papers that it lacks.
+
+A transform takes `(tv_tensors.Image uint8 [3 H W], {"boxes": tv_tensors.BoundingBoxes [N 4], "labels": [N]})` and returns the same
+with a normalised float image and boxes inside it. All randomness comes from torch's default generator.
+"""
+
+from typing import Any
+
+import torch
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from detrdistill.experiments.recipes import Resize
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which the backbones' weights expect
+GREY = {tv_tensors.Image: [round(255 * mean) for mean in MEAN], "others": 0}  # 0 after normalisation, as the padding of a batch is
+
+
+def build_transform(resize: Resize, train: bool) -> v2.Compose:
+    """The augmentation of `resize.train`, or for evaluation the resize alone.
+
+    The numbers of "detr" are those of the papers, which have 800 pixels on the shorter side; here they scale with `resize.short`.
+    """
+    scale = resize.short / 800
+    to_full = ShorterSide([resize.short], resize.long)
+    flip = v2.RandomHorizontalFlip()
+    steps: list[Any] = [to_full]
+    if train and resize.train == "flip":
+        steps = [flip, to_full]
+    elif train and resize.train == "detr":
+        any_scale = ShorterSide([round(side * scale) for side in range(480, 801, 32)], resize.long)
+        before_crop = ShorterSide([round(side * scale) for side in (400, 500, 600)])
+        crop = RandomCropOfAnySize(round(384 * scale), round(600 * scale))
+        steps = [flip, v2.RandomChoice([any_scale, v2.Compose([before_crop, crop, v2.ClampBoundingBoxes(), any_scale])])]
+    elif train and resize.train == "jitter":
+        affine = v2.RandomAffine(0, translate=(0.05, 0.05), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR, fill=GREY)
+        steps = [to_full, affine, v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3)]
+    # Clamping and then dropping what has no pixel left keeps labels in step with boxes.
+    boxes = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
+    return v2.Compose([*steps, *boxes, v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.Normalize(MEAN, STD)])
+
+
+def shorter_side(height: int, width: int, short: int, long: int | None) -> tuple[int, int]:
+    """DETR's rule: the shorter side becomes `short`, or less so that the longer does not exceed `long`. Returns height, width.
+
+    torchvision's own rule (RandomShortestSize) rounds otherwise, which moves boxes by a pixel against the published evaluations.
+    """
+    low, high = min(height, width), max(height, width)
+    if long is not None and high / low * short > long:
+        short = max(1, round(long * low / high))
+    if low == short:
+        return height, width
+    return (int(short * height / width), short) if width < height else (short, int(short * width / height))
+
+
+class ShorterSide(v2.Transform):
+    """Resize by `shorter_side`, to one of `sides` at random."""
+
+    def __init__(self, sides: list[int], long: int | None = None) -> None:
+        super().__init__()
+        self.sides, self.long = [max(1, side) for side in sides], long
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        pick = int(torch.randint(len(self.sides), ())) if len(self.sides) > 1 else 0
+        return {"size": shorter_side(*F.get_size(flat_inputs[0]), self.sides[pick], self.long)}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.resize(inpt, list(params["size"]), antialias=True)
+
+
+class RandomCropOfAnySize(v2.Transform):
+    """DETR's RandomSizeCrop: height and width drawn apart from `least` to `most` pixels, never more than the image has."""
+
+    def __init__(self, least: int, most: int) -> None:
+        super().__init__()
+        self.least, self.most = max(1, least), max(1, most)
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        lengths = [self._draw(min(self.least, side), min(self.most, side)) for side in F.get_size(flat_inputs[0])]
+        top, left = (self._draw(0, side - length) for side, length in zip(F.get_size(flat_inputs[0]), lengths, strict=True))
+        return {"top": top, "left": left, "height": lengths[0], "width": lengths[1]}
+
+    @staticmethod
+    def _draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, ()))
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.crop(inpt, **params)

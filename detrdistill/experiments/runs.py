@@ -1,0 +1,258 @@
+"""`run(recipe)` trains, or returns the stored record. What a run depends on (teacher, crop-trained backbone) is run first."""
+
+import os
+import resource
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from detrdistill.data.coco import CocoDataset, data_hash, open_dataset
+from detrdistill.distill.distiller import build_distiller
+from detrdistill.errors import InputError
+from detrdistill.experiments.recipes import CropRecipe, Digits, Folder, Recipe, run_id
+from detrdistill.experiments.store import Record, Store, provenance
+from detrdistill.files import file_hash
+from detrdistill.models import Backbone, build_detector
+from detrdistill.models.backbones import file_weights, imagenet_weights
+from detrdistill.training.batches import mix
+from detrdistill.training.checkpointing import load_weights, read_weights, save_weights
+from detrdistill.training.crops import train_on_crops
+from detrdistill.training.evaluation import evaluate
+from detrdistill.training.trainer import train
+
+
+def run(recipe: Recipe | CropRecipe, store: Store, *, device: str = "auto", workers: int = 0, progress: bool = True) -> Record:
+    """Train what `recipe` says and evaluate it, or return the record if that has been done.
+
+    An interrupted run continues from its last checkpoint. Under torchrun all processes call this and train together.
+
+    Args:
+        device: "auto" (cuda if there is one), "cpu" or "cuda". Not part of the recipe, but in the record.
+        workers: processes that load images; 0 loads them in this one.
+
+    Raises:
+        InputError: data, weights or folders are not usable, another process trains this run, or the teacher is below its floor.
+        NonFiniteError: training met a NaN or an infinity.
+    """
+    recipe = pinned(recipe)
+    if (record := store.record(recipe)) is not None:
+        return record
+    fabric = make_fabric(device, "bf16" if isinstance(recipe, CropRecipe) else recipe.precision)
+    if isinstance(recipe, CropRecipe):
+        if fabric.is_global_zero:
+            with store.hold(recipe):
+                _run_crops(fabric, recipe, store, progress)
+        fabric.barrier()
+    else:
+        parents = {"teacher": recipe.teacher, "backbone": crop_recipe(recipe)}
+        records = {name: run(parent, store, device=device, workers=workers, progress=progress) for name, parent in parents.items() if parent}
+        if fabric.is_global_zero:
+            with store.hold(recipe):
+                _run_detector(fabric, recipe, store, records, workers, progress)
+        else:
+            _run_detector(fabric, recipe, store, records, workers, progress)
+        fabric.barrier()
+    return store.record(recipe)
+
+
+def crop_recipe(recipe: Recipe) -> CropRecipe | None:
+    """The run that the recipe's backbone starts from, if it is one of ours."""
+    return CropRecipe(backbone=recipe.backbone, data=recipe.data) if recipe.backbone.weights == "crops" else None
+
+
+def pinned(recipe: Recipe | CropRecipe) -> Recipe | CropRecipe:
+    """The recipe with its data folder's hash filled in, so that the run's name follows the annotations, not the folder."""
+    if not isinstance(recipe.data, Folder):
+        return recipe
+    data = recipe.data.replace(sha256=data_hash(recipe.data, data_cache()))
+    changes: dict[str, Any] = {"data": data}
+    if isinstance(recipe, Recipe) and recipe.teacher is not None:
+        changes["teacher"] = pinned(recipe.teacher)
+    return recipe.replace(**changes)
+
+
+def data_cache() -> Path:
+    """Folder for data sets the kit writes: `$DETRDISTILL_DATA`, else `~/.cache/detrdistill`."""
+    return Path(os.environ.get("DETRDISTILL_DATA") or Path.home() / ".cache" / "detrdistill")
+
+
+def open_split(recipe: Recipe, split: str) -> CocoDataset:
+    """The recipe's training or validation images, prepared as the recipe says."""
+    return open_dataset(recipe.data, split, data_cache(), recipe.resize)
+
+
+def load_detector(recipe: Recipe, store: Store, dataset: CocoDataset) -> nn.Module:
+    """A trained detector from its run, in evaluation mode.
+
+    Raises:
+        InputError: the run is not complete, its weights are damaged, or it was trained for other classes than those of `dataset`.
+    """
+    recipe = pinned(recipe)
+    record = store.record(recipe)
+    if record is None:
+        raise InputError(f"run {run_id(recipe)} is not complete in {store.root}; run it first")
+    names = category_names(dataset)
+    detector = build_detector(recipe, len(dataset.categories))
+    path = store.check_weights(record)
+    about = read_weights(path)[1]
+    if about.get("categories") != names:
+        raise InputError(f"weights {path} were trained for the classes {about.get('categories')}, the data has {names}; use a detector of this data")
+    load_weights(detector, path)
+    return detector.eval()
+
+
+def make_fabric(device: str, precision: str) -> Fabric:
+    """Fabric for this process, or for all processes of torchrun.
+
+    Raises:
+        InputError: an unknown device, or cuda where there is none.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device '{device}' is unknown; use auto, cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("device 'cuda': torch finds no CUDA device here; use device 'cpu' or 'auto'")
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    fabric = Fabric(
+        accelerator="cuda" if device != "cpu" and torch.cuda.is_available() else "cpu",
+        devices=local,
+        num_nodes=world // local,
+        strategy="ddp" if world > 1 else "auto",
+        precision="bf16-mixed" if precision == "bf16" else "32-true",
+    )
+    fabric.launch()
+    return fabric
+
+
+def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool) -> None:
+    train_set, val_set = (open_dataset(recipe.data, split, data_cache()) for split in ("train", "val"))
+    watch = _Watch(fabric)
+    model, accuracy = train_on_crops(fabric, train_set, val_set, recipe, progress=progress)
+    save_weights(store.weights(recipe), model, {"run": run_id(recipe)})
+    store.write(
+        Record(
+            id=run_id(recipe),
+            recipe=recipe,
+            metrics={"accuracy": accuracy},
+            curve=[],
+            cost=watch.cost(recipe.backbone.crops.steps, watch.seconds(), 0),
+            parents={},
+            provenance=_provenance(fabric, recipe.data, store.weights(recipe)),
+        )
+    )
+
+
+def _run_detector(fabric: Fabric, recipe: Recipe, store: Store, records: dict[str, Record], workers: int, progress: bool) -> None:
+    train_set, val_set = open_split(recipe, "train"), open_split(recipe, "val")
+    if recipe.schedule.batch % (recipe.schedule.accumulate * fabric.world_size):
+        raise InputError(
+            f"schedule.batch {recipe.schedule.batch} cannot be shared among {fabric.world_size} processes "
+            f"and {recipe.schedule.accumulate} micro-batches; choose a multiple"
+        )
+    watch = _Watch(fabric)
+    measure = lambda detector: _evaluate_once(fabric, detector, val_set, recipe)  # noqa: E731
+    parents: dict[str, dict[str, Any]] = {
+        name: {"run": record.id, "weights_sha256": record.provenance["weights_sha256"]} for name, record in records.items()
+    }
+    teacher = None
+    if recipe.teacher is not None:
+        teacher = load_detector(recipe.teacher, store, train_set).requires_grad_(False).to(fabric.device, memory_format=torch.channels_last)
+        parents["teacher"]["AP"] = measured = measure(teacher)["AP"] or 0.0
+        if measured <= recipe.teacher_floor:
+            raise InputError(
+                f"the teacher {records['teacher'].id} has AP {measured:.1f} on this data, and must exceed teacher_floor {recipe.teacher_floor:.1f} "
+                "to teach; train it longer, check its weights, or lower the floor"
+            )
+    student = build_detector(recipe, len(train_set.categories))
+    start_backbone(student.backbone, recipe, store)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(recipe.seed, 1))  # adapters of the losses; the student has its own stream
+        distiller = build_distiller(student, recipe)
+    folder = store.folder(recipe)
+    state = train(fabric, distiller, teacher, train_set, recipe, folder, measure, workers=workers, progress=progress)
+    if not fabric.is_global_zero:
+        return
+    save_weights(store.weights(recipe), student, {"run": run_id(recipe), "categories": category_names(train_set)})
+    store.write(
+        Record(
+            id=run_id(recipe),
+            recipe=recipe,
+            metrics=state["metrics"],
+            curve=state["curve"],
+            cost=watch.cost(state["step"], state["seconds"], state["resumed"], recipe.schedule.batch),
+            parents=parents,
+            provenance=_provenance(fabric, recipe.data, store.weights(recipe)),
+        )
+    )
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def start_backbone(backbone: Backbone, recipe: Recipe, store: Store) -> None:
+    """Load the weights that the recipe's backbone starts from, if any; says aloud when there are none."""
+    weights = recipe.backbone.weights
+    if weights == "none":
+        warnings.warn(f"{recipe.title}: the backbone starts from random weights, as backbone.weights='none' says", stacklevel=2)
+    elif weights == "crops":
+        crops = crop_recipe(recipe)
+        path = store.check_weights(store.record(crops))
+        backbone.load(read_weights(path)[0], str(path))
+    elif weights == "imagenet":
+        backbone.load(imagenet_weights(recipe.backbone.name), "of torchvision")
+    else:
+        backbone.load(file_weights(weights), str(weights))
+
+
+def category_names(dataset: CocoDataset) -> str:
+    return ", ".join(category.name for category in dataset.categories)
+
+
+def _evaluate_once(fabric: Fabric, detector: nn.Module, dataset: CocoDataset, recipe: Recipe) -> dict[str, float | None]:
+    """Evaluate in one process and tell the others."""
+    with fabric.autocast():
+        metrics = evaluate(detector, dataset, batch=recipe.schedule.batch, device=fabric.device) if fabric.is_global_zero else None
+    return fabric.broadcast(metrics)
+
+
+def _provenance(fabric: Fabric, data: Digits | Folder, weights: Path) -> dict[str, Any]:
+    on_gpu = fabric.device.type == "cuda"
+    return provenance() | {
+        "data_sha256": data_hash(data, data_cache()),
+        "weights_sha256": file_hash(weights),
+        "device": torch.cuda.get_device_name(fabric.device) if on_gpu else "cpu",
+        "processes": fabric.world_size,
+        "threads": torch.get_num_threads(),
+        # grid_sample's backward pass adds up in any order on CUDA.
+        "deterministic": not on_gpu,
+    }
+
+
+class _Watch:
+    """Wall time and peak memory of a run."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        import time
+
+        self._clock, self._device = time.monotonic, fabric.device
+        self._start = self._clock()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def seconds(self) -> float:
+        return self._clock() - self._start
+
+    def cost(self, steps: int, seconds: float, resumed: int, batch: int | None = None) -> dict[str, float | int | None]:
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device) / 2**20
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return {
+            "seconds": round(seconds, 1),
+            "steps": steps,
+            "images_per_second": round(batch * steps / seconds, 1) if batch else None,
+            "peak_memory_mib": round(peak),
+            "resumed": resumed,
+        }

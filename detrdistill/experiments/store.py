@@ -1,0 +1,148 @@
+"""Where runs lie and what is known of them. A run has happened if, and only if, its record is there. No torch here."""
+
+import json
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from detrdistill.errors import InputError
+from detrdistill.experiments.recipes import CropRecipe, Recipe, Strict, run_id
+from detrdistill.files import file_hash, make_folder, write_text
+
+Numbers = dict[str, float | None]
+
+
+class Record(Strict):
+    """What a complete run left behind; written last, in one piece, and hashed against later edits."""
+
+    id: str
+    recipe: Recipe | CropRecipe
+    metrics: Numbers = Field(description="the twelve COCO numbers in percent (null where there is no such object), or crop accuracy in percent")
+    curve: list[Numbers] = Field(description="AP by optimizer step")
+    cost: dict[str, float | int | None] = Field(description="seconds in training, steps, images a second, peak memory in MiB, times resumed")
+    parents: dict[str, dict[str, str | float | None]] = Field(description="runs whose weights this run started or learned from")
+    provenance: dict[str, Any] = Field(description="data and weight hashes, commit, library versions, device")
+
+
+class Store:
+    """The runs of one results folder, `results/<preset>`."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+
+    def folder(self, recipe: Recipe | CropRecipe) -> Path:
+        return self.root / "runs" / run_id(recipe)
+
+    def weights(self, recipe: Recipe | CropRecipe) -> Path:
+        return self.folder(recipe) / "weights.safetensors"
+
+    def record(self, recipe: Recipe | CropRecipe) -> Record | None:
+        """The run's record, None if it has not been completed.
+
+        Raises:
+            InputError: the record was edited or damaged, or its weights are not those it was written with.
+        """
+        path = self.folder(recipe) / "record.json"
+        return read_record(path) if path.exists() else None
+
+    def check_weights(self, record: Record) -> Path:
+        """Path of a record's weights, after comparing their hash.
+
+        Raises:
+            InputError: they are missing or differ.
+        """
+        path = self.weights(record.recipe)
+        if not path.exists():
+            raise InputError(f"run {record.id}: weights {path} are missing; restore them, or delete the folder to train again")
+        if file_hash(path) != record.provenance["weights_sha256"]:
+            raise InputError(f"run {record.id}: weights {path} are not those of its record; restore them, or delete the folder to train again")
+        return path
+
+    def write(self, record: Record) -> None:
+        body = record.model_dump(mode="json")
+        write_text(self.folder(record.recipe) / "record.json", json.dumps(body | {"sha256": _hash(body)}, indent=1) + "\n")
+
+    @contextmanager
+    def hold(self, recipe: Recipe | CropRecipe) -> Iterator[None]:
+        """Keep other processes from training the same run; a dead holder's lock is free.
+
+        Raises:
+            InputError: another process holds it; names that process.
+        """
+        import fcntl
+
+        path = make_folder(self.folder(recipe)) / ".lock"
+        with path.open("a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise InputError(f"run {run_id(recipe)} is being trained by {file.read().strip()}; wait for it, or stop it") from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            yield
+
+
+def read_record(path: Path) -> Record:
+    """Read and check one record file.
+
+    Raises:
+        InputError: not JSON, unknown fields, or content that does not fit its hash.
+    """
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        stated = body.pop("sha256", None)
+    except (ValueError, AttributeError):
+        raise InputError(f"record {path}: not a JSON object; delete its folder to run again") from None
+    if stated != _hash(body):
+        raise InputError(f"record {path}: its content does not fit its hash, so it was edited or damaged; delete its folder to run again")
+    return Record.read(body, where=f"record {path}")
+
+
+def open_store(preset: str) -> Store:
+    """The store of a preset: `$DETRDISTILL_RESULTS/<preset>`, else `results/<preset>` in this folder or the nearest above that has one."""
+    if stated := os.environ.get("DETRDISTILL_RESULTS"):
+        return Store(Path(stated) / preset)
+    here = Path.cwd()
+    roots = [folder / "results" for folder in (here, *here.parents)]
+    return Store(next((root for root in roots if root.is_dir()), roots[0]) / preset)
+
+
+def provenance() -> dict[str, Any]:
+    """Code, libraries and machine of this process."""
+    libraries = ("torch", "torchvision", "numpy", "scipy", "lightning-fabric", "faster-coco-eval", "pillow", "scikit-image", "scikit-learn")
+    return {
+        "commit": commit(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in libraries},
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def commit() -> str | None:
+    """The commit of this code, with "+changes" if files differ from it; None outside a git checkout."""
+    git = lambda *words: subprocess.run(  # noqa: E731
+        ("git", *words), cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=60
+    )
+    try:
+        head = git("rev-parse", "HEAD")
+        if head.returncode:
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..").stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return head.stdout.strip() + ("+changes" if changed else "")
+
+
+def _hash(body: dict[str, Any]) -> str:
+    return sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

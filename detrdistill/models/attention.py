@@ -1,0 +1,135 @@
+"""Position encodings and multi-scale deformable attention in plain PyTorch: nothing to compile, the same numbers on CPU and GPU."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+
+class MLP(nn.Module):
+    """Linear layers with ReLU between them, none after the last."""
+
+    def __init__(self, inputs: int, hidden: int, outputs: int, layers: int) -> None:
+        super().__init__()
+        widths = [inputs, *[hidden] * (layers - 1), outputs]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+
+    def forward(self, x: Float[Tensor, "*any I"]) -> Float[Tensor, "*any O"]:
+        for layer in self.layers[:-1]:
+            x = layer(x).relu()
+        return self.layers[-1](x)
+
+
+def sine_code(values: Float[Tensor, "*any"], features: int) -> Float[Tensor, "*any F"]:
+    """Interleaved sines (even entries) and cosines (odd entries) of each value at `features` / 2 frequencies, base 10000."""
+    pair = torch.arange(features, device=values.device) // 2
+    frequencies = 10000 ** (-2 * pair.float() / features)
+    phases = values[..., None] * frequencies
+    return torch.stack((phases[..., 0::2].sin(), phases[..., 1::2].cos()), dim=-1).flatten(-2)
+
+
+def sine_position(padding: Bool[Tensor, "B H W"], features: int, shift: float) -> Float[Tensor, "B D H W"]:
+    """Sine encoding of the position within the unpadded image, rows first, `features` channels an axis, always in float32.
+
+    Args:
+        shift: added to the 1-based pixel count before normalising: 0 in DETR and Conditional DETR, -0.5 in Deformable DETR.
+    """
+    valid = ~padding
+    codes = []
+    for axis in (1, 2):
+        count = valid.cumsum(axis, dtype=torch.float32)
+        total = count.select(axis, -1).unsqueeze(axis)
+        codes.append(sine_code((count + shift) / (total + 1e-6) * 2 * math.pi, features))
+    return torch.cat(codes, dim=-1).permute(0, 3, 1, 2)
+
+
+def valid_ratio(padding: Bool[Tensor, "B H W"]) -> Float[Tensor, "B 2"]:
+    """Part of width and of height (x, y) that is image rather than padding."""
+    valid = ~padding
+    return torch.stack((valid[:, 0, :].float().mean(1), valid[:, :, 0].float().mean(1)), dim=-1)
+
+
+class DeformableAttention(nn.Module):
+    """Multi-scale deformable attention (Zhu et al., ICLR 2021, Eq. 3).
+
+    Each query looks at a few points a level around its reference, at offsets and with weights that it predicts itself.
+    """
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.sampling_offsets = nn.Linear(dim, heads * levels * points * 2)
+        self.attention_weights = nn.Linear(dim, heads * levels * points)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Head h starts looking in direction 2 pi h / heads, point k at k + 1 cells, all points with equal weight."""
+        angles = torch.arange(self.heads, dtype=torch.float32) * (2 * math.pi / self.heads)
+        directions = torch.stack((angles.cos(), angles.sin()), dim=-1)
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        steps = torch.arange(1, self.points + 1, dtype=torch.float32)
+        bias = directions[:, None, None, :] * steps[None, None, :, None]
+        nn.init.zeros_(self.sampling_offsets.weight)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(bias.expand(-1, self.levels, -1, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self,
+        query: Float[Tensor, "B Q D"],
+        reference: Float[Tensor, "B Q L P"],
+        tokens: Float[Tensor, "B T D"],
+        shapes: Sequence[tuple[int, int]],
+        padding: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B Q D"]:
+        """Attend from `query` to `tokens`.
+
+        Args:
+            reference: fraction of each padded level map: points (x, y), or boxes (cx, cy, w, h) that scale the offsets.
+            tokens: the level maps, flattened row by row and concatenated.
+            shapes: height and width of each level.
+            padding: True on padding.
+        """
+        value = self.value_proj(tokens).masked_fill(padding[..., None], 0)
+        offsets = self.sampling_offsets(query).unflatten(-1, (self.heads, self.levels, self.points, 2))
+        weights = self.attention_weights(query).unflatten(-1, (self.heads, self.levels * self.points))
+        # Sampling positions need more than bfloat16's 8 bits, whatever the precision of the layers around.
+        offsets, weights, value = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (offsets, weights, value))
+        weights = weights.softmax(-1).unflatten(-1, (self.levels, self.points))
+        reference = reference[:, :, None, :, None, :]
+        if reference.shape[-1] == 2:
+            sizes = torch.tensor([(w, h) for h, w in shapes], device=query.device, dtype=offsets.dtype)
+            locations = reference + offsets / sizes[:, None, :]
+        else:
+            locations = reference[..., :2] + offsets / self.points * reference[..., 2:] * 0.5
+        return self.output_proj(sample_and_sum(value, shapes, locations, weights, self.heads))
+
+
+def sample_and_sum(
+    value: Float[Tensor, "B T D"],
+    shapes: Sequence[tuple[int, int]],
+    locations: Float[Tensor, "B Q M L K 2"],
+    weights: Float[Tensor, "B Q M L K"],
+    heads: int,
+) -> Float[Tensor, "B Q D"]:
+    """Bilinear samples of each level at `locations` (fractions of its map, zero outside), summed with `weights`."""
+    batch, queries = locations.shape[:2]
+    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # L, B*M, Q, K, 2
+    weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)  # L, B*M, Q, K
+    maps = value.transpose(1, 2).unflatten(1, (heads, -1)).flatten(0, 1)  # B*M, D/M, T
+    total = None
+    for (h, w), level, grid, weight in zip(shapes, maps.split([h * w for h, w in shapes], dim=-1), grids, weights, strict=True):
+        sampled = F.grid_sample(level.unflatten(-1, (h, w)), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        # As a batched product the weighted sum needs no copy of the samples the size of all points.
+        summed = torch.einsum("ndqk,nqk->ndq", sampled, weight)
+        total = summed if total is None else total + summed
+    return total.reshape(batch, -1, queries).transpose(1, 2)

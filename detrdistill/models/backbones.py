@@ -1,0 +1,148 @@
+"""Convolutional backbones: torchvision's ResNets and MobileNetV2, and thin ResNets for the embedded data."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchvision import models
+from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
+from torchvision.ops import FrozenBatchNorm2d
+
+from detrdistill.errors import InputError
+from detrdistill.experiments import recipes
+
+Norm = Callable[[int], nn.Module]
+
+# Where each family's stages of stride 4, 8, 16, 32 end.
+_RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
+_MOBILENET_STAGES = ("3", "6", "13", "18")
+
+
+class ThinResNet(nn.Module):
+    """A ResNet of basic blocks with any width and depth, and a 3x3 stem: for images of some 100 pixels, trained from scratch.
+
+    Its modules carry torchvision's names, so that the same code takes its stages.
+    """
+
+    def __init__(self, width: int, blocks: tuple[int, ...], classes: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = conv3x3(3, width, stride=2)
+        self.bn1 = norm(width)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        inputs = width
+        for stage, count in enumerate(blocks):
+            outputs, stride = width * 2**stage, 1 if stage == 0 else 2
+            layers = []
+            for block in range(count):
+                step = stride if block == 0 else 1
+                reshape = None
+                if step != 1 or inputs != outputs:
+                    reshape = nn.Sequential(conv1x1(inputs, outputs, step), norm(outputs))
+                layers.append(BasicBlock(inputs, outputs, step, reshape, norm_layer=norm))
+                inputs = outputs
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*layers))
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.fc = nn.Linear(inputs, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B C"]:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        for name in _RESNET_STAGES:
+            x = getattr(self, name)(x)
+        return self.fc(self.avgpool(x).flatten(1))
+
+
+def classifier(recipe: recipes.Backbone, classes: int, norm: Norm = nn.BatchNorm2d) -> nn.Module:
+    """The complete image classifier that a recipe's backbone is the body of, with fresh weights."""
+    if recipe.name == "thin_resnet":
+        return ThinResNet(recipe.width, recipe.blocks, classes, norm)
+    return getattr(models, recipe.name)(weights=None, num_classes=classes, norm_layer=norm)
+
+
+class Backbone(nn.Module):
+    """Feature maps C3, C4, C5 (strides 8, 16, 32), or from C2 on.
+
+    Attributes:
+        channels: of the maps returned.
+
+    With learned weights every BatchNorm is frozen (statistics and affine), and the stem and first stage of an ImageNet backbone
+    get no gradient, as in the official DETRs. A backbone without learned weights trains whole, since frozen statistics of random
+    weights learn nothing.
+    """
+
+    def __init__(self, recipe: recipes.Backbone, first_level: int = 3) -> None:
+        super().__init__()
+        whole = classifier(recipe, 1, FrozenBatchNorm2d if recipe.frozen_norm else nn.BatchNorm2d)
+        mobile = recipe.name == "mobilenet_v2"
+        stages = (_MOBILENET_STAGES if mobile else _RESNET_STAGES)[first_level - 2 :]
+        self.body = IntermediateLayerGetter(whole.features if mobile else whole, {stage: stage for stage in stages})
+        self.learned = recipe.weights != "none"
+        if recipe.weights not in ("none", "crops"):
+            for name, parameter in self.body.named_parameters():
+                if name.startswith(("conv1", "layer1", "0.", "1.", "2.", "3.") if mobile else ("conv1", "bn1", "layer1")):
+                    parameter.requires_grad_(False)
+        with torch.no_grad():
+            self.channels = [x.shape[1] for x in self.eval()(torch.zeros(1, 3, 64, 64))]
+        self.train()
+
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B D H W"]]:
+        return list(self.body(images).values())
+
+    def load(self, state: dict[str, Tensor], source: str) -> None:
+        """Load a classifier's weights; its head is left out.
+
+        Raises:
+            InputError: missing, unexpected or misshaped tensors.
+        """
+        state = {name.removeprefix("features."): value for name, value in state.items()}
+        own = self.body.state_dict()
+        # torchvision's files hold a batch counter that frozen BatchNorm does not have, and the classification head.
+        extra = [n for n in state if n not in own and not n.startswith(("fc.", "classifier.")) and not n.endswith("num_batches_tracked")]
+        missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+        shapes = [name for name in own if name in state and state[name].shape != own[name].shape]
+        if extra or missing or shapes:
+            raise InputError(
+                f"backbone weights {source} do not fit: missing {missing[:3]}, unexpected {extra[:3]}, misshaped {shapes[:3]} "
+                f"({len(missing)}, {len(extra)}, {len(shapes)} in all); give the weights of this architecture"
+            )
+        self.body.load_state_dict({name: state[name].to(own[name].dtype) for name in own if name in state}, strict=False)
+
+
+def imagenet_weights(name: str) -> dict[str, Tensor]:
+    """torchvision's ImageNet weights, downloaded once into torch's cache.
+
+    Raises:
+        InputError: no network, and not in the cache.
+    """
+    try:
+        return models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
+    except OSError as error:
+        raise InputError(
+            f"ImageNet weights of {name} could not be downloaded ({error}); connect once, or give a state_dict file as backbone.weights, "
+            "or set backbone.weights='none'"
+        ) from None
+
+
+def file_weights(path: Path) -> dict[str, Tensor]:
+    """A state_dict file of torch.save; nothing in it is executed.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds more than tensors.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"backbone weights {path}: no such file; correct backbone.weights") from None
+    except Exception as error:  # torch reports damage in many types: RuntimeError, UnpicklingError, EOFError, KeyError
+        raise InputError(
+            f"backbone weights {path}: not a readable state_dict of tensors ({type(error).__name__}); save it with torch.save(model.state_dict(), path)"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"backbone weights {path}: holds something other than named tensors; save model.state_dict()")
+    return state

@@ -1,0 +1,64 @@
+"""Which images an optimizer step sees: a pure function of seed and step, so that runs resume exactly and share out exactly."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from detrdistill.data.coco import Batch, CocoDataset, collate
+
+
+def mix(*numbers: int) -> int:
+    """One well-mixed 63-bit seed from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+class Draws(Sequence[list[tuple[int, int]]]):
+    """The images of every micro-batch of one process, as (index, seed of its augmentation).
+
+    Position p of the endless stream of images belongs to epoch p // n, a permutation of its own; an optimizer step takes `batch`
+    positions, cut into micro-batches and these dealt to the processes in turn.
+    """
+
+    def __init__(self, images: int, batch: int, seed: int, first_step: int, steps: int, accumulate: int, rank: int, world: int) -> None:
+        self.images, self.batch, self.seed, self.first_step = images, batch, seed, first_step
+        self.accumulate, self.rank, self.world = accumulate, rank, world
+        self.length = (steps - first_step) * accumulate
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, item: int) -> list[tuple[int, int]]:
+        if not 0 <= item < self.length:
+            raise IndexError(item)
+        step, micro = divmod(item, self.accumulate)
+        share = self.batch // (self.accumulate * self.world)
+        start = (self.first_step + step) * self.batch + (micro * self.world + self.rank) * share
+        return [(self._image(position), mix(self.seed, position)) for position in range(start, start + share)]
+
+    def _image(self, position: int) -> int:
+        epoch, place = divmod(position, self.images)
+        if getattr(self, "_epoch", None) != epoch:
+            self._epoch, self._order = epoch, np.random.default_rng((self.seed, epoch)).permutation(self.images)
+        return int(self._order[place])
+
+
+class _Augmented(Dataset):
+    """Images by (index, seed)."""
+
+    def __init__(self, dataset: CocoDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, draw: tuple[int, int]) -> Any:
+        return self.dataset.sample(*draw)
+
+
+def micro_batches(dataset: CocoDataset, draws: Draws, workers: int) -> Iterator[list[Batch]]:
+    """The micro-batches of each optimizer step in turn."""
+    loader = iter(DataLoader(_Augmented(dataset), batch_sampler=draws, collate_fn=collate, num_workers=workers))
+    while True:
+        step = [batch for _, batch in zip(range(draws.accumulate), loader, strict=False)]
+        if not step:
+            return
+        yield step

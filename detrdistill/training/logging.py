@@ -1,0 +1,49 @@
+"""One JSON object a line: what every step lost, part by part. No times in it, so that equal runs write equal bytes."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from detrdistill.files import write_text
+
+
+class Log:
+    """Appends to a JSON-lines file; lines after `resume_at`, left by a run that was killed, are dropped first.
+
+    Without a path nothing is written: of several processes, one logs.
+    """
+
+    def __init__(self, path: Path | None, resume_at: int = 0) -> None:
+        self._file = None
+        if path is not None:
+            kept = [entry for entry in read_log(path) if entry["step"] <= resume_at]
+            write_text(path, "".join(_line(entry) for entry in kept))
+            self._file = path.open("a", encoding="utf-8")
+
+    def write(self, **entry: Any) -> None:
+        if self._file:
+            self._file.write(_line(entry))
+            self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file:
+            self._file.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """All whole lines of a log; a last line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        if line.endswith("\n"):
+            entries.append(json.loads(line))
+    return entries
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry) + "\n"

@@ -1,0 +1,166 @@
+"""The training loop, on one page: data by step number, losses, gradient, step, log, evaluation, checkpoint."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from detrdistill.data.coco import Batch, CocoDataset
+from detrdistill.distill.distiller import Distiller
+from detrdistill.errors import NonFiniteError
+from detrdistill.experiments.recipes import Recipe, Schedule
+from detrdistill.training.batches import Draws, micro_batches, mix
+from detrdistill.training.checkpointing import load_checkpoint, save_checkpoint
+from detrdistill.training.logging import Log
+
+CHECKPOINT_SECONDS = 30.0
+NO_STEP = "no optimizer step was taken, the last checkpoint is intact; lower schedule.lr, or look at these images"
+
+
+def train(
+    fabric: Fabric,
+    distiller: Distiller,
+    teacher: nn.Module | None,
+    dataset: CocoDataset,
+    recipe: Recipe,
+    folder: Path,
+    evaluate: Callable[[nn.Module], dict[str, float]],
+    *,
+    workers: int = 0,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train `distiller.student` as `recipe` says, continuing from `folder`'s checkpoint if there is one.
+
+    Writes `checkpoint.pt` and `log.jsonl` into `folder`.
+
+    Returns:
+        `curve` (AP by step), `metrics` (of the last evaluation), `seconds` (in training, over all sittings) and `resumed` (how often).
+
+    Raises:
+        NonFiniteError: a loss part or the gradient is NaN or infinite; raised before the optimizer step, naming step, images, part.
+    """
+    schedule, total = recipe.schedule, recipe.schedule.total_steps(len(dataset))
+    module, optimizer = fabric.setup(distiller, make_optimizer(distiller, schedule))
+    distiller.to(memory_format=torch.channels_last)
+    saved = load_checkpoint(folder / "checkpoint.pt")
+    state = {"step": 0, "curve": [], "seconds": 0.0, "resumed": 0}
+    if saved is not None:
+        distiller.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = saved["state"] | {"resumed": saved["state"]["resumed"] + 1}
+
+    draws = Draws(len(dataset), schedule.batch, recipe.seed, state["step"], total, schedule.accumulate, fabric.global_rank, fabric.world_size)
+    marks = {round(total * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)}
+    every = max(1, total // 2000)
+    clock = last_save = time.monotonic()
+    bar = tqdm(total=total, initial=state["step"], desc=recipe.title, unit="step", disable=not progress or fabric.global_rank > 0, mininterval=1)
+    with Log(folder / "log.jsonl" if fabric.is_global_zero else None, state["step"]) as log, bar:
+        for step, batches in enumerate(micro_batches(dataset, draws, workers), start=state["step"] + 1):
+            # Dropout is the only randomness left: seeding it by step makes resuming exact without saving generators.
+            torch.manual_seed(mix(recipe.seed, step, fabric.global_rank))
+            rate = schedule.lr * lr_factor(schedule, step, total)
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
+            module.train()
+            images = [image for batch in batches for image in batch.image_ids]
+            try:
+                parts = accumulate_gradients(fabric, module, teacher, batches, schedule)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"step {step}, images {images}: {error}; {NO_STEP}") from None
+            norm = nn.utils.clip_grad_norm_(distiller.parameters(), schedule.clip_norm or math.inf)
+            values = to_host(fabric, parts, norm)
+            refuse_non_finite(values, step, images)
+            optimizer.step()
+            optimizer.zero_grad()
+            state["step"] = step
+
+            loss = sum(value for name, value in values.items() if name != "gradient norm")
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", refresh=False)
+            bar.update()
+            if step % every == 0 or step in marks:
+                log.write(step=step, lr=rate, loss=loss, **values)
+            if step in marks:
+                state["seconds"], clock = state["seconds"] + time.monotonic() - clock, time.monotonic()
+                state["metrics"] = evaluate(distiller.student)
+                state["curve"] = [*state["curve"], {"step": step, "AP": state["metrics"]["AP"]}]
+                clock = time.monotonic()
+            if step in marks or time.monotonic() - last_save > CHECKPOINT_SECONDS:
+                state["seconds"], clock = state["seconds"] + time.monotonic() - clock, time.monotonic()
+                if fabric.is_global_zero:
+                    save_checkpoint(
+                        folder / "checkpoint.pt",
+                        {"model": distiller.state_dict(), "optimizer": optimizer.state_dict(), "state": state},
+                    )
+                last_save = time.monotonic()
+    return state
+
+
+def accumulate_gradients(
+    fabric: Fabric, module: nn.Module, teacher: nn.Module | None, batches: list[Batch], schedule: Schedule
+) -> dict[str, Tensor]:
+    """Losses and gradient of one optimizer step, as if all its micro-batches and processes were one batch."""
+    boxes = torch.tensor(float(sum(sum(batch.targets.counts) for batch in batches)))
+    boxes = max(fabric.all_reduce(boxes, reduce_op="sum").item(), 1.0)
+    parts: dict[str, Tensor] = {}
+    for i, batch in enumerate(batches):
+        pixels = fabric.to_device(batch.pixels).contiguous(memory_format=torch.channels_last)
+        padding = fabric.to_device(batch.padding)
+        targets = replace(batch.targets.to(fabric.device), step_boxes=boxes, step_images=float(schedule.batch))
+        seen = None
+        if teacher is not None:
+            with torch.no_grad(), fabric.autocast():
+                (seen,) = teacher.decode(teacher.encode(pixels, padding))
+        with fabric.no_backward_sync(module, enabled=i < len(batches) - 1):
+            losses = module(pixels, padding, targets, seen)
+            # Processes average their gradients; the normalisers already count all of them.
+            fabric.backward(torch.stack([value.sum() for value in losses.values()]).sum() * fabric.world_size)
+        for name, value in losses.items():
+            parts[name] = parts.get(name, 0) + value.detach().sum()
+    return parts
+
+
+def to_host(fabric: Fabric, parts: dict[str, Tensor], norm: Tensor) -> dict[str, float]:
+    """All loss parts, summed over processes, and the gradient norm, in one transfer."""
+    packed = fabric.all_reduce(torch.stack(list(parts.values())), reduce_op="sum")
+    return dict(zip([*parts, "gradient norm"], torch.cat((packed, norm[None].to(packed))).tolist(), strict=True))
+
+
+def refuse_non_finite(values: dict[str, float], step: int, images: list[int]) -> None:
+    """Raise NonFiniteError if any value is NaN or infinite."""
+    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if bad:
+        raise NonFiniteError(
+            f"step {step}, images {images}: {', '.join(f'{name} is {value}' for name, value in bad.items())}; {NO_STEP}"
+        )
+
+
+def make_optimizer(distiller: Distiller, schedule: Schedule) -> torch.optim.AdamW:
+    """AdamW with the DETRs' groups: backbone, sampling offsets and reference points, the rest (adapters too)."""
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in distiller.named_parameters():
+        if parameter.requires_grad:
+            factor = 1.0
+            if ".backbone." in f".{name}":
+                factor = schedule.backbone_lr
+            elif "sampling_offsets" in name or "reference_points" in name:
+                factor = schedule.sampling_lr
+            groups.setdefault(factor, []).append(parameter)
+    settings = [{"params": parameters, "factor": factor, "lr": schedule.lr * factor} for factor, parameters in groups.items()]
+    return torch.optim.AdamW(settings, weight_decay=schedule.weight_decay, fused=True)
+
+
+def lr_factor(schedule: Schedule, step: int, total: int) -> float:
+    """Part of the learning rate at `step` (from 1): linear warm-up, then steps to a tenth, or a cosine to zero."""
+    warm = min(1.0, step / (schedule.warmup + 1)) if schedule.warmup else 1.0
+    progress = (step - 1) / total
+    if schedule.decay == "cosine":
+        return warm * 0.5 * (1 + math.cos(math.pi * progress))
+    return warm * 0.1 ** sum(progress >= drop for drop in schedule.drops)
+
