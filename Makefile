@@ -32,13 +32,13 @@ help:
 # An interpreter that does not start (its Python was removed or replaced) cannot be mended, only made again.
 setup:
 	@if [ -e $(VENV) ] && ! $(BIN)/python -c '' >/dev/null 2>&1; then echo "$(VENV) is broken, making it again"; rm -rf $(VENV); fi
-	@$(MAKE) --no-print-directory $(STAMP)
+	@$(MAKE) --no-print-directory --silent $(STAMP)
 
 # The stamp is written last. A setup that was killed leaves $(UNFINISHED), and the next one starts from nothing, since a package
 # may lie in .venv by half; what was downloaded is in pip's cache. The process id inside tells a dead setup from a living one.
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo missing);" \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo missing);" \
 	    "install one and name it: make setup PYTHON=python3.12" >&2; exit 1; }
 	@if [ -e $(UNFINISHED) ]; then \
 	  if kill -0 "$$(cat $(UNFINISHED))" 2>/dev/null; then \
@@ -56,7 +56,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 # Snakemake's lock outlives a killed snakemake. Running without a lock would let two of them delete each other's unfinished files, so
-# the process id of the owner is kept: a living owner is respected, a dead one's lock is removed.
+# the process id of the owner is kept, also when a signal ends it: a living owner is respected, a dead one's lock is removed.
 OWNER := .snakemake/owner
 SNAKEMAKE := $(BIN)/snakemake --snakefile workflow/Snakefile --config preset=$(PRESET) seeds="$(SEEDS)"
 
@@ -66,7 +66,7 @@ reproduce: setup
 	    echo "error: another 'make reproduce' is running here (process $$(cat $(OWNER))); wait for it, or end it" >&2; exit 1; fi; \
 	  $(SNAKEMAKE) --unlock --quiet && rm -f $(OWNER) || exit 1; fi; \
 	sh -c 'echo $$$$ > $(OWNER); exec $(SNAKEMAKE) --cores $(CORES) --rerun-incomplete --keep-going $(if $(DRY),--dry-run) $(ARGS)'; \
-	status=$$?; rm -f $(OWNER); exit $$status
+	status=$$?; if [ $$status -lt 128 ]; then rm -f $(OWNER); fi; exit $$status
 
 report: setup
 	$(BIN)/detrdistill report --preset $(PRESET) $(ARGS)

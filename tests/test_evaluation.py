@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
+from detrdistill.data.coco import Category
 from detrdistill.errors import InputError, NonFiniteError
+from detrdistill.models.outputs import DetectorOutput
 from detrdistill.training.evaluation import METRICS, coco_metrics, detections, evaluate
 
 CATEGORIES = [1, 3, 7, 18, 44, 90]
@@ -113,3 +116,72 @@ def test_detections_are_the_best_pairs_of_query_and_class_in_pixels() -> None:
     expected = torch.tensor([[0.0, 0, 100, 100], [-20, 25, 220, 75], [-20, 25, 220, 75]])
     torch.testing.assert_close(found["boxes"], expected)
     assert len(detections(logits, boxes, torch.tensor([[100, 200]]))[0]["scores"]) == 6
+
+
+class Data(list):
+    """What evaluation asks of a dataset: two images of different size with an object or two each, ids with gaps."""
+
+    def __init__(self) -> None:
+        sizes, boxes = [(40, 60), (50, 30)], [[[0.5, 0.5, 0.4, 0.6]], [[0.3, 0.4, 0.5, 0.5], [0.7, 0.7, 0.3, 0.2]]]
+        labels, annotations = [[1], [0, 1]], []
+        self.categories = [Category(0, 4, "cat"), Category(1, 9, "dog")]
+        for i, (height, width) in enumerate(sizes):
+            where = {"image_id": 20 + i, "size": (height, width), "original_size": (2 * height, 2 * width)}
+            target = {"labels": torch.tensor(labels[i]), "boxes": torch.tensor(boxes[i])} | where
+            self.append((torch.full((3, height, width), float(i)), target))
+            for label, (cx, cy, w, h) in zip(labels[i], boxes[i], strict=True):
+                box = [2 * width * (cx - w / 2), 2 * height * (cy - h / 2), 2 * width * w, 2 * height * h]
+                one = {"id": len(annotations) + 1, "image_id": 20 + i, "category_id": self.categories[label].id}
+                annotations.append(one | {"bbox": box, "area": box[2] * box[3], "iscrowd": 0})
+        images = [{"id": 20 + i, "height": 2 * height, "width": 2 * width} for i, (height, width) in enumerate(sizes)]
+        categories = [{"id": category.id, "name": category.name} for category in self.categories]
+        self.coco = SimpleNamespace(dataset={"images": images, "annotations": annotations, "categories": categories})
+
+
+class KnowsAll(nn.Module):
+    """A detector that knows each image by its colour, and its objects by heart."""
+
+    def __init__(self, data: Data, classes: int = 2, broken: int | None = None) -> None:
+        super().__init__()
+        self.data, self.classes, self.broken = data, classes, broken
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def encode(self, pixels: torch.Tensor, padding: torch.Tensor) -> list[int]:
+        assert not self.training and not torch.is_grad_enabled() and padding.shape == pixels[:, 0].shape
+        return pixels[:, 0, 0, 0].int().tolist()
+
+    def queries(self, memory: list[int]) -> int:
+        return 2
+
+    def decode(self, memory: list[int], queries: int) -> list[DetectorOutput]:
+        logits, boxes = torch.full((1, len(memory), queries, self.classes), -9.0), torch.full((1, len(memory), queries, 4), 0.1)
+        for i, image in enumerate(memory):
+            target = self.data[image][1]
+            for query, (label, box) in enumerate(zip(target["labels"], target["boxes"], strict=True)):
+                logits[0, i, query, label], boxes[0, i, query] = 5.0, box
+            if image == self.broken:
+                boxes[0, i, 0, 0] = math.nan
+        # An earlier stage that is wrong must not count.
+        return [DetectorOutput(torch.cat([-logits, logits]), torch.cat([boxes, boxes]) + self.bias, boxes, [], [])]
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluate_measures_the_last_stage_and_leaves_the_mode_alone(batch: int, training: bool) -> None:
+    detector = KnowsAll(Data()).train(training)
+    metrics = evaluate(detector, detector.data, batch=batch)
+    assert metrics["AP"] == pytest.approx(100) and metrics["ARm"] == pytest.approx(100)
+    assert detector.training is training
+
+
+def test_a_non_finite_prediction_stops_and_names_its_image() -> None:
+    detector = KnowsAll(Data(), broken=1)
+    with pytest.raises(NonFiniteError, match=r"image ids 21 are NaN or infinite"):
+        evaluate(detector, detector.data, batch=2)
+    assert detector.training
+
+
+def test_another_number_of_classes_is_refused() -> None:
+    detector = KnowsAll(Data(), classes=3)
+    with pytest.raises(InputError, match="knows 3 classes, the data has 2"):
+        evaluate(detector, detector.data, batch=2)

@@ -32,8 +32,16 @@ MOST_OBJECTS = 8
 MOST_OVERLAP = 0.25  # of the smaller of two boxes
 CONTRAST = 80  # least distance of ink and ground in luminance, of 255
 LICENCES = [
-    {"id": 1, "name": "Creative Commons Attribution 4.0 (UCI Optical Recognition of Handwritten Digits)", "url": "https://archive.ics.uci.edu/dataset/80"},
-    {"id": 2, "name": "CC0 or public domain (photographs, see README.md)", "url": "https://scikit-image.org/docs/stable/api/skimage.data.html"},
+    {
+        "id": 1,
+        "name": "Creative Commons Attribution 4.0 (UCI Optical Recognition of Handwritten Digits)",
+        "url": "https://archive.ics.uci.edu/dataset/80",
+    },
+    {
+        "id": 2,
+        "name": "CC0 or public domain (photographs, see README.md)",
+        "url": "https://scikit-image.org/docs/stable/api/skimage.data.html",
+    },
 ]
 # split -> photograph in the scikit-image wheel -> (start of the file's SHA-256, licence as scikit-image states it). PNG only: JPEG
 # decoders differ by a grey level. rocket.jpg, retina.jpg and hubble_deep_field.jpg are left out for that, and the Middlebury
@@ -226,9 +234,9 @@ Made by detrdistill from `{spec.model_dump_json()}` (revision {REVISION} of the 
 
 Images are {spec.size} x {spec.size} RGB PNG with 1 to {MOST_OBJECTS} objects of 10 classes, `0` to `9`, category ids 1 to 10. Digits are
 {spec.size * 12 // 96} to {spec.size * 48 // 96} pixels high before they are cropped to their ink and overlap at most a quarter of the
-smaller box. Boxes are tight around the ink; `area` is the box's; no crowds, no masks. `sample` of an annotation is the digit's index in scikit-learn, `photo` of an
-image the file in scikit-image, `sha256` the hash of its decoded RGB bytes. No digit sample and no photograph is in both splits,
-whatever the seed. `sha256sum -c SHA256SUMS` checks every file.
+smaller box. Boxes are tight around the ink; `area` is the box's; no crowds, no masks. `sample` of an annotation is the
+digit's index in scikit-learn, `photo` of an image the file in scikit-image, `sha256` the hash of its decoded RGB bytes.
+No digit sample and no photograph is in both splits, whatever the seed. `sha256sum -c SHA256SUMS` checks every file.
 
 **Digits**: scikit-learn's copy of the test set of UCI Optical Recognition of Handwritten Digits (E. Alpaydin, C. Kaynak, 1998),
 8 x 8 pixels, CC BY 4.0.

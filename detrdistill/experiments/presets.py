@@ -64,7 +64,6 @@ def quick() -> Preset:
         data=Digits(size=96, train=4000, val=400),
         resize=Resize(train="jitter", short=96, long=96),
         schedule=Schedule(steps=600, batch=16, lr=1e-3, backbone_lr=1.0, warmup=30, decay="cosine", clip_norm=1.0, evaluations=6),
-        precision="bf16",
     )
     teacher = student.replace(backbone=thin(24, 1, 1, 2, 1, steps=600), **{"schedule.steps": 2400})
     return Preset("quick", teacher, student, DETRDistill(), floor=45.0)
@@ -80,7 +79,6 @@ def smoke() -> Preset:
         "schedule": Schedule(steps=6, batch=4, lr=1e-3, backbone_lr=1.0, decay="cosine", evaluations=2),
         "dim": 32,
         "decoder_layers": 2,
-        "precision": "fp32",
     }
     student = base.student.replace(**tiny)
     return Preset("smoke", student.replace(seed=1), student, base.method, floor=-1.0)

@@ -3,6 +3,7 @@
 import os
 import resource
 import sys
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from detrdistill.data.coco import CocoDataset, data_hash, open_dataset
+from detrdistill.data.transforms import build_transform
 from detrdistill.distill.distiller import build_distiller
 from detrdistill.errors import InputError
 from detrdistill.experiments.recipes import CropRecipe, Digits, Folder, Recipe, run_id
@@ -83,7 +85,7 @@ def data_cache() -> Path:
 
 def open_split(recipe: Recipe, split: str) -> CocoDataset:
     """The recipe's training or validation images, prepared as the recipe says."""
-    return open_dataset(recipe.data, split, data_cache(), recipe.resize)
+    return open_dataset(recipe.data, split, data_cache(), build_transform(recipe.resize, train=split == "train"))
 
 
 def load_detector(recipe: Recipe, store: Store, dataset: CocoDataset) -> nn.Module:
@@ -129,7 +131,8 @@ def make_fabric(device: str, precision: str) -> Fabric:
 
 
 def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool) -> None:
-    train_set, val_set = (open_dataset(recipe.data, split, data_cache()) for split in ("train", "val"))
+    # Crops are cut from the images as they are: the transform is never applied.
+    train_set, val_set = (open_dataset(recipe.data, split, data_cache(), transform=None) for split in ("train", "val"))
     watch = _Watch(fabric)
     model, accuracy = train_on_crops(fabric, train_set, val_set, recipe, progress=progress)
     save_weights(store.weights(recipe), model, {"run": run_id(recipe)})
@@ -211,9 +214,8 @@ def category_names(dataset: CocoDataset) -> str:
 
 
 def _evaluate_once(fabric: Fabric, detector: nn.Module, dataset: CocoDataset, recipe: Recipe) -> dict[str, float | None]:
-    """Evaluate in one process and tell the others."""
-    with fabric.autocast():
-        metrics = evaluate(detector, dataset, batch=recipe.schedule.batch, device=fabric.device) if fabric.is_global_zero else None
+    """Evaluate in one process, in full precision, and tell the others."""
+    metrics = evaluate(detector, dataset, batch=recipe.schedule.batch, device=fabric.device) if fabric.is_global_zero else None
     return fabric.broadcast(metrics)
 
 
@@ -234,8 +236,6 @@ class _Watch:
     """Wall time and peak memory of a run."""
 
     def __init__(self, fabric: Fabric) -> None:
-        import time
-
         self._clock, self._device = time.monotonic, fabric.device
         self._start = self._clock()
         if self._device.type == "cuda":

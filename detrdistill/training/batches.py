@@ -1,10 +1,9 @@
 """Which images an optimizer step sees: a pure function of seed and step, so that runs resume exactly and share out exactly."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from detrdistill.data.coco import Batch, CocoDataset, collate
 
@@ -44,19 +43,9 @@ class Draws(Sequence[list[tuple[int, int]]]):
         return int(self._order[place])
 
 
-class _Augmented(Dataset):
-    """Images by (index, seed)."""
-
-    def __init__(self, dataset: CocoDataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, draw: tuple[int, int]) -> Any:
-        return self.dataset.sample(*draw)
-
-
 def micro_batches(dataset: CocoDataset, draws: Draws, workers: int) -> Iterator[list[Batch]]:
     """The micro-batches of each optimizer step in turn."""
-    loader = iter(DataLoader(_Augmented(dataset), batch_sampler=draws, collate_fn=collate, num_workers=workers))
+    loader = iter(DataLoader(dataset, batch_sampler=draws, collate_fn=collate, num_workers=workers))
     while True:
         step = [batch for _, batch in zip(range(draws.accumulate), loader, strict=False)]
         if not step:

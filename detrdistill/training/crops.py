@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, UInt8
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import normalize
 from tqdm.auto import tqdm
 
 from detrdistill.data.coco import CocoDataset
 from detrdistill.data.crops import object_crops
-from detrdistill.data.transforms import normalise
+from detrdistill.data.transforms import MEAN, STD
 from detrdistill.errors import NonFiniteError
 from detrdistill.experiments.recipes import CropRecipe
 from detrdistill.models.backbones import classifier
@@ -59,4 +60,5 @@ def accuracy(fabric: Fabric, model: nn.Module, images: UInt8[Tensor, "N 3 H W"],
 
 
 def prepared(fabric: Fabric, crops: UInt8[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 H W"]:
-    return fabric.to_device(normalise(crops)).contiguous(memory_format=torch.channels_last)
+    images = normalize(fabric.to_device(crops).float() / 255, list(MEAN), list(STD))
+    return images.contiguous(memory_format=torch.channels_last)

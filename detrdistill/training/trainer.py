@@ -47,8 +47,8 @@ def train(
         NonFiniteError: a loss part or the gradient is NaN or infinite; raised before the optimizer step, naming step, images, part.
     """
     schedule, total = recipe.schedule, recipe.schedule.total_steps(len(dataset))
-    module, optimizer = fabric.setup(distiller, make_optimizer(distiller, schedule))
     distiller.to(memory_format=torch.channels_last)
+    module, optimizer = fabric.setup(distiller, make_optimizer(distiller, schedule))
     saved = load_checkpoint(folder / "checkpoint.pt")
     state = {"step": 0, "curve": [], "seconds": 0.0, "resumed": 0}
     if saved is not None:

@@ -245,7 +245,9 @@ class Channels(nn.Module):
         self.channels = channels
 
 
-def build(backbone: nn.Module, oracle: Oracle, dim: int, heads: int, ffn: int, levels: int, encoder_points: int, points: int) -> DeformableDETR:
+def build(
+    backbone: nn.Module, oracle: Oracle, dim: int, heads: int, ffn: int, levels: int, encoder_points: int, points: int
+) -> DeformableDETR:
     """The detector of an oracle, in evaluation mode, loaded strictly from the official parameters."""
     config = oracle.config
     form = "two_stage" if config["two_stage"] else "box_refine" if config["with_box_refine"] else "plain"
