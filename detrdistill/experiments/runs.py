@@ -12,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from detrdistill.data.coco import CocoDataset, data_hash, open_dataset
+from detrdistill.data.coco import CocoDataset, data_hash, open_dataset, require_same_categories
 from detrdistill.data.transforms import build_transform
 from detrdistill.distill.distiller import build_distiller
 from detrdistill.errors import InputError
@@ -151,6 +151,7 @@ def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool)
 
 def _run_detector(fabric: Fabric, recipe: Recipe, store: Store, records: dict[str, Record], workers: int, progress: bool) -> None:
     train_set, val_set = open_split(recipe, "train"), open_split(recipe, "val")
+    require_same_categories(train_set, val_set)
     if recipe.schedule.batch % (recipe.schedule.accumulate * fabric.world_size):
         raise InputError(
             f"schedule.batch {recipe.schedule.batch} cannot be shared among {fabric.world_size} processes "

@@ -1,0 +1,112 @@
+"""The `detrdistill` command. Faults of the user's input are one line on standard error and exit code 2."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from detrdistill.errors import InputError, NonFiniteError
+
+Row = Annotated[str, tyro.conf.arg(help="teacher, student, detrdistill, or the id of a run")]
+
+
+def train(
+    preset: tyro.conf.Positional[str],
+    row: tyro.conf.Positional[Row],
+    /,
+    seed: int = 0,
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    data: Path | None = None,
+    results: Path | None = None,
+    device: str = "auto",
+    workers: int = 0,
+) -> None:
+    """Train one row of a preset's tables, and what it depends on; nothing is trained twice.
+
+    Args:
+        preset: smoke, quick or coco.
+        row: a setting of the preset, or the id of a run as the batch names it.
+        seed: of the student.
+        set: a field of the recipe and its value, such as schedule.lr=1e-4; may be repeated.
+        data: folder of COCO json and images, instead of the preset's data.
+        results: folder for runs instead of results/<preset>.
+        device: auto, cpu or cuda.
+        workers: processes that load images.
+    """
+    from detrdistill.experiments.presets import get_preset
+    from detrdistill.experiments.runs import run
+    from detrdistill.experiments.store import Store, open_store
+    from detrdistill.experiments.tables import all_runs
+
+    chosen = get_preset(preset)
+    runs = all_runs(chosen, (seed,))
+    recipe = runs[row] if row in runs else chosen.recipe(row, seed)
+    changes = dict(assignment(text) for text in set)
+    if data is not None:
+        folder = {"data": {"name": "folder", "path": data}}
+        changes |= folder | ({"teacher": recipe.teacher.replace(**folder)} if getattr(recipe, "teacher", None) else {})
+    record = run(recipe.replace(**changes), Store(results) if results else open_store(preset), device=device, workers=workers)
+    shown = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items() if value is not None)
+    print(f"{record.id}: {shown}")
+
+
+def check(folder: tyro.conf.Positional[Path], /) -> None:
+    """Validate a data folder of COCO json and images, and list every fault and what would be done about it."""
+    from detrdistill.data.coco import open_dataset, require_same_categories
+    from detrdistill.experiments.recipes import Folder
+    from detrdistill.experiments.runs import data_cache
+
+    splits = {split: open_dataset(Folder(path=folder), split, data_cache(), None) for split in ("train", "val")}
+    require_same_categories(*splits.values())
+    for split, dataset in splits.items():
+        print(f"{split}: {len(dataset)} images, {len(dataset.coco.anns)} objects, {len(dataset.categories)} classes; {dataset.report}")
+
+
+def report(preset: str = "quick", seeds: tuple[int, ...] = (0,)) -> None:
+    """Write tables and figures of a preset again, from its stored records; nothing is trained."""
+    from detrdistill.experiments.report import write_report
+    from detrdistill.experiments.store import open_store
+
+    for path in write_report(preset, seeds, open_store(preset).root):
+        print(path)
+
+
+def notebook(
+    source: tyro.conf.Positional[Path], output: tyro.conf.Positional[Path], /, parameters: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+) -> None:
+    """Execute a notebook with papermill and keep the result only if every cell ran.
+
+    Args:
+        source: the notebook.
+        output: where the executed notebook goes; written when it is complete.
+        parameters: name=value for its parameters cell; may be repeated.
+    """
+    from detrdistill.experiments.notebooks import execute
+
+    execute(source, output, dict(assignment(text) for text in parameters))
+
+
+def assignment(text: str) -> tuple[str, str]:
+    """Split "name=value".
+
+    Raises:
+        InputError: there is no "=".
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise InputError(f"'{text}' is not of the form name=value")
+    return name.strip(), value.strip()
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    commands = {"train": train, "check": check, "report": report, "notebook": notebook}
+    try:
+        tyro.extras.subcommand_cli_from_dict(commands, prog="detrdistill", description=__doc__)
+    except (InputError, NonFiniteError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

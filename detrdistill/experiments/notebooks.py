@@ -1,0 +1,69 @@
+"""Executing notebooks in the batch: parameters are checked first, and success is read off the executed cells."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import yaml
+
+from detrdistill.errors import InputError
+from detrdistill.files import make_folder
+
+
+def execute(source: Path, output: Path, parameters: dict[str, str], timeout: float | None = None) -> None:
+    """Run `source` with papermill in a process of its own, and move it to `output` when every cell has run.
+
+    A notebook that failed is kept beside it as `<name>.failed.ipynb`.
+
+    Raises:
+        InputError: unknown parameters, before anything runs; or the notebook did not run to its end.
+    """
+    if not source.exists():
+        raise InputError(f"notebook {source}: no such file")
+    known = papermill.inspect_notebook(str(source))
+    if unknown := sorted(parameters.keys() - known.keys()):
+        raise InputError(f"notebook {source}: unknown parameters {', '.join(unknown)}; it has {', '.join(known)}")
+    failed = output.with_suffix(".failed.ipynb")
+    failed.unlink(missing_ok=True)
+    running = make_folder(output.parent) / f".{output.stem}.{os.getpid()}.ipynb"
+    given = yaml.safe_dump({name: literal(value) for name, value in parameters.items()})
+    command = [sys.executable, "-m", "papermill", str(source), str(running), "-y", given, "--cwd", str(source.parent), "--no-progress-bar"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        fault = f"papermill ended with code {done.returncode}: {last_line(done.stderr)}" if done.returncode else unfinished(running)
+        if fault is None:
+            running.replace(output)
+            return
+        if running.exists():
+            running.replace(failed)
+        raise InputError(f"notebook {source} failed: {fault}; see {failed}")
+    finally:
+        running.unlink(missing_ok=True)
+
+
+def unfinished(path: Path) -> str | None:
+    """What is wrong with an executed notebook, by its cells: papermill's own metadata calls killed notebooks complete."""
+    for number, cell in enumerate(nbformat.read(path, as_version=4).cells, start=1):
+        if cell.cell_type == "code" and cell.source.strip():
+            if any(output.output_type == "error" for output in cell.outputs):
+                return f"cell {number} raised an error"
+            if cell.execution_count is None:
+                return f"cell {number} was never run"
+    return None
+
+
+def literal(text: str) -> object:
+    """The Python value that `text` writes, or the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def last_line(text: str) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1][:300] if lines else "no message"

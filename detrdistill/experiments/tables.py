@@ -1,0 +1,334 @@
+"""Which runs make which table, and the tables themselves: pure functions of stored records. No torch here.
+
+A table is made in three steps: `collect` reads a line a run, `summarise` turns these into a line a row (means, intervals, gains,
+status), `cells` into text. A run without a record is "not run" in every form, never blank and never zero.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.special import stdtrit
+
+from detrdistill.errors import InputError
+from detrdistill.experiments.presets import SETTINGS, Preset
+from detrdistill.experiments.published import published, published_value
+from detrdistill.experiments.recipes import Digits, Folder, Recipe, run_id
+from detrdistill.experiments.store import Record, Store, read_record
+from detrdistill.files import write_text
+
+DETECTORS = {"deformable_detr": "Deformable DETR", "conditional_detr": "Conditional DETR", "adamixer": "AdaMixer"}
+TITLES = {"teacher": "Teacher", "student": "Student", "detrdistill": "DETRDistill", "fitnet": "FitNet", "fgd": "FGD", "mgd": "MGD"}
+IN_PAPER = TITLES | {"detrdistill": "Ours"}
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+NOT_RUN, NO_OBJECTS = "not run", "n/a"
+REPRODUCED_WITHIN = 0.5  # AP
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: the same setting under several seeds."""
+
+    detector: str
+    setting: str
+    recipes: Mapping[int, Recipe]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Runs to compare.
+
+    Attributes:
+        published: the paper's table that these rows stand beside.
+        measured_on: data and image size, in words.
+    """
+
+    name: str
+    preset: str
+    published: str
+    measured_on: str
+    rows: tuple[Row, ...]
+
+
+def main_results(preset: Preset, seeds: Sequence[int]) -> Table:
+    """Table 3: teacher, student and distilled students with equally many stages.
+
+    Raises:
+        InputError: no seeds.
+    """
+    if not seeds:
+        raise InputError("no seeds given; name at least one, such as 0")
+    rows = []
+    for setting in SETTINGS:
+        recipes = [preset.recipe(setting, seed) for seed in seeds]
+        # By the recipe's own seed: the teacher is one and the same for all seeds, so it is one run.
+        rows.append(Row(DETECTORS[recipes[0].detector], setting, {recipe.seed: recipe for recipe in recipes}))
+    return Table("main_results", preset.name, "table3", measured_on(preset), tuple(rows))
+
+
+def measured_on(preset: Preset) -> str:
+    """Data and image size of a preset, and whether that is COCO."""
+    data = preset.student.data
+    if isinstance(data, Digits):
+        name = f"embedded digits, {data.size} px"
+    else:
+        name = f"folder {data.path.name}, shorter side {preset.student.resize.short} px"
+    return name if preset.name == "coco" else f"{name}; not a COCO result"
+
+
+def collect(table: Table, store: Store) -> pd.DataFrame:
+    """A line a run: table, preset, detector, setting, seed, run, the twelve numbers, status ("measured" or "not run"), provenance.
+
+    Raises:
+        InputError: a record was edited, or the records do not belong together (other data, or another teacher than the table's).
+    """
+    lines, records = [], []
+    for row in table.rows:
+        for seed, recipe in row.recipes.items():
+            record = find(store, recipe)
+            line = {"table": table.name, "preset": table.preset, "detector": row.detector, "setting": row.setting, "seed": seed}
+            line |= {"run": record.id if record else run_id(recipe)}
+            line |= {name: _nan(record and record.metrics[name]) for name in METRICS}
+            line |= {"status": "measured" if record else NOT_RUN}
+            about = record.provenance if record else {}
+            records += [record] if record else []
+            line |= {"measured_on": table.measured_on, "data_sha256": about.get("data_sha256"), "commit": about.get("commit")}
+            lines.append(line)
+    refuse_mixed(records)
+    return pd.DataFrame(lines)
+
+
+def find(store: Store, recipe: Recipe) -> Record | None:
+    """The record of a recipe; a data folder's content, which names such a run, is taken from the record and not from the folder.
+
+    Raises:
+        InputError: a record was edited or lies in another run's folder, or there are runs on several versions of the data.
+    """
+    wanted = any_content(recipe)
+    paths = sorted((store.root / "runs").glob(f"{recipe.title}-{'[0-9a-f]' * 8}/record.json"))
+    if not isinstance(recipe.data, Folder):
+        paths = [path for path in paths if path.parent.name == run_id(recipe)]
+    found = []
+    for path in paths:
+        record = read_record(path)
+        if not path.parent.name == record.id == run_id(record.recipe):
+            raise InputError(f"record {path} is that of run {record.id}; a record belongs in the folder of its own run")
+        if run_id(any_content(record.recipe)) == run_id(wanted):
+            found.append(record)
+    if len(found) > 1:
+        ids = ", ".join(record.id for record in found)
+        raise InputError(f"runs {ids} differ only in the content of their data; keep one of them in {store.root}")
+    return found[0] if found else None
+
+
+def any_content(recipe: Recipe) -> Recipe:
+    """The recipe with its data folder's place and hash blotted out, so that runs on whatever content compare equal."""
+    if not isinstance(recipe.data, Folder):
+        return recipe
+    return recipe.replace(data=recipe.data.replace(sha256="any"), teacher=recipe.teacher and any_content(recipe.teacher))
+
+
+def refuse_mixed(records: Sequence[Record]) -> None:
+    """Raise InputError unless all records saw the same data and those of distilled students the same teacher as is in the table."""
+    if not records:
+        return
+    first, weights = records[0], {record.id: record.provenance["weights_sha256"] for record in records}
+    for record in records:
+        ours, theirs = first.provenance["data_sha256"], record.provenance["data_sha256"]
+        if ours != theirs:
+            raise InputError(
+                f"runs {first.id} and {record.id} were measured on different data ({ours[:8]} and {theirs[:8]}); "
+                "a table compares runs on one data set: delete the folder of the outdated one and run it again"
+            )
+        for name, parent in record.parents.items():
+            if weights.get(parent["run"], parent["weights_sha256"]) != parent["weights_sha256"]:
+                raise InputError(
+                    f"run {record.id} used another {name} than {parent['run']} as it is now; delete its folder and run it again"
+                )
+
+
+def summarise(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
+    """A line a row: mean over seeds, half of the 95 % t-interval, gain over the student paired by seed, published values, status.
+
+    `frame` is what `collect` gave for this table.
+
+    Raises:
+        InputError: the frame holds lines of another table or preset.
+    """
+    ours, held = f"{table.name} of preset {table.preset}", set(frame["table"] + " of preset " + frame["preset"])
+    if held != {ours}:
+        raise InputError(f"table {ours} must not be mixed with {', '.join(sorted(held - {ours}))}")
+    paper = published(table.published)
+    lines = []
+    for row in table.rows:
+        of_detector = frame[frame["detector"] == row.detector].set_index("seed")
+        runs = of_detector[of_detector["setting"] == row.setting]
+        plain = of_detector[of_detector["setting"] == "student"]
+        distilled = row.setting not in ("teacher", "student")
+        ap, ap_half = mean_and_half(runs["AP"])
+        gain, gain_half = mean_and_half(runs["AP"] - plain["AP"]) if distilled else (math.nan, math.nan)
+        name = f"{row.detector} / {IN_PAPER[row.setting]}"
+        line = {"detector": row.detector, "setting": row.setting, "AP": ap, "AP_half": ap_half, "gain": gain, "gain_half": gain_half}
+        line |= {size: mean_and_half(runs[size])[0] for size in ("APs", "APm", "APl")}
+        line |= {"published_AP": published_value(paper, name, "AP"), "published_gain": published_value(paper, name, "gain")}
+        line |= {"measured_on": table.measured_on, "seeds": int(runs["AP"].notna().sum()), "seeds_wanted": len(row.recipes)}
+        lines.append(line | {"status": status(line, coco=table.preset == "coco")})
+    return pd.DataFrame(lines)
+
+
+def mean_and_half(values: pd.Series) -> tuple[float, float]:
+    """Mean of what is there, and half the width of its 95 % t-interval (NaN for fewer than two values)."""
+    values = values.dropna().to_numpy(float)
+    if len(values) < 2:
+        return (float(values[0]) if len(values) else math.nan), math.nan
+    return float(values.mean()), float(stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / math.sqrt(len(values)))
+
+
+def status(line: Mapping[str, float | str], *, coco: bool) -> str:
+    """What may be said of a row, in one word or two.
+
+    On COCO itself "reproduced" within 0.5 AP. Otherwise what the gain over the student says: "same direction" (its interval
+    excludes 0, with the published sign), "within noise" (it includes 0), "differs"; "one seed" where there is no interval.
+    "measured" where there is nothing to compare, as for teacher and student off COCO.
+    """
+    if not line["seeds"]:
+        return NOT_RUN
+    away = abs(line["AP"] - line["published_AP"])
+    if coco and away <= REPRODUCED_WITHIN + 1e-9:
+        return "reproduced"
+    if line["setting"] in ("teacher", "student"):
+        if coco and not math.isnan(away):
+            return "differs"
+        return "one seed" if line["setting"] == "student" and line["seeds"] == 1 else "measured"
+    if math.isnan(line["gain_half"]):
+        return "one seed" if line["seeds"] == 1 or not math.isnan(line["gain"]) else "measured"
+    if abs(line["gain"]) <= line["gain_half"]:
+        return "within noise"
+    if math.isnan(line["published_gain"]):
+        return "measured"
+    return "same direction" if line["gain"] * line["published_gain"] > 0 else "differs"
+
+
+def cells(summary: pd.DataFrame) -> pd.DataFrame:
+    """The table as text, in the order of the paper's columns, ours and theirs apart."""
+    lines = []
+    for line in summary.to_dict("records"):
+        distilled, empty = line["setting"] not in ("teacher", "student"), NO_OBJECTS if line["seeds"] else NOT_RUN
+        lines.append(
+            {
+                "Detector": line["detector"],
+                "Setting": TITLES[line["setting"]],
+                "AP": _number(line["AP"], empty, half=line["AP_half"]),
+                "Gain": _gain(line) if distilled else "-",
+                "APs": _number(line["APs"], empty),
+                "APm": _number(line["APm"], empty),
+                "APl": _number(line["APl"], empty),
+                "Published AP": _number(line["published_AP"], "not found"),
+                "Published gain": _number(line["published_gain"], "not found", "+.1f") if distilled else "-",
+                "Measured on": line["measured_on"],
+                "Seeds": f"{line['seeds']} of {line['seeds_wanted']}",
+                "Status": line["status"],
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def _number(value: float, empty: str, form: str = ".1f", half: float = math.nan) -> str:
+    if math.isnan(value):
+        return empty
+    return format(value, form) + ("" if math.isnan(half) else f" ± {half:.1f}")
+
+
+def _gain(line: Mapping[str, float]) -> str:
+    text = _number(line["gain"], "student not run" if line["seeds"] else NOT_RUN, "+.1f", line["gain_half"])
+    return f"{text} (one seed)" if math.isnan(line["gain_half"]) and not math.isnan(line["gain"]) else text
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def provenance_line(frame: pd.DataFrame) -> str:
+    """What was measured, where and by which code, in one line."""
+    ran = frame[frame["status"] != NOT_RUN]
+    parts = [f"Measured on {frame['measured_on'].iloc[0]}"]
+    if ran.empty:
+        return f"{parts[0]}: {NOT_RUN} yet."
+    commits = sorted({short_commit(commit) for commit in ran["commit"]})
+    parts.append(f"data {ran['data_sha256'].iloc[0][:8]}")
+    parts.append(f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}")
+    seeds = ran.loc[ran["setting"] != "teacher", "seed"].nunique()
+    parts.append(f"{seeds} seed{'s' * (seeds != 1)}")
+    return "; ".join(parts) + "."
+
+
+def short_commit(commit: str | None) -> str:
+    if not isinstance(commit, str):
+        return "unknown"
+    name, plus, changes = commit.partition("+")
+    return name[:8] + plus + changes
+
+
+NOTES = (
+    "± is half of the 95 % t-interval over seeds; gains are over the student of the same seed; n/a: the data has no objects of that size."
+)
+
+
+def write_table(table: Table, frame: pd.DataFrame, folder: Path) -> list[Path]:
+    """Write `<name>.csv` (a line a run), `<name>.md` and `<name>.tex` (a line a row); the same bytes for the same records."""
+    text = cells(summarise(table, frame))
+    beside = table.published.replace("table", "Table ")
+    title = f"{table.name.replace('_', ' ').capitalize()}, preset {table.preset}, beside the paper's {beside}"
+    provenance = f"{provenance_line(frame)} {NOTES}"
+    forms = {"csv": to_csv(frame), "md": to_markdown(text, title, provenance), "tex": to_latex(text, title, provenance)}
+    paths = []
+    for suffix, content in forms.items():
+        paths.append(folder / f"{table.name}.{suffix}")
+        write_text(paths[-1], content)
+    return paths
+
+
+def to_csv(frame: pd.DataFrame) -> str:
+    """Words instead of blanks; pandas reads numbers back with `na_values=["not run", "n/a"]`. Each line carries its own provenance."""
+    filled = frame.astype(object)
+    ran = frame["status"] != NOT_RUN
+    for column in (*METRICS, "data_sha256", "commit"):
+        empty = NO_OBJECTS if column in METRICS else "unknown"
+        filled[column] = np.where(frame[column].notna(), filled[column], np.where(ran, empty, NOT_RUN))
+    return filled.to_csv(index=False, lineterminator="\n")
+
+
+def to_markdown(text: pd.DataFrame, title: str, provenance: str) -> str:
+    line = lambda values: "| " + " | ".join(values) + " |\n"  # noqa: E731
+    rows = "".join(line(values) for values in text.itertuples(index=False))
+    return f"**{title}**\n\n{line(text.columns)}{line(['---'] * len(text.columns))}{rows}\n{provenance}\n"
+
+
+def to_latex(text: pd.DataFrame, title: str, provenance: str) -> str:
+    """A booktabs table with a caption, scaled to the line's width."""
+    line = lambda values: "    " + " & ".join(map(_escape, values)) + r" \\" + "\n"  # noqa: E731
+    body, before = "", None
+    for values in text.itertuples(index=False):
+        body += "    \\midrule\n" if before not in (None, values[0]) else ""
+        body += line(values)
+        before = values[0]
+    return (
+        "% needs \\usepackage{booktabs,graphicx}\n\\begin{table}\n  \\centering\n"
+        f"  \\caption{{{_escape(f'{title}. {provenance}')}}}\n  \\resizebox{{\\linewidth}}{{!}}{{%\n"
+        f"  \\begin{{tabular}}{{{'l' * len(text.columns)}}}\n    \\toprule\n{line(text.columns)}    \\midrule\n{body}    \\bottomrule\n"
+        "  \\end{tabular}}\n\\end{table}\n"
+    )
+
+
+LATEX = {"±": r"$\pm$", "APs": r"AP$_S$", "APm": r"AP$_M$", "APl": r"AP$_L$"}
+
+
+def _escape(text: str) -> str:
+    for character in "%&_#":
+        text = text.replace(character, f"\\{character}")
+    for plain, latex in LATEX.items():
+        text = text.replace(plain, latex)
+    return text

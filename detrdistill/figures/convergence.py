@@ -1,0 +1,56 @@
+"""AP against optimizer steps, a line a setting."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import StrMethodFormatter
+
+from detrdistill.experiments.tables import TITLES, mean_and_half
+from detrdistill.figures import style
+
+Curve = Sequence[Mapping[str, float | None]]
+
+
+def convergence(curves: Mapping[str, Sequence[Curve]], note: str = "") -> Figure:
+    """How fast each setting learns: thick the mean over seeds, thin each seed, the final AP at the line's end.
+
+    The teacher is a level to reach, and not a curve, unless it is all there is: it trains on another schedule.
+
+    Args:
+        curves: for every setting a list over seeds of `Record.curve`; an empty list is shown as "not run".
+    """
+    with style.paper():
+        figure = Figure(figsize=(style.WIDTH, 3.4))
+        axes = figure.subplots()
+        ran = {setting: [_series(curve) for curve in runs] for setting, runs in curves.items() if runs}
+        ends = []
+        for setting, runs in ran.items():
+            colour, title = style.COLOURS.get(setting, style.GREY), TITLES.get(setting, setting)
+            mean = pd.concat(runs, axis=1).dropna().mean(axis=1)
+            final, half = mean_and_half(pd.Series([run.iloc[-1] for run in runs]))
+            text = f"{title} {final:.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
+            if setting == "teacher" and len(ran) > 1:
+                axes.axhline(final, color=colour, linestyle=(0, (5, 3)), linewidth=1.4)
+                text += f"\nafter {mean.index[-1]:,} steps"
+            else:
+                for run in runs if len(runs) > 1 else ():
+                    axes.plot(run.index, run, color=colour, linewidth=0.8, alpha=0.4)
+                axes.plot(mean.index, mean, color=colour, marker="o", markersize=4, label=title)
+            ends.append((final, text, colour))
+        missing = [TITLES.get(setting, setting) for setting, runs in curves.items() if not runs]
+        if not ran:
+            style.not_run(axes)
+        elif missing:
+            axes.text(0.02, 0.97, f"not run: {', '.join(missing)}", transform=axes.transAxes, va="top", color=style.FAINT)
+        axes.set(xlabel="optimizer steps", ylabel="AP (percent)", xlim=(0, None), ylim=(0, 1.06 * axes.get_ylim()[1]))
+        axes.margins(x=0.02)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+        style.label_ends(axes, ends)
+        style.note(figure, note)
+    return figure
+
+
+def _series(curve: Curve) -> pd.Series:
+    return pd.Series({int(point["step"]): math.nan if point["AP"] is None else point["AP"] for point in curve}, dtype=float)

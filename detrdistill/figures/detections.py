@@ -1,0 +1,131 @@
+"""Images with boxes, class names and scores; and what several detectors see on the same images."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib import patheffects
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from detrdistill.experiments.tables import TITLES
+from detrdistill.figures import style
+
+SIZE = 6.5  # points of the labels
+PIXELS = 480  # small images are enlarged to about this side by repeating pixels: crisp in every viewer
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What is on an image, or what a detector says is.
+
+    Attributes:
+        boxes: [N 4], x0 y0 x1 y1 in pixels.
+        names: class names.
+        scores: [N], None for ground truth.
+    """
+
+    boxes: np.ndarray
+    names: Sequence[str]
+    scores: np.ndarray | None = None
+
+    def above(self, score: float) -> "Objects":
+        """Those with at least this score, best first; all of a ground truth."""
+        if self.scores is None:
+            return self
+        kept = [i for i in np.argsort(-self.scores, kind="stable") if self.scores[i] >= score]
+        return Objects(self.boxes[kept], [self.names[i] for i in kept], self.scores[kept])
+
+
+def compare(images: Sequence[np.ndarray], columns: Mapping[str, Sequence[Objects]], note: str = "", *, least_score: float = 0.3) -> Figure:
+    """A row an image, a column a detector: "ground truth" first, then settings such as student, detrdistill, teacher.
+
+    Boxes are dashed where no object of that class lies (IoU with all of them under 0.5, or found already by a better box).
+
+    Args:
+        images: [H W 3], uint8.
+        columns: for every column the objects of each image.
+        least_score: detections below are not drawn.
+    """
+    with style.paper():
+        side = style.WIDTH / len(columns)
+        ratio = max(image.shape[0] / image.shape[1] for image in images)
+        figure = Figure(figsize=(style.WIDTH, side * ratio * len(images) + 0.45))
+        panels = figure.subplots(len(images), len(columns), squeeze=False)
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+        truths = columns.get("ground truth", [None] * len(images))
+        for j, (setting, objects) in enumerate(columns.items()):
+            title = TITLES.get(setting, setting.capitalize())
+            panels[0, j].set_title(title, color=style.COLOURS.get(setting, style.TEXT), fontweight="bold", fontsize=9)
+            for i, image in enumerate(images):
+                draw(panels[i, j], image, objects[i].above(least_score), setting, truths[i])
+        right = f"dashed: no such object there; detections with a score of at least {least_score:g}"
+        style.note(figure, f"{right}. {note}" if note else right)
+    return figure
+
+
+def draw(axes: Axes, image: np.ndarray, objects: Objects, setting: str = "detrdistill", truth: Objects | None = None) -> None:
+    """One image with boxes in the setting's colour, each with a label outside it; dashed where `truth` has no such object."""
+    show_image(axes, image)
+    colour = style.COLOURS.get(setting, style.GREY)
+    right = np.ones(len(objects.boxes), bool) if truth is None or objects.scores is None else hits(objects, truth)
+    labels = list(objects.names)
+    if objects.scores is not None:
+        labels = [f"{name} {score:.2f}" for name, score in zip(objects.names, objects.scores, strict=True)]
+    halo = [patheffects.Stroke(linewidth=2.6, foreground="white"), patheffects.Normal()]
+    for (x0, y0, x1, y1), hit in zip(objects.boxes, right, strict=True):
+        box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.3, linestyle="-" if hit else (0, (2.5, 1.5)))
+        box.set_path_effects(halo)
+        axes.add_patch(box)
+    for (x, y), text in zip(place_labels(axes, image, objects.boxes, labels), labels, strict=True):
+        pad = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
+        axes.text(x, y, text, color="white", fontsize=SIZE, ha="left", va="top", bbox=pad, clip_on=True)
+
+
+def show_image(axes: Axes, image: np.ndarray) -> None:
+    """The image in its own pixel coordinates, pixels visible as squares."""
+    times = max(1, PIXELS // max(image.shape[:2]))
+    height, width = image.shape[:2]
+    axes.imshow(image.repeat(times, 0).repeat(times, 1), extent=(0, width, height, 0), interpolation="nearest")
+    axes.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+
+
+def place_labels(axes: Axes, image: np.ndarray, boxes: np.ndarray, labels: Sequence[str]) -> list[tuple[float, float]]:
+    """Upper left corners of the labels: above, below or beside their boxes, within the image, where they cover least."""
+    height, width = image.shape[:2]
+    area = axes.get_position()
+    inch = min(width / (area.width * axes.figure.get_figwidth()), height / (area.height * axes.figure.get_figheight()))
+    tall, taken, corners = SIZE * 1.45 / 72 * inch, list(boxes), []
+    for (x0, y0, x1, y1), text in zip(boxes, labels, strict=True):
+        wide = (len(text) * 0.62 * SIZE + 3) / 72 * inch
+        places = [(x0, y0 - tall), (x1 - wide, y0 - tall), (x0, y1), (x1 - wide, y1), (x1, y0), (x0 - wide, y0)]
+        places = [(min(max(x, 0), width - wide), min(max(y, 0), height - tall)) for x, y in places]
+        covered = [sum(_overlap((x, y, x + wide, y + tall), box) for box in taken) for x, y in places]
+        x, y = places[int(np.argmin(covered))]
+        taken.append((x, y, x + wide, y + tall))
+        corners.append((float(x), float(y)))
+    return corners
+
+
+def hits(found: Objects, truth: Objects) -> np.ndarray:
+    """Which detections, best first, find an object of their class with IoU 0.5 that none before has found."""
+    free, hit = set(range(len(truth.boxes))), np.zeros(len(found.boxes), bool)
+    for i, (box, name) in enumerate(zip(found.boxes, found.names, strict=True)):
+        ious = {j: _iou(box, truth.boxes[j]) for j in free if truth.names[j] == name}
+        best = max(ious, key=ious.get, default=None)
+        if best is not None and ious[best] >= 0.5:
+            hit[i] = True
+            free.remove(best)
+    return hit
+
+
+def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _iou(a: Sequence[float], b: Sequence[float]) -> float:
+    shared = _overlap(a, b)
+    return shared / max((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared, 1e-12)

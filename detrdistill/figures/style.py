@@ -1,0 +1,120 @@
+"""How all figures look, and how they are saved: fonts readable in print, one colour a setting, the same bytes for the same data."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from detrdistill.files import atomic
+
+WIDTH = 7.2  # inches: two columns of a paper
+
+# seaborn's colour-blind palette, spelled out because importing seaborn takes longer than the rest of a report.
+BLUE, AMBER, GREEN, RED, PINK, BROWN, ROSE, GREY, YELLOW, SKY = (
+    "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9"
+)  # fmt: skip
+COLOURS = {
+    "student": BLUE,
+    "detrdistill": RED,
+    "teacher": GREEN,
+    "fitnet": AMBER,
+    "fgd": PINK,
+    "mgd": SKY,
+    "fkd": BROWN,
+    "fgfi": ROSE,
+    "ground truth": "#222222",
+}
+TEXT, FAINT = "#222222", "#6f6f6f"
+
+STYLE = {
+    "font.family": "DejaVu Sans",  # comes with matplotlib, so it is the same everywhere
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.labelsize": 8.5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "text.color": TEXT,
+    "axes.labelcolor": TEXT,
+    "axes.edgecolor": "#888888",
+    "xtick.color": TEXT,
+    "ytick.color": TEXT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.8,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "pdf.fonttype": 42,  # TrueType: text stays text
+    "svg.hashsalt": "detrdistill",
+}
+
+
+@contextmanager
+def paper() -> Iterator[None]:
+    """Draw in the house style, whatever the user's own matplotlib settings are."""
+    with matplotlib.rc_context():
+        matplotlib.rcParams.update({key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"})
+        matplotlib.rcParams.update(STYLE)
+        yield
+
+
+def save(figure: Figure, stem: Path | str) -> list[Path]:
+    """Write `<stem>.png` (200 dpi) and `<stem>.pdf` (vector), without dates, so that equal figures are equal files."""
+    paths = []
+    for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None, "Creator": None})):
+        paths.append(Path(f"{stem}.{suffix}"))
+        with paper(), atomic(paths[-1]) as temporary:
+            figure.savefig(temporary, format=suffix, dpi=200, metadata=metadata)
+    return paths
+
+
+def note(figure: Figure, text: str) -> None:
+    """Where the figure comes from, small, below everything."""
+    if text:
+        figure.supxlabel(text, x=0.01, ha="left", fontsize=6.5, color=FAINT)
+
+
+def not_run(axes: Axes, text: str = "not run") -> None:
+    """An empty panel that says why it is empty."""
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=FAINT, fontsize=10)
+
+
+def spread(values: Sequence[float], gap: float) -> list[float]:
+    """The values moved apart to at least `gap`, as little as possible, in the same order: for labels at the ends of lines."""
+    order = np.argsort(values, kind="stable")
+    # Distances already kept become plateaus: what remains is the closest non-decreasing sequence.
+    wanted = [[values[i] - rank * gap] for rank, i in enumerate(order)]
+    blocks: list[list[float]] = []
+    for block in wanted:
+        blocks.append(block)
+        while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
+            blocks[-2:] = [blocks[-2] + blocks[-1]]
+    level = [float(np.mean(block)) for block in blocks for _ in block]
+    placed = dict(zip(order.tolist(), (value + rank * gap for rank, value in enumerate(level)), strict=True))
+    return [placed[i] for i in range(len(values))]
+
+
+def label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]], size: float = 8.5) -> None:
+    """Write (height, text, colour) just right of the panel, at that height or as near as the others allow; set the limits first."""
+    height = axes.get_position().height * axes.figure.get_figheight()
+    low, high = axes.get_ylim()
+    gap = size * 1.25 / 72 / height * (high - low)
+    for (_, text, colour), y in zip(labels, spread([label[0] for label in labels], gap), strict=True):
+        axes.annotate(
+            text,
+            (1, y),
+            xycoords=("axes fraction", "data"),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            color=colour,
+            fontsize=size,
+            annotation_clip=False,
+        )
