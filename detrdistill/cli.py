@@ -38,11 +38,9 @@ def train(
     from detrdistill.experiments.presets import get_preset
     from detrdistill.experiments.runs import run
     from detrdistill.experiments.store import Store, open_store
-    from detrdistill.experiments.tables import all_runs
 
     chosen = get_preset(preset)
-    runs = all_runs(chosen, (seed,))
-    recipe = runs[row] if row in runs else chosen.recipe(row, seed)
+    recipe = chosen.runs((seed,)).get(row) or chosen.recipe(row, seed)
     changes = dict(assignment(text) for text in set)
     if data is not None:
         folder = {"data": {"name": "folder", "path": data}}

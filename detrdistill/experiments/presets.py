@@ -3,12 +3,24 @@
 A preset is a teacher and a student; every row of every table is one of the two, or the student under a method.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from detrdistill.errors import InputError
-from detrdistill.experiments.recipes import Backbone, CropTraining, DETRDistill, Digits, Folder, Recipe, Resize, Schedule
+from detrdistill.experiments.recipes import (
+    Backbone,
+    CropRecipe,
+    CropTraining,
+    DETRDistill,
+    Digits,
+    Folder,
+    Recipe,
+    Resize,
+    Schedule,
+    parents,
+    run_id,
+)
 
 SETTINGS = ("teacher", "student", "detrdistill")
 
@@ -42,16 +54,26 @@ class Preset:
             return self.student.replace(seed=seed, methods=(self.method,), teacher=self.teacher, teacher_floor=self.floor)
         raise InputError(f"setting '{setting}' is unknown; known: {', '.join(SETTINGS)}")
 
+    def runs(self, seeds: Sequence[int]) -> dict[str, Recipe | CropRecipe]:
+        """All runs of the tables by id, those that others depend on included."""
+        waiting: list[Recipe | CropRecipe] = [self.recipe(setting, seed) for setting in SETTINGS for seed in seeds]
+        found: dict[str, Recipe | CropRecipe] = {}
+        while waiting:
+            recipe = waiting.pop(0)
+            found[run_id(recipe)] = recipe
+            waiting += parents(recipe).values()
+        return found
+
 
 def thin(width: int, *blocks: int, steps: int) -> Backbone:
-    return Backbone(name="thin_resnet", width=width, blocks=blocks, weights="crops", crops=CropTraining(steps=steps))
+    return Backbone(name="thin_resnet", width=width, blocks=blocks, weights="crops", crops=CropTraining(steps=steps, lr=1e-2, weight_decay=0.05))
 
 
 def quick() -> Preset:
     """The README's main job. Two cores, under 8 minutes with the stored teacher."""
     student = Recipe(
         form="box_refine",
-        backbone=thin(16, 1, 1, 1, 1, steps=400),
+        backbone=thin(16, 1, 1, 1, 1, steps=1500),
         dim=64,
         heads=4,
         ffn=256,
@@ -63,9 +85,9 @@ def quick() -> Preset:
         dropout=0.0,
         data=Digits(size=96, train=4000, val=400),
         resize=Resize(train="jitter", short=96, long=96),
-        schedule=Schedule(steps=600, batch=16, lr=1e-3, backbone_lr=1.0, warmup=30, decay="cosine", clip_norm=1.0, evaluations=6),
+        schedule=Schedule(steps=1000, batch=16, lr=1e-3, backbone_lr=1.0, warmup=30, decay="cosine", clip_norm=1.0, evaluations=6),
     )
-    teacher = student.replace(backbone=thin(24, 1, 1, 2, 1, steps=600), **{"schedule.steps": 2400})
+    teacher = student.replace(backbone=thin(24, 1, 1, 2, 1, steps=2000), **{"schedule.steps": 4000})
     return Preset("quick", teacher, student, DETRDistill(), floor=45.0)
 
 

@@ -246,6 +246,17 @@ class CropRecipe(Strict):
         return f"crops-{self.backbone.title}-seed{self.backbone.crops.seed}"
 
 
+def parents(recipe: Recipe | CropRecipe) -> dict[str, Recipe | CropRecipe]:
+    """The runs whose weights a run needs: "teacher", and "backbone" where that is trained on crops."""
+    found: dict[str, Recipe | CropRecipe] = {}
+    if isinstance(recipe, Recipe):
+        if recipe.teacher is not None:
+            found["teacher"] = recipe.teacher
+        if recipe.backbone.weights == "crops":
+            found["backbone"] = CropRecipe(backbone=recipe.backbone, data=recipe.data)
+    return found
+
+
 def run_id(recipe: Recipe | CropRecipe) -> str:
     """Readable title and eight hexadecimal digits of the recipe's hash. The folder a data set lies in does not count, its content does."""
     return f"{recipe.title}-{sha256(json.dumps(_essence(recipe.model_dump(mode='json')), sort_keys=True).encode()).hexdigest()[:8]}"

@@ -55,4 +55,4 @@ def _first_log(row: Row, store: Store) -> tuple[list[dict[str, float]], str]:
     for recipe in row.recipes.values():
         if record := find(store, recipe):
             return read_log(store.folder(record.recipe) / "log.jsonl"), record.id
-    return [], row.setting
+    return [], ""

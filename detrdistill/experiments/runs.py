@@ -16,7 +16,7 @@ from detrdistill.data.coco import CocoDataset, data_hash, open_dataset, require_
 from detrdistill.data.transforms import build_transform
 from detrdistill.distill.distiller import build_distiller
 from detrdistill.errors import InputError
-from detrdistill.experiments.recipes import CropRecipe, Digits, Folder, Recipe, run_id
+from detrdistill.experiments.recipes import CropRecipe, Digits, Folder, Recipe, parents, run_id
 from detrdistill.experiments.store import Record, Store, provenance
 from detrdistill.files import file_hash
 from detrdistill.models import Backbone, build_detector
@@ -51,8 +51,7 @@ def run(recipe: Recipe | CropRecipe, store: Store, *, device: str = "auto", work
                 _run_crops(fabric, recipe, store, progress)
         fabric.barrier()
     else:
-        parents = {"teacher": recipe.teacher, "backbone": crop_recipe(recipe)}
-        records = {name: run(parent, store, device=device, workers=workers, progress=progress) for name, parent in parents.items() if parent}
+        records = {name: run(parent, store, device=device, workers=workers, progress=progress) for name, parent in parents(recipe).items()}
         if fabric.is_global_zero:
             with store.hold(recipe):
                 _run_detector(fabric, recipe, store, records, workers, progress)
@@ -60,11 +59,6 @@ def run(recipe: Recipe | CropRecipe, store: Store, *, device: str = "auto", work
             _run_detector(fabric, recipe, store, records, workers, progress)
         fabric.barrier()
     return store.record(recipe)
-
-
-def crop_recipe(recipe: Recipe) -> CropRecipe | None:
-    """The run that the recipe's backbone starts from, if it is one of ours."""
-    return CropRecipe(backbone=recipe.backbone, data=recipe.data) if recipe.backbone.weights == "crops" else None
 
 
 def pinned(recipe: Recipe | CropRecipe) -> Recipe | CropRecipe:
@@ -159,13 +153,13 @@ def _run_detector(fabric: Fabric, recipe: Recipe, store: Store, records: dict[st
         )
     watch = _Watch(fabric)
     measure = lambda detector: _evaluate_once(fabric, detector, val_set, recipe)  # noqa: E731
-    parents: dict[str, dict[str, Any]] = {
+    lineage: dict[str, dict[str, Any]] = {
         name: {"run": record.id, "weights_sha256": record.provenance["weights_sha256"]} for name, record in records.items()
     }
     teacher = None
     if recipe.teacher is not None:
         teacher = load_detector(recipe.teacher, store, train_set).requires_grad_(False).to(fabric.device, memory_format=torch.channels_last)
-        parents["teacher"]["AP"] = measured = measure(teacher)["AP"] or 0.0
+        lineage["teacher"]["AP"] = measured = measure(teacher)["AP"] or 0.0
         if measured <= recipe.teacher_floor:
             raise InputError(
                 f"the teacher {records['teacher'].id} has AP {measured:.1f} on this data, and must exceed teacher_floor {recipe.teacher_floor:.1f} "
@@ -188,7 +182,7 @@ def _run_detector(fabric: Fabric, recipe: Recipe, store: Store, records: dict[st
             metrics=state["metrics"],
             curve=state["curve"],
             cost=watch.cost(state["step"], state["seconds"], state["resumed"], recipe.schedule.batch),
-            parents=parents,
+            parents=lineage,
             provenance=_provenance(fabric, recipe.data, store.weights(recipe)),
         )
     )
@@ -201,8 +195,7 @@ def start_backbone(backbone: Backbone, recipe: Recipe, store: Store) -> None:
     if weights == "none":
         warnings.warn(f"{recipe.title}: the backbone starts from random weights, as backbone.weights='none' says", stacklevel=2)
     elif weights == "crops":
-        crops = crop_recipe(recipe)
-        path = store.check_weights(store.record(crops))
+        path = store.check_weights(store.record(parents(recipe)["backbone"]))
         backbone.load(read_weights(path)[0], str(path))
     elif weights == "imagenet":
         backbone.load(imagenet_weights(recipe.backbone.name), "of torchvision")

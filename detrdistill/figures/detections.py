@@ -8,11 +8,12 @@ from matplotlib import patheffects
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.textpath import TextPath
 
 from detrdistill.experiments.tables import TITLES
 from detrdistill.figures import style
 
-SIZE = 6.5  # points of the labels
+SIZE = 6  # points of the labels
 PIXELS = 480  # small images are enlarged to about this side by repeating pixels: crisp in every viewer
 
 
@@ -49,19 +50,22 @@ def compare(images: Sequence[np.ndarray], columns: Mapping[str, Sequence[Objects
         least_score: detections below are not drawn.
     """
     with style.paper():
-        side = style.WIDTH / len(columns)
-        ratio = max(image.shape[0] / image.shape[1] for image in images)
-        figure = Figure(figsize=(style.WIDTH, side * ratio * len(images) + 0.45))
-        panels = figure.subplots(len(images), len(columns), squeeze=False)
-        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
+        # Laid out by hand: where labels find room depends on how large a pixel is printed, and that must be known beforehand.
+        gap, top, bottom = 0.04, 0.22, 0.32
+        side = (style.WIDTH - gap * (len(columns) - 1)) / len(columns)
+        high = side * max(image.shape[0] / image.shape[1] for image in images)
+        height = top + bottom + len(images) * high + (len(images) - 1) * gap
+        figure = Figure(figsize=(style.WIDTH, height), layout="none")
+        room = {"left": 0, "right": 1, "top": 1 - top / height, "bottom": bottom / height, "wspace": gap / side, "hspace": gap / high}
+        panels = figure.subplots(len(images), len(columns), squeeze=False, gridspec_kw=room)
         truths = columns.get("ground truth", [None] * len(images))
         for j, (setting, objects) in enumerate(columns.items()):
             title = TITLES.get(setting, setting.capitalize())
-            panels[0, j].set_title(title, color=style.COLOURS.get(setting, style.TEXT), fontweight="bold", fontsize=9)
+            panels[0, j].set_title(title, color=style.COLOURS.get(setting, style.TEXT), fontweight="bold", pad=4)
             for i, image in enumerate(images):
                 draw(panels[i, j], image, objects[i].above(least_score), setting, truths[i])
-        right = f"dashed: no such object there; detections with a score of at least {least_score:g}"
-        style.note(figure, f"{right}. {note}" if note else right)
+        how = f"Dashed: no such object there. Detections with a score of at least {least_score:g}."
+        figure.text(0, 0.05 / height, f"{how}\n{note}".strip(), va="bottom", fontsize=6.5, color=style.FAINT)
     return figure
 
 
@@ -78,9 +82,9 @@ def draw(axes: Axes, image: np.ndarray, objects: Objects, setting: str = "detrdi
         box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.3, linestyle="-" if hit else (0, (2.5, 1.5)))
         box.set_path_effects(halo)
         axes.add_patch(box)
-    for (x, y), text in zip(place_labels(axes, image, objects.boxes, labels), labels, strict=True):
-        pad = {"facecolor": colour, "edgecolor": "none", "pad": 0.8}
-        axes.text(x, y, text, color="white", fontsize=SIZE, ha="left", va="top", bbox=pad, clip_on=True)
+    for (x, y, wide, tall), text in zip(place_labels(axes, image, objects.boxes, labels), labels, strict=True):
+        axes.add_patch(Rectangle((x, y), wide, tall, color=colour, linewidth=0, zorder=3))
+        axes.text(x + wide / 2, y + tall / 2, text, color="white", fontsize=SIZE, ha="center", va="center_baseline", clip_on=True)
 
 
 def show_image(axes: Axes, image: np.ndarray) -> None:
@@ -93,21 +97,24 @@ def show_image(axes: Axes, image: np.ndarray) -> None:
     axes.spines[:].set_visible(False)
 
 
-def place_labels(axes: Axes, image: np.ndarray, boxes: np.ndarray, labels: Sequence[str]) -> list[tuple[float, float]]:
-    """Upper left corners of the labels: above, below or beside their boxes, within the image, where they cover least."""
+def place_labels(
+    axes: Axes, image: np.ndarray, boxes: np.ndarray, labels: Sequence[str]
+) -> list[tuple[float, float, float, float]]:
+    """Left, top, width and height of the labels: above, below or beside their boxes, within the image, where they cover least."""
     height, width = image.shape[:2]
-    area = axes.get_position()
-    inch = min(width / (area.width * axes.figure.get_figwidth()), height / (area.height * axes.figure.get_figheight()))
-    tall, taken, corners = SIZE * 1.45 / 72 * inch, list(boxes), []
+    area, sheet = axes.get_position(), axes.figure
+    point = max(width / (area.width * sheet.get_figwidth()), height / (area.height * sheet.get_figheight())) / 72  # in image pixels
+    tall, gap, taken, placed = 1.3 * SIZE * point, 1.3 * point, list(boxes), []
     for (x0, y0, x1, y1), text in zip(boxes, labels, strict=True):
-        wide = (len(text) * 0.62 * SIZE + 3) / 72 * inch
-        places = [(x0, y0 - tall), (x1 - wide, y0 - tall), (x0, y1), (x1 - wide, y1), (x1, y0), (x0 - wide, y0)]
+        wide = (TextPath((0, 0), text, size=SIZE).get_extents().width + 4) * point
+        above, below = y0 - tall - gap, y1 + gap
+        places = [(x0, above), (x1 - wide, above), (x0, below), (x1 - wide, below), (x1 + gap, y0), (x0 - wide - gap, y0)]
         places = [(min(max(x, 0), width - wide), min(max(y, 0), height - tall)) for x, y in places]
         covered = [sum(_overlap((x, y, x + wide, y + tall), box) for box in taken) for x, y in places]
         x, y = places[int(np.argmin(covered))]
         taken.append((x, y, x + wide, y + tall))
-        corners.append((float(x), float(y)))
-    return corners
+        placed.append((float(x), float(y), wide, tall))
+    return placed
 
 
 def hits(found: Objects, truth: Objects) -> np.ndarray:

@@ -83,6 +83,7 @@ def note(figure: Figure, text: str) -> None:
 
 def not_run(axes: Axes, text: str = "not run") -> None:
     """An empty panel that says why it is empty."""
+    axes.set(xticks=[], yticks=[])
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=FAINT, fontsize=10)
 
 
