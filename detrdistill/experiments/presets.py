@@ -66,7 +66,8 @@ class Preset:
 
 
 def thin(width: int, *blocks: int, steps: int) -> Backbone:
-    return Backbone(name="thin_resnet", width=width, blocks=blocks, weights="crops", crops=CropTraining(steps=steps, lr=1e-2, weight_decay=0.05))
+    crops = CropTraining(steps=steps, lr=1e-2, weight_decay=0.05)
+    return Backbone(name="thin_resnet", width=width, blocks=blocks, weights="crops", crops=crops)
 
 
 def quick() -> Preset:

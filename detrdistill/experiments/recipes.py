@@ -9,8 +9,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from pydantic import ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 from detrdistill.errors import InputError
 
@@ -124,14 +134,18 @@ class Folder(Strict):
 
     name: Literal["folder"] = "folder"
     path: Path
-    sha256: str | None = Field(None, description="hash of the two annotation files; filled in when a run starts, so that a moved folder is the same data")
+    sha256: str | None = Field(
+        None, description="hash of the two annotation files; filled in when a run starts, so that a moved folder is the same data"
+    )
 
 
 class Resize(Strict):
     """How images are resized and augmented."""
 
     train: Literal["none", "jitter", "detr", "flip"] = Field(
-        "detr", description="none: resize only; flip: and mirror; detr: multi-scale and crops of the DETR papers; jitter: small zooms and shifts, colour, no mirror"
+        "detr",
+        description="none: resize only; flip: and mirror; detr: multi-scale and crops of the DETR papers; "
+        "jitter: small zooms and shifts, colour, no mirror",
     )
     short: PositiveInt = Field(800, description="shorter side in pixels at evaluation (and the largest of training)")
     long: PositiveInt = Field(1333, description="longer side at most")
@@ -197,7 +211,9 @@ class Recipe(Strict):
     """One training run. The defaults are Deformable DETR's own (ICLR 2021, R50, 4 levels, 50 epochs)."""
 
     detector: Literal["deformable_detr"] = "deformable_detr"
-    form: Literal["plain", "box_refine", "two_stage"] = Field("plain", description="Deformable DETR: plain, iterative box refinement, or two-stage")
+    form: Literal["plain", "box_refine", "two_stage"] = Field(
+        "plain", description="Deformable DETR: plain, iterative box refinement, or two-stage"
+    )
     backbone: Backbone = Backbone()
     dim: PositiveInt = 256
     heads: PositiveInt = 8
@@ -258,12 +274,24 @@ def parents(recipe: Recipe | CropRecipe) -> dict[str, Recipe | CropRecipe]:
 
 
 def run_id(recipe: Recipe | CropRecipe) -> str:
-    """Readable title and eight hexadecimal digits of the recipe's hash. The folder a data set lies in does not count, its content does."""
-    return f"{recipe.title}-{sha256(json.dumps(_essence(recipe.model_dump(mode='json')), sort_keys=True).encode()).hexdigest()[:8]}"
+    """Readable title and eight hexadecimal digits of a hash of all that is not at its default.
+
+    So a field that is added later, at its default, leaves old names valid. The folder a data set lies in does not count, its
+    content does.
+    """
+    return f"{recipe.title}-{sha256(json.dumps(_essence(recipe), sort_keys=True).encode()).hexdigest()[:8]}"
 
 
-def _essence(values: Any) -> Any:
-    if not isinstance(values, dict):
-        return values
-    hashed = values.get("name") == "folder" and values.get("sha256")
-    return {key: _essence(value) for key, value in values.items() if not (hashed and key == "path")}
+def _essence(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_essence(item) for item in value]
+    if not isinstance(value, Strict):
+        return str(value) if isinstance(value, Path) else value
+    told = {}
+    for name, field in type(value).model_fields.items():
+        held = getattr(value, name)
+        elsewhere = name == "path" and value.sha256 is not None
+        # What kind of thing it is counts even where it is the default of its class.
+        if name in ("name", "kind") or (held != field.get_default() and not elsewhere):
+            told[name] = _essence(held)
+    return told

@@ -97,7 +97,8 @@ def load_detector(recipe: Recipe, store: Store, dataset: CocoDataset) -> nn.Modu
     path = store.check_weights(record)
     about = read_weights(path)[1]
     if about.get("categories") != names:
-        raise InputError(f"weights {path} were trained for the classes {about.get('categories')}, the data has {names}; use a detector of this data")
+        trained = about.get("categories")
+        raise InputError(f"weights {path} were trained for the classes {trained}, the data has {names}; use a detector of this data")
     load_weights(detector, path)
     return detector.eval()
 
@@ -162,8 +163,8 @@ def _run_detector(fabric: Fabric, recipe: Recipe, store: Store, records: dict[st
         lineage["teacher"]["AP"] = measured = measure(teacher)["AP"] or 0.0
         if measured <= recipe.teacher_floor:
             raise InputError(
-                f"the teacher {records['teacher'].id} has AP {measured:.1f} on this data, and must exceed teacher_floor {recipe.teacher_floor:.1f} "
-                "to teach; train it longer, check its weights, or lower the floor"
+                f"the teacher {records['teacher'].id} has AP {measured:.1f} on this data, and must exceed teacher_floor "
+                f"{recipe.teacher_floor:.1f} to teach; train it longer, check its weights, or lower the floor"
             )
     student = build_detector(recipe, len(train_set.categories))
     start_backbone(student.backbone, recipe, store)

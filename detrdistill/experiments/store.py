@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -26,9 +27,9 @@ class Record(Strict):
 
     id: str
     recipe: Recipe | CropRecipe
-    metrics: Numbers = Field(description="the twelve COCO numbers in percent (null where there is no such object), or crop accuracy in percent")
+    metrics: Numbers = Field(description="the twelve COCO numbers in percent (null: no such object), or crop accuracy in percent")
     curve: list[Numbers] = Field(description="AP by optimizer step")
-    cost: dict[str, float | int | None] = Field(description="seconds in training, steps, images a second, peak memory in MiB, times resumed")
+    cost: dict[str, float | int | None] = Field(description="seconds of training, steps, images a second, peak MiB, times resumed")
     parents: dict[str, dict[str, str | float | None]] = Field(description="runs whose weights this run started or learned from")
     provenance: dict[str, Any] = Field(description="data and weight hashes, commit, library versions, device")
 
@@ -49,10 +50,15 @@ class Store:
         """The run's record, None if it has not been completed.
 
         Raises:
-            InputError: the record was edited or damaged, or its weights are not those it was written with.
+            InputError: the record was edited or damaged, or is that of another recipe.
         """
         path = self.folder(recipe) / "record.json"
-        return read_record(path) if path.exists() else None
+        if not path.exists():
+            return None
+        record = read_record(path)
+        if _placeless(record.recipe) != _placeless(recipe):
+            raise InputError(f"record {path}: made by another recipe, from before a default was changed; delete its folder to run again")
+        return record
 
     def check_weights(self, record: Record) -> Path:
         """Path of a record's weights, after comparing their hash.
@@ -64,7 +70,7 @@ class Store:
         if not path.exists():
             raise InputError(f"run {record.id}: weights {path} are missing; restore them, or delete the folder to train again")
         if file_hash(path) != record.provenance["weights_sha256"]:
-            raise InputError(f"run {record.id}: weights {path} are not those of its record; restore them, or delete the folder to train again")
+            raise InputError(f"run {record.id}: weights {path} differ from its record; restore them, or delete the folder to train again")
         return path
 
     def write(self, record: Record) -> None:
@@ -142,6 +148,11 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+changes" if changed else "")
+
+
+def _placeless(recipe: Recipe | CropRecipe) -> str:
+    """The recipe without the paths of data folders, which may move."""
+    return re.sub(r'"path": *"[^"]*"', "", json.dumps(recipe.model_dump(mode="json")))
 
 
 def _hash(body: dict[str, Any]) -> str:

@@ -36,11 +36,15 @@ def bars(published: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Figu
             _bar(right, ours.index(line["detector"]), ORDER.index(line["setting"]), line["AP"], line["AP_half"])
         seeds = int(summary.loc[summary["setting"] != "teacher", "seeds"].max())
         where = summary["measured_on"].iloc[0].replace("; ", "\n")
-        right.set_title(f"Measured here, {seeds} seed{'s' * (seeds != 1)}\n{where}", loc="left")
+        count = f", {seeds} seed{'s' * (seeds > 1)}" if seeds else ""
+        right.set_title(f"Measured here{count}\n{where}", loc="left")
         for axes, names, span in zip((left, right), (DETECTORS, ours), spans, strict=True):
             middle = (len(names) - 1) / 2
             axes.set(xticks=range(len(names)), xticklabels=names, ylabel="AP (percent)", xlim=(middle - span / 2, middle + span / 2))
-            axes.set_ylim(0, 1.1 * axes.dataLim.y1 if axes.dataLim.y1 > 0 else 1)
+            if axes.patches:
+                axes.set_ylim(0, 1.1 * axes.dataLim.y1)
+            else:
+                axes.set(yticks=[], ylim=(0, 1))
             axes.grid(False, axis="x")
             axes.tick_params(axis="x", length=0)
         handles = [Patch(color=style.COLOURS[setting], label=TITLES[setting]) for setting in ORDER]

@@ -28,7 +28,7 @@ def convergence(curves: Mapping[str, Sequence[Curve]], note: str = "") -> Figure
         ends = []
         for setting, runs in ran.items():
             colour, title = style.COLOURS.get(setting, style.GREY), TITLES.get(setting, setting)
-            mean = pd.concat(runs, axis=1).dropna().mean(axis=1)
+            mean = pd.concat(runs).groupby(level=0).mean()
             final, half = mean_and_half(pd.Series([run.iloc[-1] for run in runs]))
             text = f"{title} {final:.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
             if setting == "teacher" and len(ran) > 1:

@@ -97,9 +97,7 @@ def show_image(axes: Axes, image: np.ndarray) -> None:
     axes.spines[:].set_visible(False)
 
 
-def place_labels(
-    axes: Axes, image: np.ndarray, boxes: np.ndarray, labels: Sequence[str]
-) -> list[tuple[float, float, float, float]]:
+def place_labels(axes: Axes, image: np.ndarray, boxes: np.ndarray, labels: Sequence[str]) -> list[tuple[float, float, float, float]]:
     """Left, top, width and height of the labels: above, below or beside their boxes, within the image, where they cover least."""
     height, width = image.shape[:2]
     area, sheet = axes.get_position(), axes.figure

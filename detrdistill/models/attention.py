@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ class MLP(nn.Module):
     def __init__(self, inputs: int, hidden: int, outputs: int, layers: int) -> None:
         super().__init__()
         widths = [inputs, *[hidden] * (layers - 1), outputs]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths[:-1], widths[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
 
     def forward(self, x: Float[Tensor, "*any I"]) -> Float[Tensor, "*any O"]:
         for layer in self.layers[:-1]:
@@ -26,8 +27,8 @@ class MLP(nn.Module):
 def sine_code(values: Float[Tensor, "*any"], features: int) -> Float[Tensor, "*any F"]:
     """Interleaved sines (even entries) and cosines (odd entries) of each value at `features` / 2 frequencies, base 10000."""
     pair = torch.arange(features, device=values.device) // 2
-    frequencies = 10000 ** (-2 * pair.float() / features)
-    phases = values[..., None] * frequencies
+    # Divided, and 2 pi multiplied in once by the callers, as the official codes do: equal to them to the last bit.
+    phases = values[..., None] / 10000 ** (2 * pair.float() / features)
     return torch.stack((phases[..., 0::2].sin(), phases[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
@@ -42,7 +43,7 @@ def sine_position(padding: Bool[Tensor, "B H W"], features: int, shift: float) -
     for axis in (1, 2):
         count = valid.cumsum(axis, dtype=torch.float32)
         total = count.select(axis, -1).unsqueeze(axis)
-        codes.append(sine_code((count + shift) / (total + 1e-6) * 2 * math.pi, features))
+        codes.append(sine_code((count + shift) / (total + 1e-6) * (2 * math.pi), features))
     return torch.cat(codes, dim=-1).permute(0, 3, 1, 2)
 
 

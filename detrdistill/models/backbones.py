@@ -141,7 +141,8 @@ def file_weights(path: Path) -> dict[str, Tensor]:
         raise InputError(f"backbone weights {path}: no such file; correct backbone.weights") from None
     except Exception as error:  # torch reports damage in many types: RuntimeError, UnpicklingError, EOFError, KeyError
         raise InputError(
-            f"backbone weights {path}: not a readable state_dict of tensors ({type(error).__name__}); save it with torch.save(model.state_dict(), path)"
+            f"backbone weights {path}: not a readable state_dict of tensors ({type(error).__name__}); "
+            "save it with torch.save(model.state_dict(), path)"
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"backbone weights {path}: holds something other than named tensors; save model.state_dict()")

@@ -190,7 +190,7 @@ class DeformableDETR(nn.Module):
             tokens=x,
             padding=torch.cat([mask.flatten(1) for mask in masks], dim=1),
             shapes=shapes,
-            ratios=torch.stack([valid_ratio(mask) for mask in masks], dim=1).to(x.dtype if x.dtype == torch.float64 else torch.float32),
+            ratios=torch.stack([valid_ratio(mask) for mask in masks], dim=1),
         )
         reference = token_centres(memory)[:, :, None] * memory.ratios[:, None]
         for layer in self.encoder:
@@ -212,7 +212,7 @@ class DeformableDETR(nn.Module):
         coordinates = self.bbox_embed[-1](tokens) + anchors
         best = logits[..., 0].topk(min(self.num_queries, logits.shape[1]), dim=1).indices
         reference = coordinates.gather(1, best[..., None].expand(-1, -1, 4)).detach()
-        codes = sine_code(reference.sigmoid() * 2 * math.pi, self.dim // 2).flatten(-2)
+        codes = sine_code(reference.sigmoid() * (2 * math.pi), self.dim // 2).flatten(-2)
         position, content = self.pos_trans_norm(self.pos_trans(codes.to(tokens.dtype))).split(self.dim, dim=-1)
         proposals = DetectorOutput(logits[None], coordinates.sigmoid()[None], tokens[None], memory.maps(), memory.masks())
         return Queries(content, position, reference, proposals)

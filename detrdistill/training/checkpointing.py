@@ -47,7 +47,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except FileNotFoundError:
         raise InputError(f"weights {path}: no such file; correct the path, or train the run that makes it") from None
     except (SafetensorError, OSError) as error:
@@ -62,12 +62,20 @@ def load_weights(module: nn.Module, path: Path) -> dict[str, str]:
     """
     tensors, about = read_weights(path)
     own = module.state_dict()
-    missing = sorted(own.keys() - tensors.keys())
-    extra = sorted(tensors.keys() - own.keys())
-    shapes = [f"{n} {list(tensors[n].shape)} instead of {list(own[n].shape)}" for n in own if n in tensors and tensors[n].shape != own[n].shape]
-    if missing or extra or shapes:
-        faults = [f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for kind, names in
-                  (("missing", missing), ("unexpected", extra), ("misshaped", shapes)) if names]
-        raise InputError(f"weights {path} do not fit this {type(module).__name__}: {'; '.join(faults)}; use the recipe they were trained with")
+    faults = {
+        "missing": sorted(own.keys() - tensors.keys()),
+        "unexpected": sorted(tensors.keys() - own.keys()),
+        "misshaped": [
+            f"{name} {list(tensors[name].shape)} instead of {list(value.shape)}"
+            for name, value in own.items()
+            if name in tensors and tensors[name].shape != value.shape
+        ],
+    }
+    if any(faults.values()):
+        listed = [
+            f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" for kind, names in faults.items() if names
+        ]
+        name = type(module).__name__
+        raise InputError(f"weights {path} do not fit this {name}: {'; '.join(listed)}; use the recipe they were trained with")
     module.load_state_dict(tensors)
     return about

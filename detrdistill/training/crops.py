@@ -19,7 +19,9 @@ from detrdistill.experiments.recipes import CropRecipe
 from detrdistill.models.backbones import classifier
 
 
-def train_on_crops(fabric: Fabric, train: CocoDataset, val: CocoDataset, recipe: CropRecipe, *, progress: bool = True) -> tuple[nn.Module, float]:
+def train_on_crops(
+    fabric: Fabric, train: CocoDataset, val: CocoDataset, recipe: CropRecipe, *, progress: bool = True
+) -> tuple[nn.Module, float]:
     """Train the recipe's classifier from scratch.
 
     Returns:

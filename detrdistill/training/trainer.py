@@ -56,11 +56,14 @@ def train(
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"] | {"resumed": saved["state"]["resumed"] + 1}
 
-    draws = Draws(len(dataset), schedule.batch, recipe.seed, state["step"], total, schedule.accumulate, fabric.global_rank, fabric.world_size)
+    draws = Draws(
+        len(dataset), schedule.batch, recipe.seed, state["step"], total, schedule.accumulate, fabric.global_rank, fabric.world_size
+    )
     marks = {round(total * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)}
     every = max(1, total // 2000)
     clock = last_save = time.monotonic()
-    bar = tqdm(total=total, initial=state["step"], desc=recipe.title, unit="step", disable=not progress or fabric.global_rank > 0, mininterval=1)
+    quiet = not progress or fabric.global_rank > 0
+    bar = tqdm(total=total, initial=state["step"], desc=recipe.title, unit="step", disable=quiet, mininterval=1)
     with Log(folder / "log.jsonl" if fabric.is_global_zero else None, state["step"]) as log, bar:
         for step, batches in enumerate(micro_batches(dataset, draws, workers), start=state["step"] + 1):
             # Dropout is the only randomness left: seeding it by step makes resuming exact without saving generators.
@@ -136,9 +139,7 @@ def refuse_non_finite(values: dict[str, float], step: int, images: list[int]) ->
     """Raise NonFiniteError if any value is NaN or infinite."""
     bad = {name: value for name, value in values.items() if not math.isfinite(value)}
     if bad:
-        raise NonFiniteError(
-            f"step {step}, images {images}: {', '.join(f'{name} is {value}' for name, value in bad.items())}; {NO_STEP}"
-        )
+        raise NonFiniteError(f"step {step}, images {images}: {', '.join(f'{name} is {value}' for name, value in bad.items())}; {NO_STEP}")
 
 
 def make_optimizer(distiller: Distiller, schedule: Schedule) -> torch.optim.AdamW:
@@ -163,4 +164,3 @@ def lr_factor(schedule: Schedule, step: int, total: int) -> float:
     if schedule.decay == "cosine":
         return warm * 0.5 * (1 + math.cos(math.pi * progress))
     return warm * 0.1 ** sum(progress >= drop for drop in schedule.drops)
-

@@ -19,7 +19,7 @@ from detrdistill.models.outputs import Targets
 # Absolute and relative; `PIXEL` for coordinates in pixels, `SCALAR` for losses, `GRADIENT` relative to the largest entry.
 FLOAT32, PIXEL, SCALAR, GRADIENT = (1e-4, 1e-4), (1e-3, 1e-4), (0.0, 1e-5), 1e-3
 # Not smaller, because sine tables and reference grids are float32 even in the official code's float64 pass, and a rounding there shows.
-FLOAT64 = (1e-5, 0.0)
+FLOAT64 = (1e-8, 0)
 # Smaller gradient norms of the official code are pure rounding.
 LEAST_NORM = 1e-2
 
