@@ -20,7 +20,7 @@ def inverse_sigmoid(p: Float[Tensor, "*any"], eps: float = 1e-5) -> Float[Tensor
     return torch.log(p.clamp(min=eps) / (1 - p).clamp(min=eps))
 
 
-def iou(a: Float[Tensor, "*any 4"], b: Float[Tensor, "*any 4"]) -> tuple[Float[Tensor, "*any"], Float[Tensor, "*any"]]:
+def iou(a: Float[Tensor, "*#any 4"], b: Float[Tensor, "*#any 4"]) -> tuple[Float[Tensor, "*any"], Float[Tensor, "*any"]]:
     """IoU and generalised IoU (Rezatofighi et al., CVPR 2019) of xyxy boxes, element by element with broadcasting.
 
     torchvision pairs two flat lists of boxes; stages, images, queries and targets at once need broadcasting. Two empty boxes

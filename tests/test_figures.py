@@ -67,11 +67,15 @@ def texts(figure: Figure) -> set[str]:
 @pytest.mark.parametrize("name", FIGURES)
 def test_equal_data_gives_equal_bytes(name: str, tmp_path: Path) -> None:
     first = [path.read_bytes() for path in style.save(FIGURES[name](), tmp_path / "a")]
-    with matplotlib.rc_context({"font.size": 20, "axes.grid": False, "pdf.fonttype": 3}):  # a user's own settings do not matter
+    with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "red", "pdf.fonttype": 3}):  # a user's own settings do not matter
         second = [path.read_bytes() for path in style.save(FIGURES[name](), tmp_path / "b")]
     assert first == second
     assert first[0].startswith(b"\x89PNG") and first[1].startswith(b"%PDF")
     assert b"CreationDate" not in first[1] and b"/Subtype /Type3" not in first[1]
+
+
+def test_a_notebook_shows_what_a_cell_returns() -> None:
+    assert FIGURES["convergence"]()._repr_png_().startswith(b"\x89PNG")
 
 
 def test_drawing_leaves_the_users_settings_alone() -> None:

@@ -69,8 +69,8 @@ def query_masks(feature: Float[Tensor, "B D H W"], queries: Float[Tensor, "B Q D
 
 
 def mask_weights(
-    features: Sequence[Float[Tensor, "B D H W"]], queries: Float[Tensor, "S B Q D"], quality: Float[Tensor, "S B Q"]
-) -> list[Float[Tensor, "B H W"]]:
+    features: Sequence[Float[Tensor, "B D _ _"]], queries: Float[Tensor, "S B Q D"], quality: Float[Tensor, "S B Q"]
+) -> list[Float[Tensor, "B _ _"]]:
     """What Eq. 9 multiplies the squared error of each cell with: sum over stages of 1/M sum_i q_i psi_i^2.
 
     psi_i is a dot product, so the sum over queries is a quadratic form, F(x)^T (sum_i q_i Q_i Q_i^T) F(x): D x D numbers an image

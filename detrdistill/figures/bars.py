@@ -24,7 +24,7 @@ def bars(published: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Figu
     """
     with style.paper():
         ours = list(dict.fromkeys(summary["detector"]))
-        figure = Figure(figsize=(style.WIDTH, 3.3))
+        figure = style.Picture(figsize=(style.WIDTH, 3.3))
         spans = [len(DETECTORS) + 0.2, max(len(ours) + 0.2, 1.7)]
         left, right = figure.subplots(1, 2, width_ratios=spans)
         figure.get_layout_engine().set(wspace=0.08)

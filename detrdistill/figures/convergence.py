@@ -22,7 +22,7 @@ def convergence(curves: Mapping[str, Sequence[Curve]], note: str = "") -> Figure
         curves: for every setting a list over seeds of `Record.curve`; an empty list is shown as "not run".
     """
     with style.paper():
-        figure = Figure(figsize=(style.WIDTH, 3.4))
+        figure = style.Picture(figsize=(style.WIDTH, 3.4))
         axes = figure.subplots()
         ran = {setting: [_series(curve) for curve in runs] for setting, runs in curves.items() if runs}
         ends = []

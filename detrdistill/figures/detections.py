@@ -55,7 +55,7 @@ def compare(images: Sequence[np.ndarray], columns: Mapping[str, Sequence[Objects
         side = (style.WIDTH - gap * (len(columns) - 1)) / len(columns)
         high = side * max(image.shape[0] / image.shape[1] for image in images)
         height = top + bottom + len(images) * high + (len(images) - 1) * gap
-        figure = Figure(figsize=(style.WIDTH, height), layout="none")
+        figure = style.Picture(figsize=(style.WIDTH, height), layout="none")
         room = {"left": 0, "right": 1, "top": 1 - top / height, "bottom": bottom / height, "wspace": gap / side, "hspace": gap / high}
         panels = figure.subplots(len(images), len(columns), squeeze=False, gridspec_kw=room)
         truths = columns.get("ground truth", [None] * len(images))

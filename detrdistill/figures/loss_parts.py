@@ -31,7 +31,7 @@ def loss_parts(log: Sequence[Mapping[str, Any]], title: str = "", note: str = ""
         parts = [name for name in frame.columns if name not in NOT_PARTS]
         groups = list(dict.fromkeys(name.partition("/")[0] for name in parts)) or ["detection"]
         rows = -(-len(groups) // 2)
-        figure = Figure(figsize=(style.WIDTH, 0.6 + 2.2 * rows))
+        figure = style.Picture(figsize=(style.WIDTH, 0.6 + 2.2 * rows))
         panels = figure.subplots(rows, min(2, len(groups)), squeeze=False, sharex=True).ravel()
         for axes, group in zip(panels, groups, strict=False):
             axes.set_title(TITLES.get(group, group), loc="left")
@@ -42,7 +42,7 @@ def loss_parts(log: Sequence[Mapping[str, Any]], title: str = "", note: str = ""
             for name in own:
                 label, value = name.partition("/")[2], smooth[name].iloc[-1]
                 colour = COLOURS.get(label.rpartition("/")[2], style.TEXT)
-                dash = "--" if label.startswith("negative") else "-"
+                dash = "--" if "/" in label and not label.startswith("positive") else "-"
                 axes.plot(frame["step"], frame[name], color=colour, linewidth=0.6, alpha=0.25)
                 axes.plot(frame["step"], smooth[name], color=colour, linestyle=dash, linewidth=1.5)
                 words = [NAMES.get(word, word) for word in label.split("/") if word]

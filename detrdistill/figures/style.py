@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
@@ -54,6 +55,16 @@ STYLE = {
     "pdf.fonttype": 42,  # TrueType: text stays text
     "svg.hashsalt": "detrdistill",
 }
+
+
+class Picture(Figure):
+    """A figure that a notebook shows when it is a cell's value. pyplot is not involved, so nothing is shown twice or kept open."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = BytesIO()
+        with paper():
+            self.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+        return buffer.getvalue()
 
 
 @contextmanager

@@ -91,7 +91,7 @@ class Backbone(nn.Module):
             self.channels = [x.shape[1] for x in self.eval()(torch.zeros(1, 3, 64, 64))]
         self.train()
 
-    def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B D H W"]]:
+    def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
         return list(self.body(images).values())
 
     def load(self, state: dict[str, Tensor], source: str) -> None:

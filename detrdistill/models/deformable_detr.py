@@ -175,7 +175,7 @@ class DeformableDETR(nn.Module):
         """Backbone, projections and encoder. `padding` is True where the batch was padded."""
         return self.encode_features(self.backbone(pixels), padding)
 
-    def encode_features(self, features: Sequence[Float[Tensor, "B I H W"]], padding: Bool[Tensor, "B H W"]) -> Memory:
+    def encode_features(self, features: Sequence[Float[Tensor, "B _ _ _"]], padding: Bool[Tensor, "B H W"]) -> Memory:
         """As `encode`, from the backbone's maps on."""
         used = list(features)[-len(self.used) :] if self.levels == 1 else list(features)[: len(self.used)]
         maps = [project(x) for project, x in zip(self.input_proj, used, strict=False)]

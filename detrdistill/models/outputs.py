@@ -1,12 +1,11 @@
 """The contract between detectors and losses. A loss may look at a `DetectorOutput` and at `Targets`, and at nothing else.
 
 Letters for shapes, here and everywhere: B images, S decoder stages, Q queries, C classes, D channels, L feature levels,
-H W grid, N targets. (The classes are not frozen because Fabric copies its inputs field by field.)
+H W grid (_ where levels differ), N targets. (The classes are not frozen because Fabric copies its inputs field by field.)
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -50,8 +49,8 @@ class DetectorOutput:
     logits: Float[Tensor, "S B Q C"]
     boxes: Float[Tensor, "S B Q 4"]
     queries: Float[Tensor, "S B Q D"]
-    features: Sequence[Float[Tensor, "B D H W"]]
-    padding: Sequence[Bool[Tensor, "B H W"]]
+    features: Sequence[Float[Tensor, "B D _ _"]]
+    padding: Sequence[Bool[Tensor, "B _ _"]]
     initial: Queries | None = None
 
 
@@ -77,7 +76,7 @@ class Targets:
     step_images: float = field(default=0.0)
 
     @classmethod
-    def pack(cls, labels: Sequence[Tensor], boxes: Sequence[Tensor]) -> Self:
+    def pack(cls, labels: Sequence[Tensor], boxes: Sequence[Tensor]) -> "Targets":
         """Pad per-image labels [n] and boxes [n, 4] to one batch; the normalisers count this batch alone."""
         counts = [len(one) for one in labels]
         packed_labels = torch.zeros(len(counts), max(counts, default=0), dtype=torch.long)
@@ -86,7 +85,7 @@ class Targets:
             packed_labels[i, :n], packed_boxes[i, :n] = labels[i], boxes[i]
         return cls(packed_labels, packed_boxes, counts, max(float(sum(counts)), 1.0), float(len(counts)))
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "Targets":
         """The same on another device, copied without waiting."""
         move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
         return replace(self, labels=move(self.labels), boxes=move(self.boxes))

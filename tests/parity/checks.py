@@ -265,8 +265,8 @@ def build(
 
 def stages(logits: Tensor, boxes: Tensor, proposals: DetectorOutput | None = None) -> DetectorOutput:
     """Predictions [S B Q *] as a detector's output, without what the set criterion does not look at."""
-    nothing = logits.new_zeros(*logits.shape[1:3], 0)
-    return DetectorOutput(logits, boxes, nothing[None], [], [], Queries(nothing, nothing, nothing, proposals))
+    nothing = logits.new_zeros(*logits.shape[:3], 0)
+    return DetectorOutput(logits, boxes, nothing, [], [], Queries(nothing[0], nothing[0], nothing[0], proposals))
 
 
 CHECKS = {

@@ -1,0 +1,78 @@
+"""What every notebook starts with: its parameters checked, its preset and store opened, and provenance for its figures."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import pandas as pd
+from pydantic import Field, NonNegativeInt, field_validator
+
+from detrdistill.experiments.presets import PRESETS, Preset, get_preset
+from detrdistill.experiments.recipes import Strict
+from detrdistill.experiments.store import Record, Store, open_store, provenance
+from detrdistill.experiments.tables import TITLES, short_commit
+
+
+class Parameters(Strict):
+    """The parameters that notebooks share. YAML's text numbers are accepted, and one seed where a list is meant."""
+
+    preset: str
+    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    device: Literal["auto", "cpu", "cuda"]
+    progress: bool
+
+    @field_validator("preset")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in PRESETS:
+            raise ValueError(f"unknown preset; known: {', '.join(PRESETS)}")
+        return value
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        if isinstance(value, str):
+            value = value.replace(",", " ").split()
+        return value if isinstance(value, list | tuple) else [value]
+
+
+@dataclass(frozen=True)
+class Session:
+    """A notebook's checked parameters, with its preset and store."""
+
+    preset: Preset
+    store: Store
+    seeds: tuple[int, ...]
+    device: str
+    progress: bool
+
+    def summary(self, **records: Record) -> pd.DataFrame:
+        """A line a setting: the twelve numbers' best known, and what they cost."""
+        lines = [
+            {"setting": TITLES.get(setting, setting)}
+            | {name: record.metrics[name] for name in ("AP", "AP50", "AP75")}
+            | {"steps": record.cost["steps"], "minutes": record.cost["seconds"] / 60}
+            for setting, record in records.items()
+        ]
+        return pd.DataFrame(lines).set_index("setting").round(1)
+
+    def provenance(self, record: Record) -> str:
+        """The line under a figure: which run, by which code, on which data."""
+        about = record.provenance
+        return f"run {record.id}; commit {short_commit(about['commit'])}; data {about['data_sha256'][:8]}; {about['device']}"
+
+
+def validate(**parameters: object) -> Session:
+    """Check a notebook's parameters.
+
+    Raises:
+        InputError: an unknown preset, a wrong type, a value out of range; names the parameter and what is allowed.
+    """
+    read = Parameters.read(parameters, where="parameters")
+    return Session(get_preset(read.preset), open_store(read.preset), read.seeds, read.device, read.progress)
+
+
+def versions() -> pd.DataFrame:
+    """Code and library versions of this session."""
+    about = provenance()
+    rows = {"detrdistill": short_commit(about["commit"]), "python": about["python"]} | about["versions"]
+    return pd.DataFrame({"version": rows})
