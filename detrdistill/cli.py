@@ -3,11 +3,14 @@
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from detrdistill.errors import InputError, NonFiniteError
+
+if TYPE_CHECKING:
+    from detrdistill.experiments.recipes import Recipe
 
 Row = Annotated[str, tyro.conf.arg(help="teacher, student, detrdistill, or the id of a run")]
 
@@ -41,13 +44,20 @@ def train(
 
     chosen = get_preset(preset)
     recipe = chosen.runs((seed,)).get(row) or chosen.recipe(row, seed)
-    changes = dict(assignment(text) for text in set)
     if data is not None:
-        folder = {"data": {"name": "folder", "path": data}}
-        changes |= folder | ({"teacher": recipe.teacher.replace(**folder)} if getattr(recipe, "teacher", None) else {})
+        recipe = on_other_data(recipe, data)
+    changes = dict(assignment(text) for text in set)
     record = run(recipe.replace(**changes), Store(results) if results else open_store(preset), device=device, workers=workers)
     shown = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items() if value is not None)
     print(f"{record.id}: {shown}")
+
+
+def on_other_data(recipe: "Recipe", data: Path) -> "Recipe":
+    """The recipe and its teacher's on another data folder; a floor stated for the preset's data means nothing there."""
+    changes: dict[str, object] = {"data": {"name": "folder", "path": data}}
+    if recipe.teacher is not None:
+        changes |= {"teacher": on_other_data(recipe.teacher, data), "teacher_floor": 0.0}
+    return recipe.replace(**changes)
 
 
 def check(folder: tyro.conf.Positional[Path], /) -> None:

@@ -1,17 +1,7 @@
-"""Shapes and types of the functions on tensors are checked against their annotations while the tests run."""
+"""Shapes and types in detectors and losses are checked against their annotations while the tests run."""
 
 from jaxtyping import install_import_hook
 
-install_import_hook(
-    [
-        "detrdistill.boxes",
-        "detrdistill.criterion",
-        "detrdistill.distill",
-        "detrdistill.matching",
-        "detrdistill.models",
-        "detrdistill.training.crops",
-        "detrdistill.training.evaluation",
-        "detrdistill.training.trainer",
-    ],
-    "beartype.beartype",
-)
+CHECKED = ("boxes", "criterion", "distill", "matching", "models")
+
+install_import_hook([f"detrdistill.{name}" for name in CHECKED], "beartype.beartype")

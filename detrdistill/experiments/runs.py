@@ -1,5 +1,6 @@
 """`run(recipe)` trains, or returns the stored record. What a run depends on (teacher, crop-trained backbone) is run first."""
 
+import logging
 import os
 import resource
 import sys
@@ -26,6 +27,8 @@ from detrdistill.training.checkpointing import load_weights, read_weights, save_
 from detrdistill.training.crops import train_on_crops
 from detrdistill.training.evaluation import evaluate
 from detrdistill.training.trainer import train
+
+LOG = logging.getLogger(__name__)
 
 
 def run(recipe: Recipe | CropRecipe, store: Store, *, device: str = "auto", workers: int = 0, progress: bool = True) -> Record:
@@ -147,6 +150,9 @@ def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool)
 def _run_detector(fabric: Fabric, recipe: Recipe, store: Store, records: dict[str, Record], workers: int, progress: bool) -> None:
     train_set, val_set = open_split(recipe, "train"), open_split(recipe, "val")
     require_same_categories(train_set, val_set)
+    for report in (train_set.report, val_set.report):
+        if report.faults and fabric.is_global_zero:
+            LOG.warning("%s", report)
     if recipe.schedule.batch % (recipe.schedule.accumulate * fabric.world_size):
         raise InputError(
             f"schedule.batch {recipe.schedule.batch} cannot be shared among {fabric.world_size} processes "

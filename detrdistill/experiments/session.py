@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import pandas as pd
+from matplotlib.figure import Figure
 from pydantic import Field, NonNegativeInt, field_validator
 
 from detrdistill.experiments.presets import PRESETS, Preset, get_preset
 from detrdistill.experiments.recipes import Strict
 from detrdistill.experiments.store import Record, Store, open_store, provenance
 from detrdistill.experiments.tables import TITLES, short_commit
+from detrdistill.figures.style import save
 
 
 class Parameters(Strict):
@@ -54,6 +56,11 @@ class Session:
             for setting, record in records.items()
         ]
         return pd.DataFrame(lines).set_index("setting").round(1)
+
+    def show(self, figure: Figure, name: str) -> Figure:
+        """Save a figure as PNG and PDF in the preset's `figures/`, and return it for the notebook to show."""
+        save(figure, self.store.root / "figures" / name)
+        return figure
 
     def provenance(self, record: Record) -> str:
         """The line under a figure: which run, by which code, on which data."""

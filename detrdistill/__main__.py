@@ -1,0 +1,5 @@
+"""`python -m detrdistill`, which torchrun needs."""
+
+from detrdistill.cli import main
+
+main()
