@@ -1,0 +1,85 @@
+"""Every notebook runs top to bottom in the smoke preset, and is committed without outputs and without paths of a machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+from detrdistill.experiments.notebooks import execute
+from detrdistill.experiments.presets import SETTINGS, get_preset
+from detrdistill.experiments.store import Store
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs_and_shows_what_it_measured(path: Path, results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DETRDISTILL_RESULTS", str(results))
+    executed = results / path.name
+    execute(path, executed, {"preset": "smoke", "seeds": "[0]", "progress": "False"}, timeout=280)
+    store, preset = Store(results / "smoke"), get_preset("smoke")
+    records = [store.record(preset.recipe(setting)) for setting in SETTINGS]
+    assert all(records), "the notebook left no records"
+    cells = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
+    outputs = [output for cell in cells for output in cell.outputs]
+    shown = "".join(output.get("text", "") + output.get("data", {}).get("text/html", "") for output in outputs)
+    assert f"{records[-1].metrics['AP']:.1f}" in shown
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
+    assert not any(output.output_type == "stream" and output.name == "stderr" for output in outputs), "a notebook should not complain"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_is_committed_clean(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    text = path.read_text(encoding="utf-8")
+    assert all(cell.execution_count is None and not cell.outputs for cell in notebook.cells if cell.cell_type == "code")
+    assert str(ROOT) not in text and "/home/" not in text and "/root/" not in text
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(len(cell.source.splitlines()) <= 10 for cell in code), "a long cell belongs into the library"
+    assert len(notebook.cells) - len(code) >= len(code) - 3, "as much text as code"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_help_explains_every_parameter(path: Path) -> None:
+    parameters = papermill.inspect_notebook(str(path))
+    assert set(parameters) >= {"preset", "seeds", "device", "progress"}
+    for parameter in parameters.values():
+        assert parameter["inferred_type_name"] not in (None, "None") and parameter["help"], f"{parameter['name']} has no type or no comment"
+    shown = subprocess.run(
+        [sys.executable, "-m", "papermill", "--help-notebook", str(path)], capture_output=True, text=True, check=True, timeout=120
+    ).stdout
+    assert "seeds of the students" in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"preset": "quik"}, "preset"),
+        ({"seeds": "[-1]"}, "seeds"),
+        ({"seeds": "one"}, "seeds"),
+        ({"device": "tpu"}, "device"),
+        ({"progress": "perhaps"}, "progress"),
+    ],
+)
+def test_refuses_bad_parameters(given: dict[str, str], named: str) -> None:
+    from detrdistill.errors import InputError
+    from detrdistill.experiments.session import validate
+
+    with pytest.raises(InputError, match=f"parameters: '{named}"):
+        validate(**({"preset": "smoke", "seeds": [0], "device": "cpu", "progress": False} | given))
+
+
+def test_text_numbers_are_accepted() -> None:
+    from detrdistill.experiments.session import validate
+
+    assert validate(preset="smoke", seeds="0 1", device="cpu", progress="true").seeds == (0, 1)
+    assert validate(preset="smoke", seeds=2, device="cpu", progress=False).seeds == (2,)
