@@ -16,7 +16,7 @@ DRY ?=
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: help setup test reproduce report lab lint clean constraints
+.PHONY: help setup test reproduce report lab lint benchmark clean constraints
 
 help:
 	@echo "make setup        make .venv and install everything in the versions of constraints.txt (PYTHON=$(PYTHON))"
@@ -26,6 +26,7 @@ help:
 	@echo "make report       write tables and figures again from stored results, without training (PRESET=$(PRESET))"
 	@echo "make lab          open the notebooks in JupyterLab"
 	@echo "make lint         check style, and that source notebooks carry no outputs"
+	@echo "make benchmark    measure times and ratios, print them, write benchmarks/results.csv"
 	@echo "make constraints  write the versions installed in .venv into constraints.txt"
 	@echo "make clean        remove caches; results, data and .venv stay"
 
@@ -77,6 +78,9 @@ lab: setup
 lint: setup
 	$(BIN)/ruff check .
 	find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -exec $(BIN)/nbstripout --verify {} +
+
+benchmark: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/benchmarks.py $(ARGS)
 
 # To move to newer versions: .venv/bin/pip install --upgrade -e '.[test]', run the tests, then this. What torch needs for CUDA comes
 # with torch, differs by platform, and is left out; so is the local part of a version (+cpu).

@@ -20,6 +20,14 @@ def inverse_sigmoid(p: Float[Tensor, "*any"], eps: float = 1e-5) -> Float[Tensor
     return torch.log(p.clamp(min=eps) / (1 - p).clamp(min=eps))
 
 
+def add_reference(delta: Float[Tensor, "B Q 4"], reference: Float[Tensor, "B Q P"]) -> Float[Tensor, "B Q 4"]:
+    """Un-activated boxes: the reference shifts the centre, and the size too if it has one."""
+    delta = delta if delta.dtype == torch.float64 else delta.float()
+    if reference.shape[-1] == 4:
+        return delta + reference
+    return torch.cat((delta[..., :2] + reference, delta[..., 2:]), dim=-1)
+
+
 def iou(a: Float[Tensor, "*#any 4"], b: Float[Tensor, "*#any 4"]) -> tuple[Float[Tensor, "*any"], Float[Tensor, "*any"]]:
     """IoU and generalised IoU (Rezatofighi et al., CVPR 2019) of xyxy boxes, element by element with broadcasting.
 

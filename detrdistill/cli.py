@@ -39,7 +39,6 @@ def train(
         workers: processes that load images.
     """
     from detrdistill.experiments.presets import get_preset
-    from detrdistill.experiments.runs import run
     from detrdistill.experiments.store import Store, open_store
 
     chosen = get_preset(preset)
@@ -47,7 +46,11 @@ def train(
     if data is not None:
         recipe = on_other_data(recipe, data)
     changes = dict(assignment(text) for text in set)
-    record = run(recipe.replace(**changes), Store(results) if results else open_store(preset), device=device, workers=workers)
+    recipe, store = recipe.replace(**changes), Store(results) if results else open_store(preset)
+
+    from detrdistill.experiments.runs import run  # only now: torch takes seconds, a mistyped parameter should not
+
+    record = run(recipe, store, device=device, workers=workers)
     shown = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items() if value is not None)
     print(f"{record.id}: {shown}")
 
@@ -55,7 +58,7 @@ def train(
 def on_other_data(recipe: "Recipe", data: Path) -> "Recipe":
     """The recipe and its teacher's on another data folder; a floor stated for the preset's data means nothing there."""
     changes: dict[str, object] = {"data": {"name": "folder", "path": data}}
-    if recipe.teacher is not None:
+    if getattr(recipe, "teacher", None) is not None:
         changes |= {"teacher": on_other_data(recipe.teacher, data), "teacher_floor": 0.0}
     return recipe.replace(**changes)
 
@@ -114,7 +117,8 @@ def main() -> None:
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="detrdistill", description=__doc__)
     except (InputError, NonFiniteError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        # A process that loads images hands its whole traceback over, and the message at its end.
+        print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -1,7 +1,12 @@
 """The set criterion of the DETRs: Hungarian matching, then focal, L1 and GIoU losses on every decoder stage.
 
 Carion et al., ECCV 2020, with the focal loss that Deformable and Conditional DETR use (Lin et al., ICCV 2017). The same weights
-serve as matching cost and as loss: class 2, L1 5, GIoU 2.
+serve as matching cost and as loss: class 2, L1 5, GIoU 2. A detector's output says whether L1 compares centres and sizes (the
+DETRs) or corners (AdaMixer), both relative to the image.
+
+Official codes differ in two more points that no number here shows: AdaMixer's class cost has an epsilon of 1e-12 instead of 1e-8, and
+it divides by matched pairs, not by objects. These are fewer only where an image has more objects than queries; without any object
+AdaMixer's code divides by zero, here the divisor is at least 1.
 """
 
 from collections.abc import Mapping
@@ -45,14 +50,14 @@ def target_cost(output: DetectorOutput, targets: Targets) -> Float[Tensor, "S B 
     """Price of giving query q to target n of its own image: 2 focal + 5 L1 - 2 GIoU."""
     classes = _focal_cost(output.logits.detach().float())
     labels = targets.labels[None, :, None, :].expand(*classes.shape[:3], -1)
-    return CLASS * classes.gather(-1, labels) + box_cost(output.boxes, targets.boxes[None])
+    return CLASS * classes.gather(-1, labels) + box_cost(output.boxes, targets.boxes[None], output.l1)
 
 
-def box_cost(rows: Float[Tensor, "S B Q 4"], columns: Float[Tensor, "#S B N 4"]) -> Float[Tensor, "S B Q N"]:
-    """5 L1 - 2 GIoU between all boxes of an image, without gradient."""
+def box_cost(rows: Float[Tensor, "S B Q 4"], columns: Float[Tensor, "#S B N 4"], l1: str = "cxcywh") -> Float[Tensor, "S B Q N"]:
+    """5 L1 - 2 GIoU between all boxes of an image, without gradient. `l1` is the form of the boxes that L1 compares."""
     rows, columns = rows.detach().float()[..., :, None, :], columns.detach().float()[..., None, :, :]
-    _, giou = iou(cxcywh_to_xyxy(rows), cxcywh_to_xyxy(columns))
-    return L1 * (rows - columns).abs().sum(-1) - GIOU * giou
+    distance, giou = _compare(rows, columns, l1)
+    return L1 * distance - GIOU * giou
 
 
 def set_losses(output: DetectorOutput, targets: Targets, pairs: Pairs) -> dict[str, Float[Tensor, " S"]]:
@@ -60,16 +65,24 @@ def set_losses(output: DetectorOutput, targets: Targets, pairs: Pairs) -> dict[s
     wanted = torch.zeros_like(output.logits)
     wanted[pairs.stage, pairs.image, pairs.query, targets.labels[pairs.image, pairs.target]] = 1
     focal = sigmoid_focal_loss(output.logits, wanted, alpha=ALPHA, gamma=GAMMA).sum((1, 2, 3))
-    boxes = box_losses(output.boxes, targets.boxes[pairs.image, pairs.target], pairs)
+    boxes = box_losses(output.boxes, targets.boxes[pairs.image, pairs.target], pairs, output.l1)
     return {"class": CLASS * focal / targets.step_boxes} | {name: value / targets.step_boxes for name, value in boxes.items()}
 
 
-def box_losses(boxes: Float[Tensor, "S B Q 4"], wanted: Float[Tensor, "K 4"], pairs: Pairs) -> dict[str, Float[Tensor, " S"]]:
+def box_losses(
+    boxes: Float[Tensor, "S B Q 4"], wanted: Float[Tensor, "K 4"], pairs: Pairs, l1: str = "cxcywh"
+) -> dict[str, Float[Tensor, " S"]]:
     """Weighted L1 and GIoU losses summed over the pairs of each stage."""
-    found = boxes[pairs.stage, pairs.image, pairs.query]
-    _, giou = iou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(wanted))
+    distance, giou = _compare(boxes[pairs.stage, pairs.image, pairs.query], wanted, l1)
     per_stage = lambda values: boxes.new_zeros(len(boxes)).index_add(0, pairs.stage, values)  # noqa: E731
-    return {"l1": L1 * per_stage((found - wanted).abs().sum(-1)), "giou": GIOU * per_stage(1 - giou)}
+    return {"l1": L1 * per_stage(distance), "giou": GIOU * per_stage(1 - giou)}
+
+
+def _compare(a: Float[Tensor, "*#any 4"], b: Float[Tensor, "*#any 4"], l1: str) -> tuple[Float[Tensor, "*any"], Float[Tensor, "*any"]]:
+    """L1 distance in the form `l1`, and GIoU."""
+    corners_a, corners_b = cxcywh_to_xyxy(a), cxcywh_to_xyxy(b)
+    distance = (a - b if l1 == "cxcywh" else corners_a - corners_b).abs().sum(-1)
+    return distance, iou(corners_a, corners_b)[1]
 
 
 def _focal_cost(logits: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:

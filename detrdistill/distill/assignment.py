@@ -16,6 +16,7 @@ class AssignmentDistillation(nn.Module):
 
     Args:
         student_dim, teacher_dim: widths of the queries; where they differ, a learned linear map adapts the teacher's.
+        position: whether the queries carry an embedding of their own beside content and reference.
 
     No matching takes place: sigma^T, stage by stage, is given. The group starts at the teacher's reference points, shares the
     student's memory, does not interact with the student's own queries, and exists in training only. Weights as in the detection
@@ -23,16 +24,17 @@ class AssignmentDistillation(nn.Module):
     with the student's predictions, in a second pass through encoder and decoder.
     """
 
-    def __init__(self, student_dim: int, teacher_dim: int) -> None:
+    def __init__(self, student_dim: int, teacher_dim: int, position: bool = True) -> None:
         super().__init__()
         adapt = student_dim != teacher_dim
         self.content = nn.Linear(teacher_dim, student_dim) if adapt else nn.Identity()
-        self.position = nn.Linear(teacher_dim, student_dim) if adapt else nn.Identity()
+        self.position = nn.Linear(teacher_dim, student_dim) if adapt and position else nn.Identity()
 
     def guests(self, teacher: DetectorOutput) -> Queries:
         """The group of queries that the student shall decode beside its own; its output is this loss's `student`."""
         initial = teacher.initial
-        return replace(initial, content=self.content(initial.content), position=self.position(initial.position), proposals=None)
+        position = None if initial.position is None else self.position(initial.position)
+        return replace(initial, content=self.content(initial.content), position=position, proposals=None)
 
     def problems(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, Problem]:
         return {}

@@ -102,10 +102,11 @@ def build_distiller(student: nn.Module, recipe: Recipe) -> Distiller:
     terms: list[Term] = []
     for method in recipe.methods:
         widths = recipe.dim, recipe.teacher.dim
+        features = recipe.feature_width, recipe.teacher.feature_width
         parts = (
             ("logits", method.logits, lambda: LogitsDistillation()),
-            ("features", method.features, lambda: FeatureDistillation(*widths, method.gamma)),  # noqa: B023
-            ("assignment", method.assignment, lambda: AssignmentDistillation(*widths)),  # noqa: B023
+            ("features", method.features, lambda: FeatureDistillation(*features, method.gamma)),  # noqa: B023
+            ("assignment", method.assignment, lambda: AssignmentDistillation(*widths, student.query_position)),  # noqa: B023
         )
         terms += [Term(name, weight, make()) for name, weight, make in parts if weight > 0]
     return Distiller(student, terms)

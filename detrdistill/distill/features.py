@@ -36,11 +36,11 @@ class FeatureDistillation(nn.Module):
         self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]
     ) -> dict[str, Float[Tensor, ""]]:
         quality = quality_scores(teacher.logits, teacher.boxes, targets, self.gamma)
-        adapted = [self.adapter(level).float() for level in student.features]
-        weights = mask_weights([level.float() for level in teacher.features], teacher.queries.float(), quality)
+        adapted = [self.adapter(level) for level in student.features]
+        weights = mask_weights(teacher.features, teacher.queries, quality)
         total = adapted[0].new_zeros(())
         for f_student, f_teacher, weight, padding in zip(adapted, teacher.features, weights, teacher.padding, strict=True):
-            error = (f_teacher.float() - f_student).square().mean(1)  # 1/d of Eq. 9
+            error = (f_teacher - f_student).square().mean(1)  # 1/d of Eq. 9
             valid = (~padding).to(error.dtype)
             total = total + ((weight * error * valid).sum((1, 2)) / valid.sum((1, 2))).sum()
         return {"features": total / targets.step_images}
@@ -54,10 +54,10 @@ def quality_scores(
     Which object the IoU is taken with was not found; the released code takes the best one too. Without objects in the image
     q = c, as in the released code.
     """
-    score = logits.float().sigmoid().amax(-1)
+    score = logits.sigmoid().amax(-1)
     if targets.boxes.shape[1] == 0:
         return score
-    overlap, _ = iou(cxcywh_to_xyxy(boxes.float())[..., None, :], cxcywh_to_xyxy(targets.boxes.float())[None, :, None])
+    overlap, _ = iou(cxcywh_to_xyxy(boxes)[..., None, :], cxcywh_to_xyxy(targets.boxes)[None, :, None])
     overlap = overlap.amax(-1)  # the padded boxes are empty: IoU 0
     some = torch.tensor([count > 0 for count in targets.counts], device=score.device)[None, :, None]
     return torch.where(some, score**gamma * overlap ** (1 - gamma), score)

@@ -18,13 +18,14 @@ class LogitsDistillation(nn.Module):
     class and box (Eq. 3). All other teacher queries are negatives, matched and distilled by box alone, since their class is always
     background (Eq. 4): without them some 7 boxes an image would be all that is distilled. The two matchings are independent.
 
-    The paper's class term, normalisers and choice of positives were not found. Here: binary cross-entropy against the teacher's
-    probabilities, summed over classes, as in the released code; positives divided by their number, negatives by theirs. The
-    released code has no such split: it matches all queries at once and distils class and box of each.
+    The paper's class term, normaliser and choice of positives were not found. Class term and normaliser are the released code's:
+    binary cross-entropy against the teacher's probabilities, summed over classes, and everything divided by the number of
+    teacher queries, since Eq. 3 and 4 together are one sum over all of them. The released code has no split: it matches all
+    queries at once and distils class and box of each.
     """
 
     def problems(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, Problem]:
-        boxes = box_cost(student.boxes, teacher.boxes)
+        boxes = box_cost(student.boxes, teacher.boxes, student.l1)
         return {
             "positive": Problem(boxes + class_cost(student.logits, teacher.logits), among="teacher"),
             "negative": Problem(boxes, besides="teacher"),
@@ -34,11 +35,11 @@ class LogitsDistillation(nn.Module):
         self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]
     ) -> dict[str, Float[Tensor, " S"]]:
         positive, negative = pairs["positive"], pairs["negative"]
-        losses = {"positive/class": class_loss(student.logits, teacher.logits, positive) / targets.step_boxes}
-        negatives = max(targets.step_images * teacher.logits.shape[2] - targets.step_boxes, 1.0)
-        for name, matched, count in (("positive", positive, targets.step_boxes), ("negative", negative, negatives)):
+        queries = targets.step_images * teacher.logits.shape[2]
+        losses = {"positive/class": class_loss(student.logits, teacher.logits, positive) / queries}
+        for name, matched in (("positive", positive), ("negative", negative)):
             wanted = teacher.boxes[matched.stage, matched.image, matched.target]
-            losses |= {f"{name}/{part}": value / count for part, value in box_losses(student.boxes, wanted, matched).items()}
+            losses |= {f"{name}/{part}": value / queries for part, value in box_losses(student.boxes, wanted, matched, student.l1).items()}
         return losses
 
 

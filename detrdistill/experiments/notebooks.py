@@ -24,17 +24,23 @@ def execute(source: Path, output: Path, parameters: dict[str, str], timeout: flo
     """
     if not source.exists():
         raise InputError(f"notebook {source}: no such file")
-    known = papermill.inspect_notebook(str(source))
+    try:
+        known = papermill.inspect_notebook(str(source))
+    except (ValueError, nbformat.ValidationError):
+        raise InputError(f"notebook {source}: not a notebook; restore the file") from None
     if unknown := sorted(parameters.keys() - known.keys()):
         raise InputError(f"notebook {source}: unknown parameters {', '.join(unknown)}; it has {', '.join(known)}")
+    running = make_folder(output.parent) / f".{output.stem}.{os.getpid()}.ipynb"
     failed = output.with_suffix(".failed.ipynb")
     failed.unlink(missing_ok=True)
-    running = make_folder(output.parent) / f".{output.stem}.{os.getpid()}.ipynb"
     given = yaml.safe_dump({name: literal(value) for name, value in parameters.items()})
     command = [sys.executable, "-m", "papermill", str(source), str(running), "-y", given, "--cwd", str(source.parent), "--no-progress-bar"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-        fault = f"papermill ended with code {done.returncode}: {last_line(done.stderr)}" if done.returncode else unfinished(running)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+            fault = f"papermill ended with code {done.returncode}: {last_line(done.stderr)}" if done.returncode else unfinished(running)
+        except subprocess.TimeoutExpired:
+            fault = f"it took longer than {timeout} seconds"
         if fault is None:
             running.replace(output)
             return

@@ -5,9 +5,10 @@ Whatever does not change the numbers (device, worker processes, where results li
 """
 
 import json
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     BaseModel,
@@ -65,17 +66,30 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     for fault in error.errors(include_url=False):
         name = ".".join(str(part) for part in fault["loc"]) or "recipe"
         if fault["type"] == "extra_forbidden":
-            owner: Any = model
-            for part in fault["loc"][:-1]:
-                field = getattr(owner, "model_fields", {}).get(part)
-                owner = field.annotation if field else None
-            known = ", ".join(getattr(owner, "model_fields", {}) or model.model_fields)
+            known = ", ".join(_fields_beside(fault["loc"], model))
             faults.append(f"unknown parameter '{name}' = {fault['input']!r}; known here: {known}")
         else:
             reason = fault["msg"].removeprefix("Value error, ")
             given = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
             faults.append(f"'{name}'{given}: {reason}")
     return "; ".join(faults)
+
+
+def _fields_beside(place: Sequence[str | int], model: type[BaseModel]) -> list[str]:
+    """Names of the fields that stand where `place` points to, in whichever models the annotations admit there."""
+    owners = [model]
+    for part in place[:-1]:
+        fields = [owner.model_fields[part] for owner in owners if part in owner.model_fields]
+        # Pydantic also puts indices and the tags of unions into a place.
+        tagged = [owner for owner in owners if "name" in owner.model_fields and owner.model_fields["name"].default == part]
+        owners = [inner for field in fields for inner in _models(field.annotation)] or tagged or owners
+    return list(dict.fromkeys(name for owner in owners for name in owner.model_fields))
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in _models(part)]
 
 
 class CropTraining(Strict):
@@ -86,6 +100,7 @@ class CropTraining(Strict):
     lr: PositiveFloat = 4e-3
     weight_decay: NonNegativeFloat = 1e-2
     size: PositiveInt = Field(32, description="crops are resized to this many pixels a side")
+    precision: Literal["fp32", "bf16"] = "bf16"
     seed: NonNegativeInt = 0
 
 
@@ -99,9 +114,16 @@ class Backbone(Strict):
         "imagenet", description="none; crops: `crops` below; imagenet: torchvision's; or a state_dict file"
     )
     crops: CropTraining | None = None
+    dilation: bool = Field(False, description="the last stage dilated instead of strided: DC5, stride 16")
+    stride_in_1x1: bool = Field(False, description="stride in a block's first 1x1 convolution, as MSRA's weights want it (ResNet-50, -101)")
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:
+        if self.stride_in_1x1 and (self.name not in ("resnet50", "resnet101") or self.weights == "imagenet"):
+            raise ValueError(
+                "'stride_in_1x1' is for ResNet-50 and -101 with MSRA's weights from a file; torchvision's have their stride in the "
+                "3x3 convolution"
+            )
         if self.name == "thin_resnet" and self.weights == "imagenet":
             raise ValueError("no ImageNet weights exist for thin_resnet; use weights='crops' or 'none'")
         if self.weights == "crops" and self.crops is None:
@@ -114,9 +136,10 @@ class Backbone(Strict):
 
     @property
     def title(self) -> str:
+        dilated = "-dc5" if self.dilation else ""
         if self.name != "thin_resnet":
-            return self.name
-        return f"thin{self.width}" + ("" if self.blocks == (1, 1, 1, 1) else "-" + "".join(map(str, self.blocks)))
+            return self.name + dilated
+        return f"thin{self.width}" + ("" if self.blocks == (1, 1, 1, 1) else "-" + "".join(map(str, self.blocks))) + dilated
 
 
 class Digits(Strict):
@@ -207,10 +230,27 @@ def _names_to_methods(value: Any) -> Any:
 Methods = Annotated[tuple[DETRDistill, ...], BeforeValidator(_names_to_methods)]
 
 
-class Recipe(Strict):
-    """One training run. The defaults are Deformable DETR's own (ICLR 2021, R50, 4 levels, 50 epochs)."""
+# Fields that not every detector has, and whose they are.
+OWNERS = {
+    "form": ("deformable_detr",),
+    "levels": ("deformable_detr",),
+    "points": ("deformable_detr",),
+    "encoder_layers": ("deformable_detr", "conditional_detr"),
+    "feature_dim": ("adamixer",),
+    "in_points": ("adamixer",),
+    "out_points": ("adamixer",),
+    "groups": ("adamixer",),
+}
 
-    detector: Literal["deformable_detr"] = "deformable_detr"
+
+class Recipe(Strict):
+    """One training run. The defaults are Deformable DETR's own (ICLR 2021, R50, 4 levels, 50 epochs).
+
+    Conditional DETR's own differ in ffn 2048 and schedule.lr 1e-4; AdaMixer's in ffn 2048, queries 100, dropout 0,
+    schedule.clip_norm 1 and schedule.lr 2.5e-5 for all parameters.
+    """
+
+    detector: Literal["deformable_detr", "conditional_detr", "adamixer"] = "deformable_detr"
     form: Literal["plain", "box_refine", "two_stage"] = Field(
         "plain", description="Deformable DETR: plain, iterative box refinement, or two-stage"
     )
@@ -224,6 +264,10 @@ class Recipe(Strict):
     levels: PositiveInt = 4
     points: PositiveInt = 4
     dropout: Fraction = 0.1
+    feature_dim: PositiveInt | None = Field(None, description="AdaMixer: channels of the neck's maps; as 'dim' if not given")
+    in_points: PositiveInt = Field(32, description="AdaMixer: points sampled for a query, a group")
+    out_points: PositiveInt = Field(128, description="AdaMixer: points that they are mixed to")
+    groups: PositiveInt = Field(4, description="AdaMixer: groups of channels with points of their own")
     methods: Methods = ()
     teacher: "Recipe | None" = None
     teacher_floor: float = Field(0.0, le=100, description="AP that the teacher must exceed before it may teach")
@@ -237,12 +281,53 @@ class Recipe(Strict):
     def _parts_fit(self) -> Self:
         if self.dim % self.heads or self.dim % 4:
             raise ValueError(f"'dim' {self.dim} must be a multiple of 'heads' {self.heads} and of 4")
+        for name, owners in OWNERS.items():
+            held, default = getattr(self, name), type(self).model_fields[name].default
+            if self.detector not in owners and held != default:
+                raise ValueError(f"{self.detector} has no '{name}' (that is of {', '.join(owners)}); leave it at {default}, not {held}")
+        width = self.feature_width
+        if self.detector == "adamixer" and (self.dim % 8 or width % self.groups):
+            raise ValueError(f"AdaMixer's 'dim' {self.dim} must be a multiple of 8, its feature channels {width} of 'groups' {self.groups}")
+        if self.detector != "conditional_detr" and width % 32:
+            raise ValueError(f"{width} feature channels cannot be normalised in 32 groups; choose a multiple of 32")
         if bool(self.methods) != (self.teacher is not None):
             raise ValueError("a distillation method needs a 'teacher', and a teacher needs a method; give both or neither")
         names = [method.name for method in self.methods]
         if len(set(names)) < len(names):
             raise ValueError(f"'methods' names one method twice: {', '.join(names)}")
+        if self.teacher is not None:
+            self._teacher_fits(self.teacher)
         return self
+
+    def _teacher_fits(self, teacher: "Recipe") -> None:
+        for method in (method for method in self.methods if method.name == "detrdistill"):
+            if teacher.detector != self.detector and (method.features or method.assignment):
+                raise ValueError(
+                    f"features and queries of a {teacher.detector} mean something else to a {self.detector}; set 'features' and "
+                    "'assignment' to 0, or take a teacher of the same detector"
+                )
+            if method.features and teacher.feature_width != teacher.dim:
+                raise ValueError(
+                    f"feature distillation multiplies the teacher's features ({teacher.feature_width} channels) with its queries "
+                    f"({teacher.dim}); it needs a teacher without 'feature_dim', or 'features' 0"
+                )
+            if self.decoder_layers != teacher.decoder_layers and (method.logits or method.assignment):
+                raise ValueError(
+                    f"'decoder_layers' {self.decoder_layers} must be the teacher's {teacher.decoder_layers}: "
+                    "logits and assignment are distilled stage to stage"
+                )
+            if self.levels != teacher.levels and method.features:
+                raise ValueError(f"'levels' {self.levels} must be the teacher's {teacher.levels}: features are distilled level to level")
+            if (self.form == "two_stage") != (teacher.form == "two_stage") and method.assignment:
+                raise ValueError(
+                    "queries of a two-stage detector start from boxes, those of other forms from points; take a teacher of the same "
+                    "'form', or set 'assignment' to 0"
+                )
+
+    @property
+    def feature_width(self) -> int:
+        """Channels of the maps that the decoder attends to."""
+        return self.feature_dim or self.dim
 
     @property
     def title(self) -> str:
@@ -269,7 +354,8 @@ def parents(recipe: Recipe | CropRecipe) -> dict[str, Recipe | CropRecipe]:
         if recipe.teacher is not None:
             found["teacher"] = recipe.teacher
         if recipe.backbone.weights == "crops":
-            found["backbone"] = CropRecipe(backbone=recipe.backbone, data=recipe.data)
+            # Like ImageNet's, these weights are learned with all strides.
+            found["backbone"] = CropRecipe(backbone=recipe.backbone.replace(dilation=False), data=recipe.data)
     return found
 
 

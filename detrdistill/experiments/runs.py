@@ -47,7 +47,7 @@ def run(recipe: Recipe | CropRecipe, store: Store, *, device: str = "auto", work
     recipe = pinned(recipe)
     if (record := store.record(recipe)) is not None:
         return record
-    fabric = make_fabric(device, "bf16" if isinstance(recipe, CropRecipe) else recipe.precision)
+    fabric = make_fabric(device, recipe.backbone.crops.precision if isinstance(recipe, CropRecipe) else recipe.precision)
     if isinstance(recipe, CropRecipe):
         if fabric.is_global_zero:
             with store.hold(recipe):
@@ -216,7 +216,7 @@ def category_names(dataset: CocoDataset) -> str:
 
 def _evaluate_once(fabric: Fabric, detector: nn.Module, dataset: CocoDataset, recipe: Recipe) -> dict[str, float | None]:
     """Evaluate in one process, in full precision, and tell the others."""
-    metrics = evaluate(detector, dataset, batch=recipe.schedule.batch, device=fabric.device) if fabric.is_global_zero else None
+    metrics = evaluate(detector, dataset, recipe.schedule.batch, fabric.device, top=detector.top) if fabric.is_global_zero else None
     return fabric.broadcast(metrics)
 
 

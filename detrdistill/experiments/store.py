@@ -107,9 +107,11 @@ def read_record(path: Path) -> Record:
     """
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-        stated = body.pop("sha256", None)
-    except (ValueError, AttributeError):
-        raise InputError(f"record {path}: not a JSON object; delete its folder to run again") from None
+    except ValueError:
+        body = None
+    if not isinstance(body, dict):
+        raise InputError(f"record {path}: not a JSON object; delete its folder to run again")
+    stated = body.pop("sha256", None)
     if stated != _hash(body):
         raise InputError(f"record {path}: its content does not fit its hash, so it was edited or damaged; delete its folder to run again")
     return Record.read(body, where=f"record {path}")

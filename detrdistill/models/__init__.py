@@ -1,30 +1,31 @@
-"""Detectors that share one contract: `encode(pixels, padding) -> memory`, `decode(memory, *query_groups) -> one output a group`."""
+"""Detectors that share one contract: `encode(pixels, padding) -> memory`, `decode(memory, *query_groups) -> one output a group`.
+
+`queries(memory)` are a detector's own; `query_position` says whether queries carry an embedding beside content and reference, and
+`top` how many detections an image the official evaluation keeps.
+"""
 
 import torch
 
 from detrdistill.experiments.recipes import Recipe
+from detrdistill.models.adamixer import AdaMixer
 from detrdistill.models.backbones import Backbone
+from detrdistill.models.conditional_detr import ConditionalDETR
 from detrdistill.models.deformable_detr import DeformableDETR
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
 
-__all__ = ["Backbone", "DeformableDETR", "DetectorOutput", "Queries", "Targets", "build_detector"]
+__all__ = ["AdaMixer", "Backbone", "ConditionalDETR", "DeformableDETR", "DetectorOutput", "Queries", "Targets", "build_detector"]
 
 
-def build_detector(recipe: Recipe, classes: int) -> DeformableDETR:
+def build_detector(recipe: Recipe, classes: int) -> ConditionalDETR | DeformableDETR | AdaMixer:
     """The recipe's detector with fresh weights, a pure function of the recipe's seed; the backbone's weights are loaded by the run."""
+    shared = {name: getattr(recipe, name) for name in ("dim", "heads", "ffn", "decoder_layers", "queries", "dropout")}
+    shared["classes"] = classes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        return DeformableDETR(
-            Backbone(recipe.backbone),
-            classes=classes,
-            form=recipe.form,
-            dim=recipe.dim,
-            heads=recipe.heads,
-            ffn=recipe.ffn,
-            encoder_layers=recipe.encoder_layers,
-            decoder_layers=recipe.decoder_layers,
-            queries=recipe.queries,
-            levels=recipe.levels,
-            points=recipe.points,
-            dropout=recipe.dropout,
-        )
+        if recipe.detector == "adamixer":
+            own = {"in_points": recipe.in_points, "out_points": recipe.out_points, "groups": recipe.groups}
+            return AdaMixer(Backbone(recipe.backbone, first_level=2), channels=recipe.feature_dim, **own, **shared)
+        shared["encoder_layers"] = recipe.encoder_layers
+        if recipe.detector == "conditional_detr":
+            return ConditionalDETR(Backbone(recipe.backbone), **shared)
+        return DeformableDETR(Backbone(recipe.backbone), form=recipe.form, levels=recipe.levels, points=recipe.points, **shared)

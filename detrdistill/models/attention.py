@@ -1,7 +1,10 @@
-"""Position encodings and multi-scale deformable attention in plain PyTorch: nothing to compile, the same numbers on CPU and GPU."""
+"""What the detectors share: position encodings, attention within groups of queries, and multi-scale deformable attention.
+
+All in plain PyTorch: nothing to compile, the same numbers on CPU and GPU.
+"""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
@@ -47,10 +50,43 @@ def sine_position(padding: Bool[Tensor, "B H W"], features: int, shift: float) -
     return torch.cat(codes, dim=-1).permute(0, 3, 1, 2)
 
 
+def level_padding(padding: Bool[Tensor, "B H W"], shape: tuple[int, int]) -> Bool[Tensor, "B h w"]:
+    """The images' padding mask on a feature level's grid (nearest neighbour)."""
+    return F.interpolate(padding[:, None].float(), size=shape)[:, 0].bool()
+
+
 def valid_ratio(padding: Bool[Tensor, "B H W"]) -> Float[Tensor, "B 2"]:
     """Part of width and of height (x, y) that is image rather than padding."""
     valid = ~padding
     return torch.stack((valid[:, 0, :].float().mean(1), valid[:, :, 0].float().mean(1)), dim=-1)
+
+
+def attend(
+    query: Float[Tensor, "B Q K"],
+    key: Float[Tensor, "B T K"],
+    value: Float[Tensor, "B T D"],
+    heads: int,
+    visible: Bool[Tensor, "B 1 1 T"] | None = None,
+    dropout: float = 0.0,
+) -> Float[Tensor, "B Q D"]:
+    """Multi-head attention of inputs that are projected already; scores are scaled by the width of a head's keys."""
+    query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    width = value.shape[-1]
+    # torch's fast kernel on CPUs wants keys and values of one width.
+    value = F.pad(value, (0, key.shape[-1] - width))
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=visible, dropout_p=dropout)
+    return mixed[..., :width].transpose(1, 2).flatten(2)
+
+
+def within_groups(
+    attention: Callable[..., Float[Tensor, "B Q D"]], sizes: Sequence[int], *inputs: Float[Tensor, "B Q _"]
+) -> Float[Tensor, "B Q D"]:
+    """`attention(*inputs)` within each group of queries; groups do not see each other. Groups of one size share one call."""
+    if len(set(sizes)) == 1:
+        folded = [x.unflatten(1, (len(sizes), -1)).flatten(0, 1) for x in inputs]
+        return attention(*folded).unflatten(0, (-1, len(sizes))).flatten(1, 2)
+    groups = zip(*(x.split(list(sizes), dim=1) for x in inputs), strict=True)
+    return torch.cat([attention(*group) for group in groups], dim=1)
 
 
 class DeformableAttention(nn.Module):

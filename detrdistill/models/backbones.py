@@ -1,6 +1,7 @@
 """Convolutional backbones: torchvision's ResNets and MobileNetV2, and thin ResNets for the embedded data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from http.client import HTTPException
 from pathlib import Path
 
 import torch
@@ -62,14 +63,29 @@ def classifier(recipe: recipes.Backbone, classes: int, norm: Norm = nn.BatchNorm
     """The complete image classifier that a recipe's backbone is the body of, with fresh weights."""
     if recipe.name == "thin_resnet":
         return ThinResNet(recipe.width, recipe.blocks, classes, norm)
-    return getattr(models, recipe.name)(weights=None, num_classes=classes, norm_layer=norm)
+    whole = getattr(models, recipe.name)(weights=None, num_classes=classes, norm_layer=norm)
+    if recipe.stride_in_1x1:
+        for stage in (whole.layer2, whole.layer3, whole.layer4):
+            stage[0].conv1.stride, stage[0].conv2.stride = stage[0].conv2.stride, stage[0].conv1.stride
+    return whole
+
+
+def dilate(blocks: Iterable[nn.Module]) -> None:
+    """Trade a stage's stride for dilation (DC5). The first block keeps its kernels undilated, as torchvision's ResNets do."""
+    for i, block in enumerate(blocks):
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+                if i > 0 and module.kernel_size == (3, 3):
+                    module.dilation = module.padding = (2, 2)
 
 
 class Backbone(nn.Module):
-    """Feature maps C3, C4, C5 (strides 8, 16, 32), or from C2 on.
+    """Feature maps C3, C4, C5 (strides 8, 16, 32; the last one 16 with dilation), or from C2 on.
 
     Attributes:
         channels: of the maps returned.
+        strides: of the maps returned, in pixels.
 
     With learned weights every BatchNorm is frozen (statistics and affine), and the stem and first stage of an ImageNet backbone
     get no gradient, as in the official DETRs. A backbone without learned weights trains whole, since frozen statistics of random
@@ -80,6 +96,9 @@ class Backbone(nn.Module):
         super().__init__()
         whole = classifier(recipe, 1, FrozenBatchNorm2d if recipe.frozen_norm else nn.BatchNorm2d)
         mobile = recipe.name == "mobilenet_v2"
+        if recipe.dilation:
+            dilate(whole.features[14:18] if mobile else whole.layer4)
+        self.strides = [4, 8, 16, 16 if recipe.dilation else 32][first_level - 2 :]
         stages = (_MOBILENET_STAGES if mobile else _RESNET_STAGES)[first_level - 2 :]
         self.body = IntermediateLayerGetter(whole.features if mobile else whole, {stage: stage for stage in stages})
         self.learned = recipe.weights != "none"
@@ -118,14 +137,14 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
     """torchvision's ImageNet weights, downloaded once into torch's cache.
 
     Raises:
-        InputError: no network, and not in the cache.
+        InputError: no network and not in the cache, or a damaged file.
     """
     try:
         return models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
-    except OSError as error:
+    except (OSError, HTTPException, RuntimeError) as error:  # torch reports a wrong hash and a damaged file as RuntimeError
         raise InputError(
-            f"ImageNet weights of {name} could not be downloaded ({error}); connect once, or give a state_dict file as backbone.weights, "
-            "or set backbone.weights='none'"
+            f"ImageNet weights of {name} could not be downloaded ({str(error)[:200]}); connect once, or give a state_dict "
+            "file as backbone.weights, or set backbone.weights='none'"
         ) from None
 
 

@@ -1,8 +1,4 @@
-"""Deformable DETR (Zhu et al., ICLR 2021): plain, with iterative box refinement, and two-stage.
-
-Equal to the official code (fundamentalvision/Deformable-DETR) number by number; see tests/parity. Where this file differs:
-the sine codes of two-stage proposals work for any width (official: 256), and several groups of queries can share one pass.
-"""
+"""Deformable DETR (Zhu et al., ICLR 2021): plain, with iterative box refinement, and two-stage."""
 
 import math
 from collections.abc import Sequence
@@ -12,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from detrdistill.boxes import inverse_sigmoid
-from detrdistill.models.attention import MLP, DeformableAttention, sine_code, sine_position, valid_ratio
+from detrdistill.boxes import add_reference, inverse_sigmoid
+from detrdistill.models.attention import MLP, DeformableAttention, level_padding, sine_code, sine_position, valid_ratio, within_groups
 from detrdistill.models.outputs import DetectorOutput, Queries
 
 
@@ -78,28 +74,21 @@ class DecoderLayer(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, t, position, sizes, reference, memory):  # [B Q D], [B Q D], [B Q L P]; `sizes` of the query groups
-        mixed = grouped_attention(self.self_attn, t + position, t, sizes)
+        mixed = within_groups(lambda qk, v: self.self_attn(qk, qk, v, need_weights=False)[0], sizes, t + position, t)
         t = self.norm2(t + self.drop(mixed))
         seen = self.cross_attn(t + position, reference, memory.tokens, memory.shapes, memory.padding)
         t = self.norm1(t + self.drop(seen))
         return self.norm3(t + self.drop(self.linear2(self.drop(self.linear1(t).relu()))))
 
 
-def grouped_attention(
-    attention: nn.MultiheadAttention, query_key: Float[Tensor, "B Q D"], value: Float[Tensor, "B Q D"], sizes: Sequence[int]
-) -> Float[Tensor, "B Q D"]:
-    """Self-attention within each group of queries; groups do not see each other. Groups of one size share one call."""
-    if len(set(sizes)) == 1:
-        fold = lambda x: x.unflatten(1, (len(sizes), -1)).flatten(0, 1)  # noqa: E731
-        query_key, value = fold(query_key), fold(value)
-        mixed, _ = attention(query_key, query_key, value, need_weights=False)
-        return mixed.unflatten(0, (-1, len(sizes))).flatten(1, 2)
-    groups = zip(query_key.split(sizes, dim=1), value.split(sizes, dim=1), strict=True)
-    return torch.cat([attention(qk, qk, v, need_weights=False)[0] for qk, v in groups], dim=1)
-
-
 class DeformableDETR(nn.Module):
-    """Deformable DETR.
+    """Deformable DETR (Zhu et al., ICLR 2021), on any number of levels.
+
+    A query is a content [D] and a position [D]; its reference is a point [2], or a box [4] once it is refined. Encoder and decoder
+    look at a few points a level (Eq. 3) around a token or a reference, and boxes are predicted relative to the reference.
+
+    Equal to the official code (fundamentalvision/Deformable-DETR) number by number; see tests/parity. Where it differs: the sine
+    codes of two-stage proposals work for any width (official: 256), and several groups of queries can share one pass.
 
     Args:
         backbone: returns C3, C4, C5 and knows its `channels`.
@@ -107,6 +96,9 @@ class DeformableDETR(nn.Module):
         form: "plain", "box_refine" or "two_stage" (which refines boxes as well).
         levels: feature levels L; one: C5 alone; more than the backbone gives: 3x3 convolutions of stride 2 from C5 on.
     """
+
+    query_position = True  # queries carry an embedding of their own
+    top = 100  # detections an image in the official evaluation
 
     def __init__(
         self,
@@ -182,7 +174,7 @@ class DeformableDETR(nn.Module):
         for project in self.input_proj[len(maps) :]:
             maps.append(project(used[-1] if len(maps) == len(used) else maps[-1]))
         shapes = [(x.shape[-2], x.shape[-1]) for x in maps]
-        masks = [nn.functional.interpolate(padding[:, None].float(), size=shape)[:, 0].bool() for shape in shapes]
+        masks = [level_padding(padding, shape) for shape in shapes]
         x = torch.cat([level.flatten(2).transpose(1, 2) for level in maps], dim=1)
         position = [sine_position(mask, self.dim // 2, shift=-0.5).flatten(2).transpose(1, 2).to(x.dtype) for mask in masks]
         position = torch.cat([p + embed for p, embed in zip(position, self.level_embed, strict=True)], dim=1)
@@ -223,11 +215,9 @@ class DeformableDETR(nn.Module):
         Without groups, the detector's own queries. The result has one output a group.
         """
         groups = groups or (self.queries(memory),)
-        batch = len(memory.tokens)
         sizes = [len(group) for group in groups]
-        join = lambda parts: torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)  # noqa: E731
-        t, position = join([g.content for g in groups]), join([g.position for g in groups])
-        reference = join([g.reference for g in groups])  # logits of points or boxes
+        start = Queries.join(groups, len(memory.tokens))
+        t, position, reference = start.content, start.position, start.reference  # logits of points or boxes
         if not self.refine and reference.shape[-1] == 4:
             reference = reference[..., :2]  # a refining teacher's boxes seed a plain student as points
         states, logits, boxes = [], [], []
@@ -243,18 +233,8 @@ class DeformableDETR(nn.Module):
             boxes.append(box.sigmoid())
             if self.refine:
                 reference = box.detach()
-        stacked = [torch.stack(x) for x in (logits, boxes, states)]
-        parts = zip(groups, *(x.split(sizes, dim=2) for x in stacked), strict=True)
-        maps, masks = memory.maps(), memory.masks()
-        return [DetectorOutput(*part, features=maps, padding=masks, initial=group) for group, *part in parts]
-
-
-def add_reference(delta: Float[Tensor, "B Q 4"], reference: Float[Tensor, "B Q P"]) -> Float[Tensor, "B Q 4"]:
-    """Un-activated boxes: the reference shifts the centre, and the size too if it has one."""
-    delta = delta if delta.dtype == torch.float64 else delta.float()
-    if reference.shape[-1] == 4:
-        return delta + reference
-    return torch.cat((delta[..., :2] + reference, delta[..., 2:]), dim=-1)
+        predicted = (torch.stack(x) for x in (logits, boxes, states))
+        return DetectorOutput(*predicted, features=memory.maps(), padding=memory.masks()).split(groups)
 
 
 def token_centres(memory: Memory) -> Float[Tensor, "B T 2"]:

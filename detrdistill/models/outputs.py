@@ -6,6 +6,7 @@ H W grid (_ where levels differ), N targets. (The classes are not frozen because
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,19 +19,27 @@ class Queries:
 
     Attributes:
         content: first content vectors.
-        position: the family's query embedding (query position in the DETRs).
-        reference: the family's first geometry: logits of reference points or boxes.
+        position: the family's query embedding (query position in the DETRs); None where the decoder derives it from the boxes.
+        reference: the family's first geometry: logits of reference points or boxes in the DETRs, boxes in AdaMixer, always relative
+            to the image without padding.
         proposals: first-stage predictions that two-stage queries were chosen from, as if one decoder stage with a query for
             every token; None for learned queries.
     """
 
     content: Float[Tensor, "B Q D"]
-    position: Float[Tensor, "B Q D"]
+    position: Float[Tensor, "B Q D"] | None
     reference: Float[Tensor, "B Q P"]
     proposals: "DetectorOutput | None" = None
 
     def __len__(self) -> int:
         return self.content.shape[1]
+
+    @classmethod
+    def join(cls, groups: "Sequence[Queries]", batch: int) -> "Queries":
+        """All groups side by side, for a decoder pass over `batch` images."""
+        join = lambda parts: torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)  # noqa: E731
+        position = None if groups[0].position is None else join([group.position for group in groups])
+        return cls(join([group.content for group in groups]), position, join([group.reference for group in groups]))
 
 
 @dataclass
@@ -42,16 +51,25 @@ class DetectorOutput:
         boxes: cxcywh, relative to the image without padding.
         queries: decoder outputs of each stage.
         features: what the decoder attends to, a map a level: encoder memory, or the neck where there is no encoder.
+            Their channels E are D, but for an AdaMixer whose neck has another width.
         padding: True on padding, a mask a level.
         initial: the queries the decoder started from; a student takes its teacher's as a second group. None for proposals.
+        l1: which form of the boxes the detector's L1 cost and loss compare.
     """
 
     logits: Float[Tensor, "S B Q C"]
     boxes: Float[Tensor, "S B Q 4"]
     queries: Float[Tensor, "S B Q D"]
-    features: Sequence[Float[Tensor, "B D _ _"]]
+    features: Sequence[Float[Tensor, "B E _ _"]]
     padding: Sequence[Bool[Tensor, "B _ _"]]
     initial: Queries | None = None
+    l1: Literal["cxcywh", "xyxy"] = "cxcywh"
+
+    def split(self, groups: Sequence[Queries]) -> "list[DetectorOutput]":
+        """One output for each of the `groups` that `Queries.join` put side by side."""
+        sizes = [len(group) for group in groups]
+        parts = zip(groups, *(stacked.split(sizes, dim=2) for stacked in (self.logits, self.boxes, self.queries)), strict=True)
+        return [replace(self, logits=z, boxes=boxes, queries=t, initial=group) for group, z, boxes, t in parts]
 
 
 @dataclass

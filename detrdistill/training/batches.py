@@ -43,9 +43,9 @@ class Draws(Sequence[list[tuple[int, int]]]):
         return int(self._order[place])
 
 
-def micro_batches(dataset: CocoDataset, draws: Draws, workers: int) -> Iterator[list[Batch]]:
+def micro_batches(dataset: CocoDataset, draws: Draws, workers: int, pin: bool = False) -> Iterator[list[Batch]]:
     """The micro-batches of each optimizer step in turn."""
-    loader = iter(DataLoader(dataset, batch_sampler=draws, collate_fn=collate, num_workers=workers))
+    loader = iter(DataLoader(dataset, batch_sampler=draws, collate_fn=collate, num_workers=workers, pin_memory=pin))
     while True:
         step = [batch for _, batch in zip(range(draws.accumulate), loader, strict=False)]
         if not step:

@@ -32,22 +32,25 @@ def train_on_crops(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(plan.seed)
         model = classifier(recipe.backbone, len(train.categories))
+    # Not set up by Fabric: of several processes, only one does this.
+    model.to(fabric.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
-    model, optimizer = fabric.setup(model.to(memory_format=torch.channels_last), optimizer)
     order = np.random.default_rng(plan.seed)
     bar = tqdm(range(plan.steps), desc=recipe.title, unit="step", disable=not progress, mininterval=1)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
         chosen = torch.from_numpy(order.choice(len(images), plan.batch, replace=len(images) < plan.batch))
-        loss = F.cross_entropy(model(prepared(fabric, images[chosen])).float(), fabric.to_device(labels[chosen]), label_smoothing=0.1)
+        with fabric.autocast():
+            scores = model(prepared(fabric, images[chosen]))
+        loss = F.cross_entropy(scores.float(), fabric.to_device(labels[chosen]), label_smoothing=0.1)
         if not math.isfinite(loss.item()):
             raise NonFiniteError(f"crop training step {step + 1}: the loss is {loss.item()}; lower backbone.crops.lr ({plan.lr})")
-        fabric.backward(loss)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return model.module, accuracy(fabric, model, *object_crops(val, plan.size, plan.seed))
+    return model, accuracy(fabric, model, *object_crops(val, plan.size, plan.seed))
 
 
 @torch.no_grad()

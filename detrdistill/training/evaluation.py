@@ -19,10 +19,11 @@ METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "A
 def detections(
     logits: Float[Tensor, "B Q C"], boxes: Float[Tensor, "B Q 4"], original_sizes: Tensor | Sequence[tuple[int, int]], top: int = 100
 ) -> list[dict[str, Tensor]]:
-    """The DETRs' post-processing: the `top` best pairs of query and class of each image. No clipping, no suppression.
+    """The detectors' post-processing: the `top` best pairs of query and class of each image. No clipping, no suppression.
 
     Args:
         original_sizes: height and width of each image in its file.
+        top: 100 in the DETRs, the number of queries in AdaMixer: a detector's `top`.
 
     Returns:
         `scores`, `labels` and `boxes` (xyxy in pixels) of each image, best first.
@@ -39,7 +40,7 @@ def detections(
 
 @torch.no_grad()
 def evaluate(
-    detector: nn.Module, dataset: CocoDataset, batch: int, device: torch.device | str = "cpu", workers: int = 0
+    detector: nn.Module, dataset: CocoDataset, batch: int, device: torch.device | str = "cpu", workers: int = 0, top: int = 100
 ) -> dict[str, float | None]:
     """The twelve COCO numbers of a detector's last stage, in percent; None where COCO defines none.
 
@@ -59,7 +60,7 @@ def evaluate(
             (output,) = detector.decode(memory, detector.queries(memory))
             logits, boxes = output.logits[-1].float(), output.boxes[-1].float()
             _check(logits, boxes, samples.image_ids, len(dataset.categories))
-            for image, found in zip(samples.image_ids, detections(logits, boxes, samples.original_sizes), strict=True):
+            for image, found in zip(samples.image_ids, detections(logits, boxes, samples.original_sizes, top), strict=True):
                 results += _coco_results(image, found, [category.id for category in dataset.categories])
     finally:
         detector.train(training)

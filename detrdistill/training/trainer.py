@@ -65,7 +65,7 @@ def train(
     quiet = not progress or fabric.global_rank > 0
     bar = tqdm(total=total, initial=state["step"], desc=recipe.title, unit="step", disable=quiet, mininterval=1)
     with Log(folder / "log.jsonl" if fabric.is_global_zero else None, state["step"]) as log, bar:
-        for step, batches in enumerate(micro_batches(dataset, draws, workers), start=state["step"] + 1):
+        for step, batches in enumerate(micro_batches(dataset, draws, workers, pin=fabric.device.type == "cuda"), start=state["step"] + 1):
             # Dropout is the only randomness left: seeding it by step makes resuming exact without saving generators.
             torch.manual_seed(mix(recipe.seed, step, fabric.global_rank))
             rate = schedule.lr * lr_factor(schedule, step, total)
@@ -109,8 +109,10 @@ def accumulate_gradients(
     fabric: Fabric, module: nn.Module, teacher: nn.Module | None, batches: list[Batch], schedule: Schedule
 ) -> dict[str, Tensor]:
     """Losses and gradient of one optimizer step, as if all its micro-batches and processes were one batch."""
-    boxes = torch.tensor(float(sum(sum(batch.targets.counts) for batch in batches)))
-    boxes = max(fabric.all_reduce(boxes, reduce_op="sum").item(), 1.0)
+    boxes = float(sum(sum(batch.targets.counts) for batch in batches))
+    if fabric.world_size > 1:
+        boxes = fabric.all_reduce(torch.tensor(boxes, device=fabric.device), reduce_op="sum").item()
+    boxes = max(boxes, 1.0)
     parts: dict[str, Tensor] = {}
     for i, batch in enumerate(batches):
         pixels = fabric.to_device(batch.pixels).contiguous(memory_format=torch.channels_last)

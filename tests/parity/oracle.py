@@ -130,6 +130,8 @@ def formula_weight(seed: int, name: str, shape: list[int], scale: float | str = 
     """A tensor that is defined by its name: FNV-1a hash of "seed/name", then SplitMix64, scaled to [-1, 1)."""
     if scale == "rows constant":
         return torch.tensor(shift, dtype=torch.float32).expand(*shape).clone()
+    if scale == "integer, keep 0":
+        return torch.zeros(shape, dtype=torch.long)
     key = 0xCBF29CE484222325
     for byte in f"{seed}/{name}".encode():
         key = (key ^ byte) * 0x100000001B3 % 2**64

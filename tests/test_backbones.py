@@ -1,0 +1,177 @@
+"""Backbones: shapes, what is frozen, and weights that do not fit or are not weights."""
+
+import os
+import pickle
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import FrozenBatchNorm2d
+
+from detrdistill.errors import InputError
+from detrdistill.experiments import recipes
+from detrdistill.experiments.recipes import CropTraining
+from detrdistill.models import backbones
+from detrdistill.models.backbones import Backbone, classifier, file_weights, imagenet_weights
+
+THIN = {"name": "thin_resnet", "width": 8}
+CHANNELS = {
+    "resnet18": [128, 256, 512],
+    "resnet50": [512, 1024, 2048],
+    "resnet101": [512, 1024, 2048],
+    "mobilenet_v2": [32, 96, 1280],
+    "thin_resnet": [32, 64, 128],
+}
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_channels_and_strides(name):
+    backbone = Backbone(recipes.Backbone(name=name, weights="none")).eval()
+    with torch.no_grad():
+        maps = backbone(torch.zeros(1, 3, 64, 96))
+    assert backbone.channels == [x.shape[1] for x in maps] == CHANNELS[name]
+    assert [tuple(x.shape[2:]) for x in maps] == [(8, 12), (4, 6), (2, 3)]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "thin_resnet"])
+def test_maps_from_stride_4_on(name):
+    backbone = Backbone(recipes.Backbone(name=name, weights="none"), first_level=2)
+    assert len(backbone.channels) == 4 and backbone.channels[1:] == CHANNELS[name]
+    assert backbone(torch.zeros(2, 3, 64, 64))[0].shape[-1] == 16
+
+
+def test_depth_and_width_of_thin_backbones():
+    wide = Backbone(recipes.Backbone(name="thin_resnet", width=16, blocks=(1, 2, 3, 1), weights="none"))
+    assert wide.channels == [32, 64, 128] and [len(wide.body[f"layer{i}"]) for i in (1, 2, 3, 4)] == [1, 2, 3, 1]
+
+
+def norms(backbone: Backbone) -> set[type]:
+    return {type(module) for module in backbone.modules() if isinstance(module, nn.BatchNorm2d | FrozenBatchNorm2d)}
+
+
+def test_without_learned_weights_everything_trains():
+    for name in ("thin_resnet", "resnet18", "mobilenet_v2"):
+        backbone = Backbone(recipes.Backbone(name=name, weights="none"))
+        assert norms(backbone) == {nn.BatchNorm2d} and all(p.requires_grad for p in backbone.parameters())
+
+
+def test_with_learned_weights_the_norms_are_frozen():
+    backbone = Backbone(recipes.Backbone(weights="crops", crops=CropTraining(), **THIN)).train()
+    assert norms(backbone) == {FrozenBatchNorm2d}
+    assert all(p.requires_grad for p in backbone.parameters()), "a backbone of the crops trains from its stem on"
+    before = {name: value.clone() for name, value in backbone.named_buffers()}
+    backbone(torch.randn(2, 3, 64, 64))[-1].sum().backward()
+    assert all(torch.equal(value, before[name]) for name, value in backbone.named_buffers())
+
+
+@pytest.mark.parametrize(("name", "first_trained"), [("resnet18", "layer2.0.conv1.weight"), ("mobilenet_v2", "4.conv.0.0.weight")])
+def test_stem_and_first_stage_of_imagenet_get_no_gradient(name, first_trained):
+    backbone = Backbone(recipes.Backbone(name=name))
+    assert norms(backbone) == {FrozenBatchNorm2d}
+    names = [name for name, parameter in backbone.body.named_parameters() if parameter.requires_grad]
+    assert names[0] == first_trained
+    backbone.train()(torch.randn(1, 3, 64, 64))[-1].sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in backbone.parameters())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2", "thin_resnet"])
+def test_a_classifier_s_weights_give_its_maps(name):
+    """The classifier in evaluation mode and the body with frozen norms compute the same."""
+    recipe = recipes.Backbone(name=name, weights="crops", crops=CropTraining())
+    whole = classifier(recipe, 7)
+    with torch.no_grad():
+        whole.train()(torch.randn(4, 3, 64, 64))  # statistics other than 0 and 1
+    backbone = Backbone(recipe).eval()
+    backbone.load(whole.state_dict(), "of the test")
+    image, whole = torch.randn(1, 3, 64, 64), whole.eval()
+    with torch.no_grad():
+        found = backbone(image)[-1]
+        wanted = whole.features(image) if name == "mobilenet_v2" else nn.Sequential(*list(whole.children())[:-2])(image)
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_of_another_architecture_are_refused_and_nothing_is_loaded():
+    backbone = Backbone(recipes.Backbone(weights="none", **THIN))
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    good = classifier(recipes.Backbone(weights="none", **THIN), 3).state_dict()
+    wider = classifier(recipes.Backbone(name="thin_resnet", width=16, weights="none"), 3).state_dict()
+    faults = {
+        "misshaped": wider,
+        "missing": {name: value for name, value in good.items() if name != "conv1.weight"},
+        "unexpected": good | {"layer9.weight": torch.zeros(1)},
+    }
+    for kind, state in faults.items():
+        with pytest.raises(InputError, match=rf"weights mine\.pt do not fit: .*{kind} \['(conv1|layer9)\.weight'") as error:
+            backbone.load(state, "mine.pt")
+        assert "\n" not in str(error.value)
+    assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
+    backbone.load(good, "mine.pt")
+
+
+class Attack:
+    """What a malicious pickle looks like: loading it would call `os.mkdir`."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+def test_weight_files(tmp_path):
+    state = classifier(recipes.Backbone(weights="none", **THIN), 3).state_dict()
+    path = tmp_path / "weights.pt"
+    torch.save(state, path)
+    assert file_weights(path).keys() == state.keys()
+
+    (tmp_path / "cut.pt").write_bytes(path.read_bytes()[:-1000])
+    (tmp_path / "text.pt").write_text("not weights")
+    (tmp_path / "empty.pt").write_bytes(b"")
+    for name in ("cut.pt", "text.pt", "empty.pt"):
+        with pytest.raises(InputError, match=rf"{name}: not a readable state_dict"):
+            file_weights(tmp_path / name)
+    torch.save({"model": state}, tmp_path / "nested.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    for name in ("nested.pt", "list.pt"):
+        with pytest.raises(InputError, match=rf"{name}: holds something other than named tensors"):
+            file_weights(tmp_path / name)
+    for name in ("absent.pt", "."):
+        with pytest.raises(InputError, match="backbone weights"):
+            file_weights(tmp_path / name)
+
+
+def test_code_in_a_weight_file_is_not_executed(tmp_path):
+    target = tmp_path / "made by the attack"
+    torch.save({"conv1.weight": Attack(target)}, tmp_path / "attack.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(Attack(target)))
+    for name in ("attack.pt", "plain.pt"):
+        with pytest.raises(InputError, match="not a readable state_dict of tensors"):
+            file_weights(tmp_path / name)
+    assert not target.exists()
+    pickle.loads(pickle.dumps(Attack(target)))
+    assert target.exists(), "the attack works where it is let"
+
+
+def test_imagenet_weights_without_network(monkeypatch, tmp_path):
+    def unreachable(*_, **__):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    for name in ("resnet50", "mobilenet_v2"):
+        with pytest.raises(InputError, match=f"ImageNet weights of {name} could not be downloaded .*connect once, or give") as error:
+            imagenet_weights(name)
+        assert "\n" not in str(error.value)
+
+
+def test_imagenet_weights_that_arrive_damaged(monkeypatch, tmp_path):
+    """torch.hub reports a wrong hash as a RuntimeError."""
+
+    def damaged(*_, **__):
+        raise RuntimeError('invalid hash value (expected "11ad3fa6", got "e3b0c442")')
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", damaged)
+    with pytest.raises(InputError, match=r"ImageNet weights of resnet50 .*invalid hash value"):
+        backbones.imagenet_weights("resnet50")

@@ -1,0 +1,194 @@
+"""The command: bad input is one line on standard error and exit code 2, and nothing is overwritten."""
+
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from detrdistill import cli
+from detrdistill.errors import InputError, NonFiniteError
+from tests.folders import read_split, write_folder, write_split
+
+LAUNCH = [sys.executable, "-m", "detrdistill"]
+
+
+def call(monkeypatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["detrdistill", *map(str, words)])
+    try:
+        cli.main()
+    except SystemExit as end:
+        return end.code or 0
+    return 0
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys, tmp_path):
+    """Calls the command, and gives the one line it was refused with."""
+    monkeypatch.chdir(tmp_path)
+
+    def line(*words: object) -> str:
+        assert call(monkeypatch, *words) == 2
+        err = capsys.readouterr().err
+        lines = [one for one in err.splitlines() if one and "%|" not in one and not one.startswith(("WARNING: ", "Using bfloat16"))]
+        assert len(lines) == 1 and lines[0].startswith("error: "), err
+        return lines[0]
+
+    return line
+
+
+TRAIN = ("train", "smoke", "student", "--device", "cpu", "--results", "results")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "smok", "student"), "preset 'smok' is unknown; known: smoke, quick"),
+        (("train", "smoke", "studnet"), "setting 'studnet' is unknown; known: teacher"),
+        ((*TRAIN, "--set", "scedule.lr=1"), "'scedule.lr' has no part 'scedule' here; fields: detector"),
+        ((*TRAIN, "--set", "schedule.rate=1"), "unknown parameter 'schedule.rate' = '1'; known here: steps"),
+        ((*TRAIN, "--set", "schedule.lr=fast"), "'schedule.lr' = 'fast'"),
+        ((*TRAIN, "--set", "schedule.lr"), "'schedule.lr' is not of the form name=value"),
+        ((*TRAIN, "--set", "queries=0"), "'queries' = '0'"),
+        ((*TRAIN, "--data", "absent"), "data folder absent: does not exist; expected there: instances_train.json"),
+        ((*TRAIN[:3], "--results", "results", "--device", "tpu"), "device 'tpu' is unknown"),
+        (("check", "absent"), "data folder absent: does not exist"),
+        (("report", "--preset", "smok"), "preset 'smok' is unknown"),
+        (("notebook", "absent.ipynb", "out.ipynb"), "notebook absent.ipynb: no such file"),
+        (("notebook", "absent.ipynb", "out.ipynb", "--parameters", "preset"), "'preset' is not of the form name=value"),
+    ],
+)
+def test_bad_arguments(refused, tmp_path, words, message):
+    assert message in refused(*words)
+    assert not (tmp_path / "results" / "runs").exists() or not list((tmp_path / "results").rglob("record.json"))
+
+
+def test_unknown_options_are_refused(monkeypatch, capsys):
+    for words in (("trian",), ("train", "smoke"), (*TRAIN, "--rate", "3"), (*TRAIN, "--workers", "many"), (*TRAIN, "--seed", "x")):
+        assert call(monkeypatch, *words) == 2
+        assert capsys.readouterr().err
+
+
+def test_results_that_are_a_file(refused, tmp_path):
+    (tmp_path / "results").write_text("mine")
+    assert "results is a file; move it away or choose another folder" in refused(*TRAIN)
+    assert (tmp_path / "results").read_text() == "mine"
+
+
+def test_data_that_cannot_be_used(refused, tmp_path):
+    root = write_folder(tmp_path / "mine")
+    good = (root / "instances_train.json").read_text()
+    (root / "instances_train.json").write_text(good[:-10])
+    for words in (("check", root), (*TRAIN, "--data", root)):
+        assert "instances_train.json: not valid JSON" in refused(*words)
+    (root / "instances_train.json").write_text(good)
+    content = read_split(root, "val")
+    write_split(root, "val", content | {"categories": [{"id": 3, "name": "cross"}] * 2})
+    assert "instances_val.json" in refused("check", root)
+    write_split(root, "val", content | {"annotations": [one | {"bbox": [0, 0, 0, 0]} for one in content["annotations"]]})
+    assert "instances_val.json" in refused("check", root)
+
+
+@pytest.mark.filterwarnings("ignore:.*the backbone starts from random weights")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_truncated_image_is_named(refused, tmp_path, finished, workers):
+    """Also where a worker process found it."""
+    root = write_folder(tmp_path / "mine")
+    for path in (root / "images").glob("?.png"):
+        path.write_bytes(path.read_bytes()[:-2000])
+    found = refused(*TRAIN, "--data", root, "--set", "backbone.weights=none", "--set", "schedule.batch=2", "--workers", workers)
+    assert found.startswith("error: image ") and ".png cannot be decoded (" in found and found.endswith("replace the file")
+
+
+@pytest.mark.parametrize(("content", "reason"), [(None, "no such file"), (b"text", "not a readable state_dict")])
+def test_backbone_weights_that_cannot_be_used(refused, tmp_path, content, reason):
+    if content:
+        (tmp_path / "mine.pt").write_bytes(content)
+    found = refused(*TRAIN, "--set", "backbone.weights=mine.pt")
+    assert f"backbone weights mine.pt: {reason}" in found
+    assert not list(tmp_path.rglob("record.json"))
+
+
+def test_imagenet_without_network(refused, monkeypatch, tmp_path):
+    import torch
+
+    def unreachable(*_, **__):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    root = write_folder(tmp_path / "mine")
+    words = ("--data", root, "--set", "backbone.name=resnet18", "--set", "backbone.weights=imagenet")
+    assert "ImageNet weights of resnet18 could not be downloaded (Network is unreachable); connect once" in refused(*TRAIN, *words)
+
+
+def test_a_damaged_checkpoint(refused, tmp_path, finished):
+    from detrdistill.experiments.presets import smoke
+    from detrdistill.experiments.store import Store
+
+    shutil.copytree(finished, tmp_path / "results")
+    folder = Store(tmp_path / "results").folder(smoke().student)
+    folder.mkdir()
+    (folder / "checkpoint.pt").write_bytes(b"half of it")
+    assert "checkpoint.pt: not readable (KeyError); delete it to start this run afresh" in refused(*TRAIN)
+    assert (folder / "checkpoint.pt").read_bytes() == b"half of it"
+
+
+@pytest.mark.parametrize("error", [InputError("it is so"), NonFiniteError("it is so")])
+def test_both_kinds_of_errors_are_told_alike(refused, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("detrdistill.experiments.presets.get_preset", fail)
+    assert refused("train", "smoke", "student") == "error: it is so"
+
+
+def test_other_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr("detrdistill.experiments.presets.get_preset", lambda name: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(monkeypatch, "train", "smoke", "student")
+
+
+def test_train_with_own_data_and_again(monkeypatch, capsys, tmp_path):
+    root = write_folder(tmp_path / "mine")
+    words = ("train", "smoke", "detrdistill", "--data", root, "--results", tmp_path / "results", "--device", "cpu")
+    words = (*words, "--set", "teacher_floor=-1", "--set", "schedule.lr=1e-4", "--set", "schedule.steps=2", "--set", "schedule.batch=2")
+    assert call(monkeypatch, *words) == 0, capsys.readouterr().err
+    first = capsys.readouterr().out
+    assert first.startswith("deformable_detr-thin8-detrdistill-seed0-") and " AP " in first
+    records = {path: path.read_bytes() for path in tmp_path.rglob("record.json")}
+    assert len(records) == 3
+    assert call(monkeypatch, *words) == 0 and capsys.readouterr().out == first
+    assert records == {path: path.read_bytes() for path in tmp_path.rglob("record.json")}
+
+
+def test_train_by_the_name_of_a_run(monkeypatch, capsys, finished):
+    for path in (finished / "runs").iterdir():
+        assert call(monkeypatch, "train", "smoke", path.name, "--results", finished) == 0
+        assert capsys.readouterr().out.startswith(f"{path.name}: ")
+
+
+def test_check_lists_faults(monkeypatch, capsys, tmp_path):
+    root = write_folder(tmp_path / "mine")
+    content = read_split(root, "train")
+    content["annotations"][0]["bbox"] = [5, 5, 0, 10]
+    write_split(root, "train", content)
+    assert call(monkeypatch, "check", root) == 0
+    out = capsys.readouterr().out
+    assert "train: 4 images, " in out and "val: 4 images" in out and "3 classes" in out and "annotation 0" in out
+
+
+def test_as_a_module(tmp_path):
+    before = time.monotonic()
+    done = subprocess.run([*LAUNCH, "train", "nope", "student"], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.splitlines() == ["error: preset 'nope' is unknown; known: smoke, quick, coco"]
+    assert list(tmp_path.iterdir()) == [] and time.monotonic() - before < 3, "a mistyped name does not wait for torch"
+
+
+def test_control_c(monkeypatch):
+    def interrupt(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("detrdistill.experiments.presets.get_preset", interrupt)
+    assert call(monkeypatch, "train", "smoke", "student") == 130

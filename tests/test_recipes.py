@@ -1,0 +1,167 @@
+"""Recipes refuse what they do not know, accept numbers as text, and name runs by all that changes them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from detrdistill.errors import InputError
+from detrdistill.experiments.presets import PRESETS, get_preset, smoke
+from detrdistill.experiments.recipes import Backbone, CropTraining, DETRDistill, Digits, Folder, Recipe, Resize, Schedule, parents, run_id
+
+STUDENT, TEACHER, DISTILLED = (smoke().recipe(setting) for setting in ("student", "teacher", "detrdistill"))
+
+
+def refusal(**changes: Any) -> str:
+    with pytest.raises(InputError) as error:
+        DISTILLED.replace(**changes)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "parts"),
+    [
+        ("qeries", 30, ["unknown parameter 'qeries' = 30", "queries"]),
+        ("schedule.learning_rate", 1e-3, ["unknown parameter 'schedule.learning_rate' = 0.001", "lr", "warmup"]),
+        ("backbone.crops.step", 3, ["unknown parameter 'backbone.crops.step' = 3; known here: steps, batch"]),
+        ("data.sise", 3, ["unknown parameter 'data.digits.sise' = 3; known here: name, size, train"]),
+        ("teacher.schedule.step", 3, ["unknown parameter 'teacher.schedule.step' = 3; known here: steps, epochs"]),
+        ("methods", [{"name": "detrdistill", "gama": 1}], ["unknown parameter 'methods.0.gama' = 1; known here: name, logits"]),
+        ("schedule.lr", "fast", ["'schedule.lr' = 'fast'", "number"]),
+        ("schedule.lr", -1e-4, ["'schedule.lr' = -0.0001", "greater than 0"]),
+        ("schedule.lr", "nan", ["'schedule.lr' = 'nan'", "finite"]),
+        ("schedule.lr", float("inf"), ["'schedule.lr' = inf", "finite"]),
+        ("schedule.steps", 2.5, ["'schedule.steps' = 2.5", "integer"]),
+        ("schedule.steps", 0, ["'schedule.steps' = 0", "greater than 0"]),
+        ("schedule.epochs", 3, ["give either 'steps' or 'epochs', not both"]),
+        ("schedule.accumulate", 3, ["'batch' 4 is not a multiple of 'accumulate' 3"]),
+        ("seed", -1, ["'seed' = -1"]),
+        ("queries", None, ["'queries' = None", "integer"]),
+        ("dropout", 1.5, ["'dropout' = 1.5", "less than or equal to 1"]),
+        ("form", "three_stage", ["'form' = 'three_stage'", "'box_refine'"]),
+        ("detector", "yolo", ["'detector' = 'yolo'", "deformable_detr"]),
+        ("methods", "fitnets", ["'fitnets'"]),
+        ("methods", ["detrdistill", "detrdistill"], ["names one method twice: detrdistill"]),
+        ("methods", [], ["give both or neither"]),
+        ("teacher", None, ["give both or neither"]),
+        ("teacher_floor", 101, ["'teacher_floor' = 101"]),
+        ("dim", 30, ["'dim' 30 must be a multiple of 'heads' 4"]),
+        ("dim", 48, ["multiple of 32"]),
+        ("backbone.weights", "imagenet", ["no ImageNet weights exist for thin_resnet"]),
+        ("backbone.crops", None, ["weights='crops' needs 'crops'"]),
+        ("backbone.blocks", [1, 1, 1], ["'backbone.blocks"]),
+        ("data.size", 8, ["'data.digits.size' = 8"]),
+        ("data.name", "imagenet", ["'data'", "'digits', 'folder'"]),
+        ("decoder_layers", 3, ["'decoder_layers' 3 must be the teacher's 2"]),
+        ("levels", 2, ["'levels' 2 must be the teacher's 3"]),
+        ("form", "two_stage", ["take a teacher of the same 'form'"]),
+        ("schedule.lr.value", 3, ["'schedule.lr.value' has no part 'lr'"]),
+        ("scedule.lr", 3, ["'scedule.lr' has no part 'scedule'"]),
+    ],
+)
+def test_faults_are_named_on_one_line(name, value, parts):
+    message = refusal(**{name: value})
+    for part in parts:
+        assert part in message, message
+
+
+def test_all_faults_are_told_at_once():
+    with pytest.raises(InputError, match=r"^parameters of the notebook: 'seed' = 'x'.*; unknown parameter 'qeries' = 3"):
+        Recipe.read({"qeries": 3, "seed": "x", "schedule": {"steps": 3}}, where="parameters of the notebook")
+
+
+def test_text_is_read_as_numbers():
+    """papermill's YAML hands "1e-4" over as text."""
+    numbers = {"schedule.lr": 1e-4, "schedule.steps": 7, "seed": 3, "backbone.blocks": (1, 2, 1, 1)}
+    text = {"schedule.lr": "1e-4", "schedule.steps": "7", "seed": "3", "backbone.blocks": ["1", "2", "1", "1"]}
+    assert STUDENT.replace(**text) == STUDENT.replace(**numbers) and run_id(STUDENT.replace(**text)) == run_id(STUDENT.replace(**numbers))
+
+
+def test_short_forms_of_methods():
+    for form in ("detrdistill", ["detrdistill"], [{"name": "detrdistill"}], (DETRDistill(),)):
+        assert DISTILLED.replace(methods=form).methods == (DETRDistill(),)
+    assert STUDENT.replace(methods="none") == STUDENT
+
+
+def test_recipes_are_frozen():
+    with pytest.raises(ValidationError, match="frozen"):
+        STUDENT.seed = 3
+
+
+def test_epochs_or_steps():
+    assert Schedule(steps=30).total_steps(1000) == 30
+    assert Schedule(epochs=0.5, batch=16).total_steps(1000) == 31 and Schedule(epochs=1e-9).total_steps(5) == 1
+
+
+# A different value for every field that may change a number.
+OTHER = {
+    "form": "plain", "backbone.width": 16, "backbone.blocks": (1, 1, 2, 1), "backbone.weights": "none", "backbone.crops.steps": 5,
+    "backbone.crops.batch": 8, "backbone.crops.lr": 1e-3, "backbone.crops.weight_decay": 0.0, "backbone.crops.size": 16,
+    "backbone.crops.seed": 1, "backbone.crops.precision": "fp32",
+    "backbone.name": "resnet18", "dim": 64, "heads": 8, "ffn": 128, "encoder_layers": 2, "decoder_layers": 1,
+    "queries": 7, "levels": 2, "points": 2, "dropout": 0.1, "teacher_floor": 3.0, "data.size": 32, "data.train": 31, "data.val": 9,
+    "data.seed": 1, "resize.train": "flip", "resize.short": 63, "resize.long": 65, "schedule.steps": 7, "schedule.batch": 8,
+    "schedule.accumulate": 2, "schedule.lr": 2e-3, "schedule.backbone_lr": 0.1, "schedule.sampling_lr": 0.1, "schedule.weight_decay": 0.0,
+    "schedule.clip_norm": 0.5, "schedule.warmup": 1, "schedule.decay": "step", "schedule.drops": (0.5,), "schedule.evaluations": 3,
+    "precision": "bf16", "seed": 5,
+}  # fmt: skip
+BACKBONE = {name for name in OTHER if name.startswith(("backbone.", "data."))} - {"backbone.weights"}
+
+
+def test_every_field_has_another_value_here():
+    """So that no field that is added later is forgotten in a run's name."""
+    told = {"detector", "methods", "teacher", "schedule.epochs", "data.name", "backbone.dilation", "backbone.stride_in_1x1"}
+    adamixers = {"feature_dim", "in_points", "out_points", "groups"}
+    models = {"": Recipe, "backbone.": Backbone, "backbone.crops.": CropTraining, "data.": Digits, "resize.": Resize, "schedule.": Schedule}
+    nested = {name.rstrip(".") for name in models if name}
+    fields = {prefix + name for prefix, model in models.items() for name in model.model_fields}
+    assert fields - nested - told - adamixers == set(OTHER)
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_one_field_changes_exactly_what_depends_on_it(name):
+    changed = STUDENT.replace(**{name: OTHER[name]})
+    assert run_id(changed) != run_id(STUDENT)
+    if name != "backbone.weights":
+        same = run_id(parents(changed)["backbone"]) == run_id(parents(STUDENT)["backbone"])
+        assert same == (name not in BACKBONE)
+
+
+def test_a_teacher_s_fields_change_teacher_and_student_alone():
+    for name, value in {"schedule.steps": 7, "seed": 9}.items():
+        changed = DISTILLED.replace(teacher=TEACHER.replace(**{name: value}))
+        assert run_id(changed) != run_id(DISTILLED) and run_id(parents(changed)["teacher"]) != run_id(parents(DISTILLED)["teacher"])
+        assert run_id(parents(changed)["backbone"]) == run_id(parents(DISTILLED)["backbone"])
+    for name, value in {"seed": 3, "teacher_floor": 1.0, "methods": [{"name": "detrdistill", "gamma": 0.1}]}.items():
+        changed = DISTILLED.replace(**{name: value})
+        assert run_id(changed) != run_id(DISTILLED) and parents(changed) == parents(DISTILLED)
+
+
+@pytest.mark.parametrize(("name", "value"), [("logits", 0), ("features", 2), ("assignment", 0.5), ("gamma", 0.25)])
+def test_a_method_s_fields_change_the_name(name, value):
+    assert run_id(DISTILLED.replace(methods=[{"name": "detrdistill", name: value}])) != run_id(DISTILLED)
+
+
+def test_fields_at_their_default_are_not_part_of_the_name():
+    stated = STUDENT.replace(**{"schedule.accumulate": 1, "precision": "fp32", "teacher_floor": 0})
+    assert run_id(stated) == run_id(STUDENT) and run_id(STUDENT).startswith("deformable_detr-thin8-plain-seed0-")
+
+
+def test_a_moved_folder_keeps_the_name_and_other_content_does_not():
+    at = lambda path, sha: STUDENT.replace(data=Folder(path=Path(path), sha256=sha))  # noqa: E731
+    assert run_id(at("here", "a" * 64)) == run_id(at("there", "a" * 64)) != run_id(at("here", "b" * 64))
+    assert run_id(at("here", None)) != run_id(at("there", None))
+
+
+def test_presets_know_their_runs():
+    for name in PRESETS:
+        runs = get_preset(name).runs((0, 1))
+        assert all(run_id(recipe) == key for key, recipe in runs.items())
+        assert all(run_id(parent) in runs for recipe in runs.values() for parent in parents(recipe).values())
+    with pytest.raises(InputError, match="preset 'qiuck' is unknown; known: smoke, quick"):
+        get_preset("qiuck")
+    with pytest.raises(InputError, match="setting 'techer' is unknown; known: teacher, student"):
+        smoke().recipe("techer")

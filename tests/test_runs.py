@@ -1,0 +1,300 @@
+"""Runs and records: nothing is trained twice, nothing that was tampered with is used, and own data works."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from detrdistill.errors import InputError
+from detrdistill.experiments import runs
+from detrdistill.experiments.presets import smoke
+from detrdistill.experiments.recipes import Folder, Recipe, parents, run_id
+from detrdistill.experiments.runs import load_detector, make_fabric, open_split, pinned, run, start_backbone
+from detrdistill.experiments.store import Store, open_store, read_record
+from detrdistill.training.evaluation import METRICS
+from tests.folders import CATEGORIES, read_split, write_folder, write_split
+
+STUDENT, TEACHER, DISTILLED = (smoke().recipe(setting) for setting in ("student", "teacher", "detrdistill"))
+
+
+@pytest.fixture
+def store(tmp_path, finished) -> Store:
+    """A copy of the finished store that may be written to."""
+    shutil.copytree(finished, tmp_path / "results")
+    return Store(tmp_path / "results")
+
+
+@pytest.fixture
+def trained(monkeypatch) -> list[str]:
+    """Titles of the runs that are trained from here on."""
+    titles = []
+    for name in ("_run_detector", "_run_crops"):
+        kept = getattr(runs, name)
+        monkeypatch.setattr(runs, name, lambda fabric, recipe, *rest, kept=kept: titles.append(recipe.title) or kept(fabric, recipe, *rest))
+    return titles
+
+
+def go(recipe: Recipe, store: Store):
+    return run(recipe, store, device="cpu", progress=False)
+
+
+def test_a_record_says_what_was_done(finished):
+    store = Store(finished)
+    record = store.record(DISTILLED)
+    assert tuple(record.metrics) == METRICS and record.id == run_id(DISTILLED) and record.recipe == DISTILLED
+    assert [point["step"] for point in record.curve] == [3, 6] and record.curve[-1]["AP"] == record.metrics["AP"]
+    assert record.cost["steps"] == 6 and record.cost["peak_memory_mib"] > 0
+    for name, parent in parents(DISTILLED).items():
+        assert record.parents[name]["run"] == run_id(parent)
+        assert record.parents[name]["weights_sha256"] == store.record(parent).provenance["weights_sha256"]
+    assert record.parents["teacher"]["AP"] == pytest.approx(store.record(TEACHER).metrics["AP"])
+    assert {"commit", "versions", "device", "data_sha256", "weights_sha256", "deterministic"} <= record.provenance.keys()
+    assert sorted(path.name for path in store.folder(DISTILLED).iterdir()) == [".lock", "log.jsonl", "record.json", "weights.safetensors"]
+
+
+def test_run_again_returns_the_record(store, trained):
+    before = {path: path.stat().st_mtime_ns for path in store.root.rglob("*")}
+    assert go(DISTILLED, store) == store.record(DISTILLED)
+    assert trained == [] and before == {path: path.stat().st_mtime_ns for path in store.root.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("changed", "wanted"),
+    [
+        (DISTILLED.replace(seed=3), ["student"]),
+        (DISTILLED.replace(teacher=TEACHER.replace(seed=9)), ["teacher", "student"]),
+        (DISTILLED.replace(**{"backbone.crops.lr": 1e-3}), ["crops", "student"]),
+        (STUDENT, ["student"]),
+    ],
+)
+def test_one_changed_field_runs_what_depends_on_it(store, trained, changed, wanted):
+    go(changed, store)
+    names = {changed.title: "student", TEACHER.replace(seed=9).title: "teacher"}
+    assert [names.get(title, "crops") for title in trained] == wanted
+
+
+@pytest.mark.parametrize("edit", ["metric", "recipe", "not json", "list"])
+def test_an_edited_record_is_refused(store, trained, edit):
+    path = store.folder(DISTILLED) / "record.json"
+    text = path.read_text()
+    content = json.loads(text)
+    content["metrics"]["AP"] = 46.6
+    edits = {"metric": json.dumps(content), "recipe": text.replace('"queries": 20', '"queries": 30'), "not json": text[:-20], "list": "[]"}
+    path.write_text(edits[edit])
+    with pytest.raises(InputError, match=r"^record .*record\.json: .*(edited or damaged|not a JSON object).*delete its folder") as error:
+        go(DISTILLED, store)
+    assert "\n" not in str(error.value) and trained == [] and path.read_text() == edits[edit]
+
+
+def test_a_record_of_another_recipe_is_refused(store):
+    shutil.rmtree(store.folder(DISTILLED))
+    shutil.copytree(store.folder(TEACHER), store.folder(DISTILLED))
+    with pytest.raises(InputError, match="made by another recipe"):
+        go(DISTILLED, store)
+
+
+@pytest.mark.parametrize("parent", ["teacher", "backbone"])
+@pytest.mark.parametrize("fault", ["truncated", "exchanged", "missing"])
+def test_weights_that_differ_from_their_record_are_refused(store, parent, fault):
+    changed = DISTILLED.replace(seed=3)
+    path = store.weights(parents(changed)[parent])
+    whole = path.read_bytes()
+    path.unlink()
+    if fault != "missing":
+        path.write_bytes(whole[:-100] if fault == "truncated" else whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(InputError, match=r"weights .* (differ from its record|are missing).*; restore them") as error:
+        go(changed, store)
+    assert "\n" not in str(error.value) and store.record(changed) is None
+
+
+def test_a_teacher_below_its_floor_does_not_teach(store):
+    changed = DISTILLED.replace(teacher_floor=90)
+    with pytest.raises(InputError, match=r"the teacher deformable_detr-.* has AP \d+\.\d on .*, and must exceed teacher_floor 90\.0"):
+        go(changed, store)
+    assert store.record(changed) is None and not (store.folder(changed) / "log.jsonl").exists()
+
+
+def test_a_teacher_exactly_at_its_floor_does_not_teach(store, monkeypatch):
+    """The floor must be exceeded, and AP without any object of COCO's counts as 0."""
+    monkeypatch.setattr(runs, "evaluate", lambda *_, **__: dict.fromkeys(METRICS))
+    with pytest.raises(InputError, match=r"AP 0\.0 on this data, and must exceed teacher_floor 0\.0"):
+        go(DISTILLED.replace(teacher_floor=0.0), store)
+
+
+LOCK = """
+import sys, time
+from detrdistill.experiments.presets import smoke
+from detrdistill.experiments.store import Store
+with Store(sys.argv[1]).hold(smoke().student):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_run_is_trained_by_one_process(store, trained):
+    holder = subprocess.Popen([sys.executable, "-c", LOCK, str(store.root)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match=rf"run {run_id(STUDENT)} is being trained by process {holder.pid} on .*; wait for it"):
+            go(STUDENT, store)
+        assert trained == []
+    finally:
+        holder.kill()
+        holder.wait(10)
+        holder.stdout.close()
+    assert go(STUDENT, store).id == run_id(STUDENT) and len(trained) == 1, "a dead process holds nothing"
+
+
+def test_a_file_where_a_folder_should_be(tmp_path, finished):
+    blocking = tmp_path / "results"
+    blocking.write_text("mine")
+    with pytest.raises(InputError, match=rf"output folder .*: {blocking} is a file; move it away"):
+        go(STUDENT, Store(blocking))
+    assert blocking.read_text() == "mine"
+
+
+def test_missing_store_of_a_detector(tmp_path):
+    with pytest.raises(InputError, match=r"is not complete in .*; run it first"):
+        load_detector(STUDENT, Store(tmp_path), open_split(STUDENT, "val"))
+
+
+def test_a_stored_detector_is_the_one_that_was_measured(finished):
+    data = open_split(DISTILLED, "val")
+    detector = load_detector(DISTILLED, Store(finished), data)
+    assert not detector.training
+    again = runs.evaluate(detector, data, batch=3)
+    assert again == {name: pytest.approx(value, abs=1e-3) for name, value in Store(finished).record(DISTILLED).metrics.items()}
+
+
+def test_devices():
+    for device in ("tpu", "cuda:1"):
+        with pytest.raises(InputError, match=f"device '{device}' is unknown; use auto, cpu or cuda"):
+            make_fabric(device, "fp32")
+    assert make_fabric("cpu", "fp32").device == torch.device("cpu")
+
+
+def test_no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="device 'cuda': torch finds no CUDA device"):
+        make_fabric("cuda", "fp32")
+    assert make_fabric("auto", "fp32").device == torch.device("cpu")
+
+
+def test_random_backbones_are_announced(tmp_path):
+    recipe = STUDENT.replace(**{"backbone.weights": "none"})
+    with pytest.warns(UserWarning, match="the backbone starts from random weights, as backbone.weights='none' says"):
+        start_backbone(nn.Identity(), recipe, Store(tmp_path))
+
+
+def test_a_batch_that_cannot_be_shared(store, monkeypatch):
+    class Three:
+        world_size, is_global_zero, device = 3, True, torch.device("cpu")
+
+    monkeypatch.setattr(runs, "make_fabric", lambda *_: Three())
+    with pytest.raises(InputError, match=re.escape("schedule.batch 4 cannot be shared among 3 processes and 1 micro-batches")):
+        go(STUDENT, store)
+
+
+def own(root: Path, recipe: Recipe = STUDENT) -> Recipe:
+    data = Folder(path=root)
+    short = {"schedule.steps": 2, "schedule.evaluations": 1, "schedule.batch": 2}
+    changed = recipe.replace(data=data, **short)
+    return changed.replace(teacher=TEACHER.replace(data=data, **short)) if recipe.teacher else changed
+
+
+def test_own_data_with_gaps_between_ids(tmp_path):
+    """Distilled from backbone to record on a user's folder; moving the folder changes nothing."""
+    recipe, store = own(write_folder(tmp_path / "mine"), DISTILLED), Store(tmp_path / "results")
+    record = go(recipe, store)
+    assert record.metrics["AP"] is not None and len(record.provenance["data_sha256"]) == 64
+    data = open_split(recipe, "val")
+    assert [category.id for category in data.categories] == [3, 17, 90]
+    assert load_detector(record.recipe, store, data).class_embed[0].out_features == 3
+    assert len(list((store.root / "runs").iterdir())) == 3, "student, teacher, and the backbone that both start from"
+
+
+def test_moved_and_changed_data(tmp_path, trained):
+    store, first = Store(tmp_path / "results"), write_folder(tmp_path / "mine")
+    record = go(own(first), store)
+    assert len(trained) == 2
+    moved = first.rename(tmp_path / "elsewhere")
+    assert go(own(moved), store).id == record.id and len(trained) == 2
+    content = read_split(moved, "train")
+    content["annotations"][0]["bbox"][2] += 1
+    write_split(moved, "train", content)
+    assert go(own(moved), store).id != record.id and len(trained) == 4
+    with pytest.raises(InputError, match=r"its annotations hash to [0-9a-f]{64}, the recipe says [0-9a-f]{64}; give that run's data"):
+        go(pinned(own(moved)).replace(data=Folder(path=moved, sha256="0" * 64)), store)
+
+
+@pytest.mark.parametrize("fault", ["missing", "file", "json", "classes", "image", "no images"])
+def test_own_data_that_cannot_be_used(tmp_path, fault):
+    root = write_folder(tmp_path / "mine")
+    recipe = own(root)
+    if fault == "missing":
+        shutil.rmtree(root)
+    elif fault == "file":
+        shutil.rmtree(root)
+        root.write_text("mine")
+    elif fault == "json":
+        (root / "instances_val.json").write_text('{"images": [')
+    elif fault == "classes":
+        write_split(root, "val", read_split(root, "val") | {"categories": [*CATEGORIES, {"id": 91, "name": "ring"}]})
+    elif fault == "image":
+        path = root / "images" / "100.png"
+        path.write_bytes(path.read_bytes()[:-3000])
+    elif fault == "no images":
+        shutil.rmtree(root / "images")
+    messages = {
+        "missing": "data folder .*mine: does not exist; expected there",
+        "file": "data folder .*mine: not a folder",
+        "json": r"instances_val\.json: not valid JSON",
+        "classes": r"categories differ from those of .*91 'ring'",
+        "image": r"image 100: .*100\.png cannot be decoded",
+        "no images": "not the image folder .*images",
+    }
+    with pytest.raises(InputError, match=messages[fault]) as error:
+        go(recipe, Store(tmp_path / "results"))
+    assert "\n" not in str(error.value)
+    assert not list((tmp_path / "results").rglob("record.json")) or fault in ("classes", "image")
+
+
+def test_a_detector_of_other_classes_is_refused(tmp_path, finished):
+    recipe = own(write_folder(tmp_path / "mine"))
+    with pytest.raises(InputError, match=r"were trained for the classes 0, 1, .*, the data has cross, disc, bar; use a detector of this"):
+        load_detector(TEACHER, Store(finished), open_split(recipe, "train"))
+
+
+def test_where_results_lie(tmp_path, monkeypatch):
+    monkeypatch.delenv("DETRDISTILL_RESULTS", raising=False)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "notebooks")
+    assert open_store("smoke").root == tmp_path / "results" / "smoke"
+    monkeypatch.setenv("DETRDISTILL_RESULTS", str(tmp_path / "other"))
+    assert open_store("quick").root == tmp_path / "other" / "quick"
+
+
+def test_a_record_with_unknown_fields_is_refused(store):
+    path = store.folder(TEACHER) / "record.json"
+    from detrdistill.experiments.store import _hash
+
+    body = json.loads(path.read_text()) | {"note": "mine"}
+    body.pop("sha256")
+    path.write_text(json.dumps(body | {"sha256": _hash(body)}))
+    with pytest.raises(InputError, match=r"record .*record\.json: unknown parameter 'note'"):
+        read_record(path)
+
+
+def test_files_of_a_run_are_for_everybody_to_read(finished):
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in Store(finished).folder(DISTILLED).glob("[!.]*"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask

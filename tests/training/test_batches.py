@@ -1,0 +1,48 @@
+"""Which images a step sees does not depend on resuming, micro-batches or processes."""
+
+import itertools
+
+import pytest
+
+from detrdistill.training.batches import Draws, mix
+
+
+def flat(draws: Draws) -> list[tuple[int, int]]:
+    return [pair for micro in draws for pair in micro]
+
+
+def draws(images=10, batch=4, seed=3, first=0, steps=6, accumulate=1, rank=0, world=1) -> Draws:
+    return Draws(images, batch, seed, first, steps, accumulate, rank, world)
+
+
+def test_each_epoch_shows_every_image_once_in_a_new_order():
+    seen = [image for image, _ in flat(draws(steps=10))]
+    epochs = [seen[i : i + 10] for i in range(0, 40, 10)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+
+
+def test_seeds_are_all_different_and_depend_on_the_run_s_seed():
+    seeds = [seed for _, seed in flat(draws(steps=10))]
+    assert len(set(seeds)) == 40 and not set(seeds) & {seed for _, seed in flat(draws(steps=10, seed=4))}
+    assert all(0 <= mix(*numbers) < 2**63 for numbers in ((0,), (1, 2, 3), (2**62, 5)))
+
+
+@pytest.mark.parametrize("first", [1, 4, 6])
+def test_resuming_continues_the_sequence(first):
+    assert flat(draws(first=first)) == flat(draws())[4 * first :]
+
+
+@pytest.mark.parametrize(("accumulate", "world"), [(2, 1), (1, 2), (2, 2), (4, 1)])
+def test_micro_batches_and_processes_share_out_the_same_images(accumulate, world):
+    parts = [draws(accumulate=accumulate, world=world, rank=rank) for rank in range(world)]
+    assert {len(micro) for part in parts for micro in part} == {4 // (accumulate * world)}
+    assert {len(part) for part in parts} == {6 * accumulate}
+    for step in range(6):
+        micros = [part[step * accumulate + micro] for micro, part in itertools.product(range(accumulate), parts)]
+        assert [pair for micro in micros for pair in micro] == flat(draws())[4 * step : 4 * step + 4]
+
+
+def test_a_batch_may_be_larger_than_the_data():
+    seen = [image for image, _ in flat(draws(images=3, batch=8, steps=3))]
+    assert [sorted(seen[i : i + 3]) for i in range(0, 24, 3)] == [[0, 1, 2]] * 8

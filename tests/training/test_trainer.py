@@ -1,0 +1,328 @@
+"""The training loop on the smoke preset: exact resume, accumulation, faults, precision, schedules."""
+
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from detrdistill.criterion import SetCriterion
+from detrdistill.distill.distiller import Distiller, build_distiller
+from detrdistill.errors import NonFiniteError
+from detrdistill.experiments.presets import smoke
+from detrdistill.experiments.recipes import DETRDistill, Recipe, Schedule, parents
+from detrdistill.experiments.runs import make_fabric, open_split, run
+from detrdistill.experiments.store import Store
+from detrdistill.models import build_detector
+from detrdistill.training import trainer
+from detrdistill.training.batches import Draws, micro_batches
+from detrdistill.training.logging import read_log
+from detrdistill.training.trainer import accumulate_gradients, lr_factor, make_optimizer, train
+
+SCHEDULE = Schedule(steps=6, batch=4, lr=1e-3, backbone_lr=1.0, warmup=2, decay="cosine", evaluations=2)
+KILLED = """
+import os, signal, sys
+from detrdistill.cli import main
+from detrdistill.training import trainer
+
+trainer.refuse_non_finite = lambda values, step, images: step == 5 and os.kill(os.getpid(), signal.SIGKILL)
+main()
+"""
+
+
+def plain(**changes) -> Recipe:
+    """With dropout, so that resuming must restore random numbers too."""
+    return smoke().student.replace(**{"dropout": 0.1, "queries": 6, "schedule": SCHEDULE} | changes)
+
+
+def distilled(**changes) -> Recipe:
+    return plain(**changes).replace(methods=(DETRDistill(),), teacher=plain(**{"dim": 64, "seed": 1} | changes))
+
+
+def sum_of_weights(detector: nn.Module) -> dict[str, float]:
+    return {"AP": sum(parameter.sum().item() for parameter in detector.parameters())}
+
+
+def sit(folder: Path, recipe: Recipe, workers: int = 0, evaluate: Callable = sum_of_weights) -> tuple[dict, Distiller]:
+    """One sitting of a run: `train` with fresh models, as `runs.run` calls it."""
+    torch.manual_seed(0)
+    distiller = build_distiller(build_detector(recipe, 10), recipe)
+    teacher = build_detector(recipe.teacher, 10).eval().requires_grad_(False) if recipe.teacher else None
+    folder.mkdir(exist_ok=True)
+    fabric = make_fabric("cpu", recipe.precision)
+    data = open_split(recipe, "train")
+    return train(fabric, distiller, teacher, data, recipe, folder, evaluate, workers=workers, progress=False), distiller
+
+
+def same_weights(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(("killed_at", "every_step"), [(2, False), (5, False), (4, True)])
+@pytest.mark.parametrize("recipe", [plain, distilled])
+def test_resume_is_exact(tmp_path, monkeypatch, recipe, killed_at, every_step):
+    """Killed before the first checkpoint, after one, and with a checkpoint at every step."""
+    whole, wanted = sit(tmp_path / "whole", recipe())
+
+    def interrupt(values: dict[str, float], step: int, images: list[int]) -> None:
+        if step == killed_at:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "refuse_non_finite", interrupt)
+        patch.setattr(trainer, "CHECKPOINT_SECONDS", -1 if every_step else 1e9)
+        with pytest.raises(KeyboardInterrupt):
+            sit(tmp_path / "broken", recipe())
+    state, found = sit(tmp_path / "broken", recipe())
+    assert same_weights(found, wanted)
+    assert (tmp_path / "broken" / "log.jsonl").read_bytes() == (tmp_path / "whole" / "log.jsonl").read_bytes()
+    assert [state[key] for key in ("step", "curve", "metrics")] == [whole[key] for key in ("step", "curve", "metrics")]
+    assert (state["resumed"], whole["resumed"]) == (0 if killed_at == 2 else 1, 0)
+
+
+def test_resume_after_the_last_step(tmp_path):
+    """Killed between the last checkpoint and the record: nothing is trained, nothing is lost."""
+    first, wanted = sit(tmp_path / "run", plain())
+    log = (tmp_path / "run" / "log.jsonl").read_bytes()
+    again, found = sit(tmp_path / "run", plain())
+    assert same_weights(found, wanted) and (again["curve"], again["metrics"]) == (first["curve"], first["metrics"])
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == log and len(log.splitlines()) == 6
+
+
+def test_kill_9_and_run_again(tmp_path, finished):
+    """A run killed by the system resumes from its checkpoint and ends with the same log and weights; its lock is free."""
+    recipe = smoke().student
+    stores = [Store(tmp_path / name) for name in ("whole", "killed")]
+    for store in stores:
+        backbone = parents(recipe)["backbone"]
+        shutil.copytree(Store(finished).folder(backbone), store.folder(backbone))
+    whole, killed = stores
+    command = [sys.executable, "-c", KILLED, "train", "smoke", "student", "--results", str(killed.root), "--device", "cpu"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert killed.record(recipe) is None and (killed.folder(recipe) / "checkpoint.pt").exists()
+    records = [run(recipe, store, device="cpu", progress=False) for store in stores]
+    assert [record.cost["resumed"] for record in records] == [0, 1]
+    assert records[0].metrics == records[1].metrics and records[0].curve == records[1].curve
+    for name in ("log.jsonl", "weights.safetensors"):
+        assert (whole.folder(recipe) / name).read_bytes() == (killed.folder(recipe) / name).read_bytes()
+    assert not (killed.folder(recipe) / "checkpoint.pt").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_same_seed_same_bytes(tmp_path, workers):
+    sit(tmp_path / "one", plain())
+    sit(tmp_path / "other", plain(), workers=workers)
+    sit(tmp_path / "seed 7", plain(seed=7))
+    one, other, different = ((tmp_path / name / "log.jsonl").read_bytes() for name in ("one", "other", "seed 7"))
+    assert one == other and one != different
+
+
+def gradient(recipe: Recipe, **changes) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Losses and gradients of the first step, summed over micro-batches; dropout is off, since it draws per micro-batch."""
+    torch.manual_seed(0)
+    distiller = build_distiller(build_detector(recipe, 10), recipe).eval()
+    schedule = recipe.schedule.replace(**changes)
+    fabric = make_fabric("cpu", "fp32")
+    data = open_split(recipe, "train")
+    (batches,) = micro_batches(data, Draws(len(data), schedule.batch, 0, 0, 1, schedule.accumulate, 0, 1), 0)
+    teacher = build_detector(recipe.teacher, 10).eval()
+    module = fabric.setup_module(distiller)
+    parts = accumulate_gradients(fabric, module, teacher, batches, schedule)
+    assert all(parameter.grad is None for parameter in teacher.parameters()), "no gradient reaches a teacher, frozen or not"
+    return parts, [parameter.grad for parameter in distiller.parameters()]
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_accumulation_is_exact(accumulate):
+    parts, gradients = gradient(distilled())
+    other_parts, other_gradients = gradient(distilled(), accumulate=accumulate)
+    assert len(parts) == 12
+    for name, value in parts.items():
+        torch.testing.assert_close(other_parts[name], value, atol=1e-5, rtol=1e-5)
+    for one, other in zip(gradients, other_gradients, strict=True):
+        torch.testing.assert_close(other, one, atol=1e-4, rtol=1e-3)
+
+
+def test_accumulating_run_ends_like_the_whole_batch(tmp_path):
+    recipe = distilled(dropout=0.0)
+    sit(tmp_path / "4", recipe)
+    sit(tmp_path / "2 x 2", recipe.replace(**{"schedule.accumulate": 2}))
+    for one, other in zip(read_log(tmp_path / "4" / "log.jsonl"), read_log(tmp_path / "2 x 2" / "log.jsonl"), strict=True):
+        assert other == {name: pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in one.items()}
+
+
+def test_two_processes_are_one(tmp_path, finished):
+    """torchrun with 2 gloo processes: the same losses as one process, and one record."""
+    recipe = smoke().recipe("detrdistill")
+    store, reference = Store(tmp_path), Store(finished)
+    for parent in parents(recipe).values():
+        shutil.copytree(reference.folder(parent), store.folder(parent))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "detrdistill", "train", "smoke", "detrdistill", "--results", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--device", "cpu"], capture_output=True, text=True, timeout=200, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert store.record(recipe).provenance["processes"] == 2
+    one, two = (read_log(each.folder(recipe) / "log.jsonl") for each in (reference, store))
+    assert len(one) == 6
+    for expected, found in zip(one, two, strict=True):
+        assert found == {name: pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in expected.items()}
+
+
+def poison_image(patch: pytest.MonkeyPatch, step: int, seen: list[list[int]]) -> None:
+    kept = trainer.micro_batches
+
+    def poisoned(*arguments, **named):
+        for number, batches in enumerate(kept(*arguments, **named), start=1):
+            if number == step:
+                batches[-1].pixels[1] = math.nan
+                seen.append([image for batch in batches for image in batch.image_ids])
+            yield batches
+
+    patch.setattr(trainer, "micro_batches", poisoned)
+
+
+def poison_teacher(patch: pytest.MonkeyPatch, step: int, seen: list[list[int]]) -> None:
+    kept, calls = trainer.accumulate_gradients, []
+
+    def poisoned(fabric, module, teacher, batches, schedule):
+        calls.append(1)
+        if len(calls) == step:
+            decode = teacher.decode
+            teacher.decode = lambda memory: [replace(output, boxes=output.boxes * math.nan) for output in decode(memory)]
+            seen.append([image for batch in batches for image in batch.image_ids])
+        return kept(fabric, module, teacher, batches, schedule)
+
+    patch.setattr(trainer, "accumulate_gradients", poisoned)
+
+
+def poison_loss(patch: pytest.MonkeyPatch, step: int, seen: list[list[int]]) -> None:
+    kept, calls = SetCriterion.forward, []
+
+    def poisoned(self, student, targets, pairs):
+        calls.append(1)
+        found = kept(self, student, targets, pairs)
+        return found | {"l1": found["l1"] * math.inf} if len(calls) == step else found
+
+    patch.setattr(SetCriterion, "forward", poisoned)
+
+
+def poison_gradient(patch: pytest.MonkeyPatch, step: int, seen: list[list[int]]) -> None:
+    kept, calls = trainer.accumulate_gradients, []
+
+    def poisoned(fabric, module, *rest):
+        calls.append(1)
+        parts = kept(fabric, module, *rest)
+        if len(calls) == step:
+            next(module.parameters()).grad[0] = math.nan
+        return parts
+
+    patch.setattr(trainer, "accumulate_gradients", poisoned)
+
+
+FAULTS = {
+    poison_image: "matching 'student': the cost at stage 1, image 1 of the batch",
+    poison_teacher: "matching 'teacher': the cost at stage 1",
+    poison_loss: "detection/l1 is inf",
+    poison_gradient: "gradient norm is nan",
+}
+
+
+@pytest.mark.parametrize("poison", FAULTS)
+def test_a_non_finite_value_stops_before_the_optimizer_step(tmp_path, monkeypatch, poison):
+    """Weights are those after the step before, and what is on disk is of finite steps only."""
+    steady = {"schedule.warmup": 0, "schedule.decay": "step", "schedule.evaluations": 1}
+    recipe, after, seen = distilled().replace(**steady), [], []
+    two_steps = recipe.replace(**{"schedule.steps": 2})
+    _, wanted = sit(tmp_path / "two", two_steps)
+    kept = trainer.make_optimizer
+    monkeypatch.setattr(trainer, "make_optimizer", lambda distiller, schedule: after.append(distiller) or kept(distiller, schedule))
+    poison(monkeypatch, 3, seen)
+    with pytest.raises(NonFiniteError, match=r"^step 3, images \[\d+(, \d+){3}\]: .*no optimizer step was taken") as error:
+        sit(tmp_path / "run", recipe)
+    assert FAULTS[poison] in str(error.value) and "\n" not in str(error.value)
+    assert all(str(images) in str(error.value) for images in seen)
+    assert same_weights(after[0], wanted)
+    assert [entry["step"] for entry in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2]
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_bfloat16(tmp_path):
+    recipe = distilled(dropout=0.0)
+    sit(tmp_path / "fp32", recipe)
+    _, distiller = sit(tmp_path / "bf16", recipe.replace(precision="bf16"))
+    assert {value.dtype for value in distiller.state_dict().values()} == {torch.float32}
+    full, half = (read_log(tmp_path / name / "log.jsonl") for name in ("fp32", "bf16"))
+    assert full[0] != half[0]
+    for name, value in full[0].items():
+        assert half[0][name] == pytest.approx(value, rel=0.1, abs=0.05), name
+    assert all(math.isfinite(value) for entry in half for value in entry.values())
+
+
+@pytest.mark.parametrize("form", ["plain", "box_refine", "two_stage"])
+def test_every_form_trains_alone_and_distilled(tmp_path, form):
+    for recipe in (plain(form=form), distilled(form=form)):
+        folder = tmp_path / recipe.title
+        state, distiller = sit(folder, recipe.replace(**{"schedule.steps": 2}))
+        assert state["step"] == 2 and ("proposals" in str(read_log(folder / "log.jsonl")[0].keys())) == (form == "two_stage")
+        fresh = build_detector(recipe, 10).state_dict()
+        unchanged = [n for n, p in distiller.student.named_parameters() if torch.equal(p, fresh[n])]
+        assert not unchanged, "every parameter of the student is trained"
+
+
+def test_log_holds_every_part_and_their_sum(tmp_path):
+    sit(tmp_path / "run", distilled())
+    entries = read_log(tmp_path / "run" / "log.jsonl")
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
+    for entry in entries:
+        parts = {name: value for name, value in entry.items() if name not in ("step", "lr", "loss", "gradient norm")}
+        assert len(parts) == 12 and entry["loss"] == pytest.approx(sum(parts.values()))
+        assert entry["lr"] == pytest.approx(1e-3 * lr_factor(SCHEDULE, entry["step"], 6))
+
+
+def test_learning_rates():
+    steps = Schedule(steps=100, warmup=4, drops=(0.5, 0.9))
+    found = {step: lr_factor(steps, step, 100) for step in (1, 2, 4, 5, 50, 51, 90, 91, 100)}
+    wanted = {1: 0.2, 2: 0.4, 4: 0.8, 5: 1.0, 50: 1.0, 51: 0.1, 90: 0.1, 91: 0.01, 100: 0.01}
+    assert found == pytest.approx(wanted)
+    cosine = Schedule(steps=100, decay="cosine")
+    assert [lr_factor(cosine, step, 100) for step in (1, 51, 101)] == pytest.approx([1.0, 0.5, 0.0])
+    assert lr_factor(cosine.replace(warmup=1), 1, 100) == pytest.approx(0.5)
+
+
+def test_parameter_groups():
+    recipe = distilled().replace(**{"schedule.backbone_lr": 0.1, "schedule.sampling_lr": 0.2, "schedule.weight_decay": 0.03})
+    distiller = build_distiller(build_detector(recipe, 10), recipe)
+    frozen = distiller.student.backbone.body.conv1.weight.requires_grad_(False)
+    optimizer = make_optimizer(distiller, recipe.schedule)
+    names = {id(parameter): name for name, parameter in distiller.named_parameters()}
+    groups = {group["factor"]: [names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups}
+    assert groups.keys() == {0.1, 0.2, 1.0}
+    assert all(name.startswith("student.backbone.") for name in groups[0.1])
+    assert all("sampling_offsets" in name or "reference_points" in name for name in groups[0.2])
+    assert {"losses.features.adapter.weight", "student.class_embed.0.weight"} <= set(groups[1.0])
+    assert not any("backbone" in name or "sampling_offsets" in name for name in groups[1.0])
+    assert sorted(chain(*groups.values())) == sorted(name for name, p in distiller.named_parameters() if p is not frozen)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-3 * factor for factor in groups])
+    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.03}
+
+
+def test_clipping(tmp_path, monkeypatch):
+    """The logged norm is that before clipping; 0 means no clipping."""
+    norms, kept = [], nn.utils.clip_grad_norm_
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda parameters, limit: norms.append(limit) or kept(parameters, limit))
+    for limit in (0.5, 0.0):
+        sit(tmp_path / str(limit), plain().replace(**{"schedule.clip_norm": limit, "schedule.steps": 1, "schedule.evaluations": 1}))
+    assert norms == [0.5, math.inf]
+    assert read_log(tmp_path / "0.5" / "log.jsonl")[0]["gradient norm"] > 0.5
