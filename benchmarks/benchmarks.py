@@ -108,7 +108,8 @@ def matching(repeats: int) -> Line:
     counts = torch.randint(1, 15, (images,), generator=generator).tolist()
     boxes = lambda *shape: torch.cat((draw(*shape, 2), draw(*shape, 2) * 0.3 + 0.02), -1)  # noqa: E731
     targets = Targets.pack([torch.randint(0, classes, (n,), generator=generator) for n in counts], [boxes(n) for n in counts])
-    output = DetectorOutput(draw(stages, images, queries, classes), boxes(stages, images, queries), draw(stages, images, queries, 4), [], [])
+    logits, states = draw(stages, images, queries, classes), draw(stages, images, queries, 4)
+    output = DetectorOutput(logits, boxes(stages, images, queries), states, [], [])
 
     def ours() -> None:
         match({"student": Problem(target_cost(output, targets), targets.counts)})

@@ -31,7 +31,7 @@ def refused(monkeypatch, capsys, tmp_path):
     def line(*words: object) -> str:
         assert call(monkeypatch, *words) == 2
         err = capsys.readouterr().err
-        lines = [one for one in err.splitlines() if one and "%|" not in one and not one.startswith(("WARNING: ", "Using bfloat16"))]
+        lines = [one for one in err.splitlines() if one and "%|" not in one and not one.startswith("WARNING: ")]
         assert len(lines) == 1 and lines[0].startswith("error: "), err
         return lines[0]
 

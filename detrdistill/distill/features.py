@@ -15,19 +15,22 @@ class FeatureDistillation(nn.Module):
     """The student's features follow the teacher's where the teacher's good queries look.
 
     Args:
-        student_dim, teacher_dim: channels; where they differ, phi of Eq. 6 is a learned 1x1 convolution, else the identity.
+        student_dim, teacher_dim: channels. Phi of Eq. 6 is a learned 1x1 convolution, the identity at first where they agree.
         gamma: exponent of Eq. 8.
 
     Features are what the decoder attends to (Fig. 3: after the encoder), queries the teacher's decoder outputs of every stage,
     M all queries. The loss is summed over stages and levels. Padding takes no part; H W counts the valid cells of each image.
-    The released code differs: features before the encoder, cosine instead of dot product, one mask clamped and divided by its
-    maximum, the 100 best query-class pairs, no gamma.
+    The released code differs: no phi, features before the encoder, cosine instead of dot product, one mask clamped and divided by
+    its maximum, the 100 best query-class pairs, no gamma.
     """
 
     def __init__(self, student_dim: int, teacher_dim: int, gamma: float) -> None:
         super().__init__()
         self.gamma = gamma
-        self.adapter = nn.Identity() if student_dim == teacher_dim else nn.Conv2d(student_dim, teacher_dim, 1)
+        self.adapter = nn.Conv2d(student_dim, teacher_dim, 1)
+        if student_dim == teacher_dim:
+            nn.init.dirac_(self.adapter.weight)
+            nn.init.zeros_(self.adapter.bias)
 
     def problems(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, Problem]:
         return {}

@@ -1,6 +1,7 @@
 """`run(recipe)` trains, or returns the stored record. What a run depends on (teacher, crop-trained backbone) is run first."""
 
 import logging
+import logging
 import os
 import resource
 import sys
@@ -116,6 +117,7 @@ def make_fabric(device: str, precision: str) -> Fabric:
         raise InputError(f"device '{device}' is unknown; use auto, cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device 'cuda': torch finds no CUDA device here; use device 'cpu' or 'auto'")
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each precision on standard error
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     fabric = Fabric(
         accelerator="cuda" if device != "cpu" and torch.cuda.is_available() else "cpu",

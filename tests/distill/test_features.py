@@ -12,7 +12,7 @@ from detrdistill.models.outputs import DetectorOutput, Targets
 from tests.examples import leaves, more_padding, one_image, permuted, some_output, some_targets, with_gradient
 
 GAMMA = 0.3
-loss = FeatureDistillation(4, 4, GAMMA)
+loss = FeatureDistillation(4, 4, GAMMA).double()  # phi is the identity at first
 
 
 def value(student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> torch.Tensor:
@@ -112,7 +112,6 @@ def test_gradient_reaches_student_and_adapter_alone():
     assert all(parameter.grad.abs().sum() > 0 for parameter in adapted.parameters())
     assert student.logits.grad is None and student.boxes.grad is None and student.queries.grad is None
     assert not any(leaf.requires_grad for leaf in leaves(teacher))
-    assert not list(loss.parameters()), "widths that agree need no adapter"
 
 
 def test_adapter_is_applied_before_the_difference():
