@@ -1,7 +1,6 @@
 """`run(recipe)` trains, or returns the stored record. What a run depends on (teacher, crop-trained backbone) is run first."""
 
 import logging
-import logging
 import os
 import resource
 import sys
@@ -55,6 +54,8 @@ def run(recipe: Recipe | CropRecipe, store: Store, *, device: str = "auto", work
                 _run_crops(fabric, recipe, store, progress)
         fabric.barrier()
     else:
+        if isinstance(recipe.backbone.weights, Path):
+            file_weights(recipe.backbone.weights)  # refused now, not after a teacher has been trained
         records = {name: run(parent, store, device=device, workers=workers, progress=progress) for name, parent in parents(recipe).items()}
         if fabric.is_global_zero:
             with store.hold(recipe):
