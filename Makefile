@@ -81,6 +81,7 @@ lint: setup
 
 benchmark: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/benchmarks.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/detectors.py $(ARGS)
 
 # To move to newer versions: .venv/bin/pip install --upgrade -e '.[test]', run the tests, then this. What torch needs for CUDA comes
 # with torch, differs by platform, and is left out; so is the local part of a version (+cpu).

@@ -99,6 +99,26 @@ def notebook(
     execute(source, output, dict(assignment(text) for text in parameters))
 
 
+def export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path], /) -> None:
+    """Write a run's detector as a folder that transformers opens (AutoModelForObjectDetection, AutoImageProcessor).
+
+    Args:
+        run: the run's folder, results/<preset>/runs/<id>.
+        folder: where the new folder goes.
+    """
+    from detrdistill.experiments.store import read_record
+
+    if not (run / "record.json").is_file():
+        raise InputError(f"run {run}: no record.json, so it is not a complete run; give the folder of one")
+    resize = read_record(run / "record.json").recipe.resize
+
+    from detrdistill.models.checkpoints import load_pretrained
+    from detrdistill.models.hugging_face import export_hugging_face
+
+    detector, about = load_pretrained(run)
+    print(export_hugging_face(detector, folder, [name or f"class {i}" for i, name in enumerate(about.names)], resize))
+
+
 def assignment(text: str) -> tuple[str, str]:
     """Split "name=value".
 
@@ -113,7 +133,7 @@ def assignment(text: str) -> tuple[str, str]:
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    commands = {"train": train, "check": check, "report": report, "notebook": notebook}
+    commands = {"train": train, "check": check, "report": report, "notebook": notebook, "export": export}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="detrdistill", description=__doc__)
     except (InputError, NonFiniteError) as error:

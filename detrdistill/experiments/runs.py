@@ -22,8 +22,8 @@ from detrdistill.experiments.store import Record, Store, provenance
 from detrdistill.files import file_hash
 from detrdistill.models import Backbone, build_detector
 from detrdistill.models.backbones import file_weights, imagenet_weights
+from detrdistill.models.weights import load_weights, read_weights, save_weights
 from detrdistill.training.batches import mix
-from detrdistill.training.checkpointing import load_weights, read_weights, save_weights
 from detrdistill.training.crops import train_on_crops
 from detrdistill.training.evaluation import evaluate
 from detrdistill.training.trainer import train

@@ -5,25 +5,22 @@ the detector that a file holds, `load_detector_weights` fills one that is there;
 """
 
 import argparse
-import json
-import pickle
 import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from detrdistill.errors import InputError
 from detrdistill.experiments.recipes import OWNERS, Recipe, Schedule
 from detrdistill.experiments.store import read_record
-from detrdistill.files import atomic
 from detrdistill.models import AdaMixer, ConditionalDETR, DeformableDETR, build_detector, names
+from detrdistill.models.hugging_face import equal, form_of, read_folder, told_by_config
+from detrdistill.models.sizes import settings_of
+from detrdistill.models.weights import few, fit, read_pickle, read_weights
 
 FAMILIES = {"conditional_detr": ConditionalDETR, "deformable_detr": DeformableDETR, "adamixer": AdaMixer}
 SHARED_FIELDS = ("detector", "backbone", "dim", "heads", "ffn", "decoder_layers", "queries", "dropout")
@@ -55,14 +52,6 @@ class About:
 
 
 @dataclass(frozen=True)
-class Found:
-    """A file's tensors under their own names, and what lies beside them."""
-
-    tensors: dict[str, Tensor]
-    told: dict[str, Any] = field(default_factory=dict)  # as `settings`, and "names"
-
-
-@dataclass(frozen=True)
 class Layout:
     """A format, recognised by the name of a parameter that only this detector has."""
 
@@ -83,9 +72,6 @@ LAYOUTS = (
     Layout("deformable_detr", "kit", "level_embed", ()),
     Layout("adamixer", "kit", "init_content.weight", ()),
 )
-
-
-# Loading
 
 
 def load_pretrained(
@@ -116,12 +102,10 @@ def load_pretrained(
         InputError: the file is missing, damaged, holds code, or another model; a setting is missing; or the classes differ.
     """
     state, about = read_detector_weights(path, part)
-    known = _settings(state, about.path, about.settings | settings)
+    known = settings_of(state, about.path, about.settings | settings)
     needed = {"heads": True, "points": known["detector"] == "deformable_detr", "queries": True}
     if missing := [f"{name}=" for name, here in needed.items() if here and name not in known]:
-        raise InputError(
-            f"{about.title}: nothing in it tells {', '.join(missing)[:-1]}; give {', '.join(missing)} as the model was trained"
-        )
+        raise InputError(f"{about.title}: nothing tells these settings of it; give {', '.join(missing)} as the model was trained")
     recipe = Recipe.read(known | {"schedule": Schedule(steps=1)}, where=str(about.path))
     about = replace(about, settings=known)
     detector = build_detector(recipe, len(categories) if categories is not None else len(about.names))
@@ -206,41 +190,12 @@ def _rows(about: About, categories: Sequence[str], replace_head: bool) -> tuple[
     fresh = [name for name, row in zip(categories, rows, strict=True) if row is None]
     dropped = [about.names[row] for row in known.values() if row not in rows]
     if (fresh or dropped) and not replace_head:
-        found = [f"{len(some)} {what} ({_few(some)})" for some, what in ((fresh, "unknown to it"), (dropped, "not among them")) if some]
+        found = [f"{len(some)} {what} ({few(some)})" for some, what in ((fresh, "unknown to it"), (dropped, "not among them")) if some]
         raise InputError(
             f"{about.title} has other classes than the {len(categories)} categories: {', '.join(found)}; with replace_head=True it keeps "
             f"{len(categories) - len(fresh)} by name, starts {len(fresh)} afresh and drops {len(dropped)}"
         )
     return rows
-
-
-def fit(module: nn.Module, state: Mapping[str, Tensor], source: str, remedy: str) -> None:
-    """Load tensors into a module, strictly.
-
-    Raises:
-        InputError: missing, unexpected or misshaped tensors, which it names; nothing has been loaded then.
-    """
-    own = module.state_dict()
-    faults = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "misshaped": [
-            f"{name} {list(state[name].shape)} instead of {list(value.shape)}"
-            for name, value in own.items()
-            if name in state and state[name].shape != value.shape
-        ],
-    }
-    if any(faults.values()):
-        listed = "; ".join(f"{len(some)} {kind} ({_few(some)})" for kind, some in faults.items() if some)
-        raise InputError(f"{source} do not fit this {type(module).__name__}: {listed}; {remedy}")
-    module.load_state_dict(state)
-
-
-def _few(some: Sequence[str]) -> str:
-    return ", ".join(some[:3]) + (", ..." if len(some) > 3 else "")
-
-
-# Reading
 
 
 def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[dict[str, Tensor], About]:
@@ -250,8 +205,8 @@ def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[di
         InputError: the file is missing, damaged, holds code, or another model.
     """
     path = Path(path)
-    found = _read(path)
-    tensors, left_out = _unwrapped(found.tensors, part, path)
+    tensors, told = _read(path)
+    tensors, left_out = _unwrapped(tensors, part, path)
     layout = _layout(tensors)
     if layout is None and all(name.startswith("model.") for name in tensors):  # as Lightning saves
         tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
@@ -260,15 +215,14 @@ def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[di
         hint = "it is an image classifier: give it as backbone.weights" if {"fc.weight", "conv1.weight"} <= tensors.keys() else ""
         raise InputError(
             f"weights {path}: no Conditional DETR, Deformable DETR or AdaMixer in any format known here ({len(tensors)} tensors: "
-            f"{_few(sorted(tensors))}); {hint or 'give a checkpoint of one of these'}"
+            f"{few(sorted(tensors))}); {hint or 'give a checkpoint of one of these'}"
         )
-    told = dict(found.told)
     stated = told.pop("names", None)
     try:
         state = _our_state(tensors, layout, told)
     except InputError as error:
         raise InputError(f"weights {path}: {error}") from None
-    settings = _settings(state, path, {"detector": layout.detector} | told)
+    settings = settings_of(state, path, {"detector": layout.detector} | told)
     head = state.get("class_embed.weight", state.get("class_embed.0.weight", state.get("stages.0.fc_cls.weight")))
     if head is None:
         raise InputError(f"weights {path}: a {layout.detector} without its class head; give the complete checkpoint")
@@ -309,6 +263,12 @@ def _our_state(tensors: dict[str, Tensor], layout: Layout, told: dict[str, Any])
         # Its neck's convolutions have no bias.
         for name in [name for name in state if re.fullmatch(r"input_proj\.\d+\.0\.weight", name)]:
             state.setdefault(name.replace("weight", "bias"), torch.zeros(len(state[name])))
+    if layout.origin == "Hugging Face" and told.get("form") == "box_refine":
+        # Transformers 5 ties the class heads of all stages, and then saves the first.
+        for stage in range(1, len({name.split(".")[1] for name in state if name.startswith("decoder.")})):
+            for kind in ("weight", "bias"):
+                if f"class_embed.0.{kind}" in state:
+                    state.setdefault(f"class_embed.{stage}.{kind}", state[f"class_embed.0.{kind}"])
     # Ours pack the three projections of plain attention into one matrix.
     for name in [name for name in state if re.search(r"\.self_attn\.q_proj\.", name)]:
         parts = [name.replace(".q_proj.", f".{one}_proj.") for one in "qkv"]
@@ -339,121 +299,12 @@ def _classes(stated: Sequence[str | None] | None, count: int) -> tuple[str | Non
     return coco if count == len(coco) else (None,) * count
 
 
-def _settings(state: Mapping[str, Tensor], path: Path, told: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a recipe read off the tensors (with the kit's names); those `told` count instead where they are given."""
-    size = lambda name, axis=0: state[name].shape[axis]  # noqa: E731
-    count = lambda prefix: len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})  # noqa: E731
-    detector = told["detector"]
-    try:
-        if detector == "adamixer":
-            channels, dim = size("neck.gn_out.weight"), size("init_content.weight", 1)
-            all_points, out_points = (
-                size("stages.0.sampling_offset_generator.bias") // 3,
-                size("stages.0.mixing.out_proj.weight", 1) // channels,
-            )
-            # The generator makes groups * (channels / groups)^2 + all_points * out_points numbers.
-            groups = channels**2 // max(1, size("stages.0.mixing.parameter_generator.bias") - all_points * out_points)
-            found = {
-                "dim": dim,
-                "feature_dim": None if channels == dim else channels,
-                "heads": size("stages.0.iof_tau"),
-                "ffn": size("stages.0.linear1.bias"),
-                "decoder_layers": count("stages."),
-                "queries": size("init_content.weight"),
-                "groups": groups,
-                "in_points": all_points // max(1, groups),
-                "out_points": out_points,
-                "dropout": 0.0,
-            }
-        else:
-            found = {
-                "dim": size("decoder.0.norm1.weight"),
-                "ffn": size("decoder.0.linear1.bias"),
-                "encoder_layers": count("encoder."),
-                "decoder_layers": count("decoder."),
-            }
-            if "query_embed.weight" in state:
-                found["queries"] = size("query_embed.weight")
-        if detector == "deformable_detr":
-            found["levels"] = size("level_embed")
-            two_stage, refines = "enc_output.weight" in state, count("class_embed.") > 1
-            found["form"] = "two_stage" if two_stage else "box_refine" if refines else "plain"
-            heads_and_points = size("decoder.0.cross_attn.attention_weights.bias") // found["levels"]
-            for one, other in (("heads", "points"), ("points", "heads")):
-                if one in told:
-                    found[other] = max(1, heads_and_points // int(told[one]))
-    except (KeyError, IndexError) as error:
-        raise InputError(f"weights {path}: a {detector} without {error}; give the complete checkpoint") from None
-    found["backbone"] = _backbone(state, path)
-    # A file may tell more than its detector has.
-    theirs = {name: value for name, value in told.items() if detector in OWNERS.get(name, (detector,))}
-    if isinstance(backbone := theirs.get("backbone"), dict):
-        theirs["backbone"] = found["backbone"] | backbone
-        if theirs["backbone"].get("stride_in_1x1"):
-            theirs["backbone"] |= {"weights": path}  # torchvision's ImageNet weights have no such variant
-    return found | theirs
-
-
-def _backbone(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    """Fields of a backbone's recipe. Its `weights` say how it goes on training: frozen as an ImageNet backbone, or whole."""
-    body = "backbone.body."
-    trained = any(name.startswith(body) and name.endswith("num_batches_tracked") for name in state)
-    if f"{body}0.0.weight" in state:
-        return {"name": "mobilenet_v2", "weights": "none" if trained else "imagenet"}
-    layers = [{name.split(".")[3] for name in state if name.startswith(f"{body}layer{i}.")} for i in (1, 2, 3, 4)]
-    blocks, stem = tuple(len(layer) for layer in layers), state.get(f"{body}conv1.weight")
-    bottleneck = f"{body}layer1.0.conv3.weight" in state
-    known = {((2, 2, 2, 2), False): "resnet18", ((3, 4, 6, 3), True): "resnet50", ((3, 4, 23, 3), True): "resnet101"}
-    name = known.get((blocks, bottleneck))
-    if stem is not None and stem.shape[-1] == 3 and not bottleneck and all(blocks):
-        return {"name": "thin_resnet", "width": len(stem), "blocks": blocks, "weights": "none" if trained else path}
-    if stem is None or name is None:
-        raise InputError(f"weights {path}: its backbone has {blocks} blocks a stage; known here are ResNet-18, -50, -101 and MobileNetV2")
-    return {"name": name, "weights": "none" if trained else "imagenet"}
-
-
-# Files
-
-
-def save_weights(path: Path, module: nn.Module, about: dict[str, str]) -> None:
-    """Write a module's parameters and buffers as safetensors, with `about` in its header."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, metadata=about)
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and header of a safetensors file.
-
-    Raises:
-        InputError: no such file, or a damaged one.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except FileNotFoundError:
-        raise InputError(f"weights {path}: no such file; correct the path, or train the run that makes it") from None
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"weights {path}: damaged or not a safetensors file ({error}); restore or retrain it") from None
-
-
-def load_weights(module: nn.Module, path: Path) -> dict[str, str]:
-    """Load a safetensors file of the kit into a module, strictly; returns the file's header.
-
-    Raises:
-        InputError: missing file, damaged file, or missing, unexpected or misshaped tensors, which it names.
-    """
-    tensors, about = read_weights(path)
-    fit(module, tensors, f"weights {path}", "use the recipe they were trained with")
-    return about
-
-
-def _read(path: Path) -> Found:
-    """A file or folder as it is."""
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A file's tensors under their own names, and what lies beside them: a recipe's fields, and "names", the class of each output."""
     if path.is_dir():
         if (path / "weights.safetensors").is_file():
             return _read(path / "weights.safetensors")
-        return Found(_read_shards(path), _told_by_config(path / "config.json"))
+        return read_folder(path), told_by_config(path / "config.json")
     if path.suffix == ".safetensors":
         tensors, header = read_weights(path)
         told: dict[str, Any] = {"names": header["categories"].split(", ")} if "categories" in header else {}
@@ -462,77 +313,17 @@ def _read(path: Path) -> Found:
             if isinstance(recipe, Recipe):
                 told |= {name: getattr(recipe, name) for name in (*SHARED_FIELDS, *OWNERS)}
         elif (path.parent / "config.json").is_file():
-            told |= _told_by_config(path.parent / "config.json")
-        return Found(tensors, told)
+            told |= told_by_config(path.parent / "config.json")
+        return tensors, told
     content = read_pickle(path)
     state = next((content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)), content)
     if not state or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
         raise InputError(f"weights {path}: no named tensors, nor an entry 'model' or 'state_dict' of them; save model.state_dict()")
     if isinstance(content.get("args"), argparse.Namespace):
-        return Found(state, _told_by_args(vars(content["args"]), path))
+        return state, _told_by_args(vars(content["args"]), path)
     meta = content.get("meta") if isinstance(content.get("meta"), dict) else {}
     classes = meta.get("CLASSES") or (meta.get("dataset_meta") or {}).get("classes")
-    return Found(state, {"names": list(classes)} if classes else {})
-
-
-def read_pickle(path: Path) -> dict[str, Any]:
-    """A file of torch.save that holds a dict of tensors, plain values and at most an `argparse.Namespace`, as official checkpoints do.
-
-    Raises:
-        InputError: the file is missing, damaged, or holds anything else, of which nothing is executed.
-    """
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch remarks on pickles of newer protocols, then refuses them
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"weights {path}: no such file; correct the path") from None
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"code ('{refused[1]}')" if refused else "code or something that is not tensors"
-        raise InputError(
-            f"weights {path}: refused unread, since it holds {what}; if you trust it, load it where it was made and save its state_dict alone"
-        ) from None
-    except Exception as error:  # torch reports damage in many types: RuntimeError, EOFError, KeyError, IndexError
-        raise InputError(f"weights {path}: truncated or damaged ({type(error).__name__}); copy or download it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"weights {path}: a {type(content).__name__} instead of named tensors; save model.state_dict()")
-    return content
-
-
-def _read_shards(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a Hugging Face folder, in one file or in several."""
-    for name, read in (("model.safetensors", lambda path: read_weights(path)[0]), ("pytorch_model.bin", read_pickle)):
-        if (folder / name).is_file():
-            return read(folder / name)
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            shards = read_json(index).get("weight_map", {})
-            # Files of this folder only, whatever the index says.
-            return {
-                key: value
-                for shard in sorted({Path(shard).name for shard in shards.values()})
-                for key, value in read(folder / shard).items()
-            }
-    raise InputError(
-        f"weights {folder}: no weights.safetensors of a run, and no model.safetensors or pytorch_model.bin of a Hugging Face model; "
-        "give a folder that has them, or a file"
-    )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; a Hugging Face folder needs it") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not readable as JSON ({str(error)[:100]}); restore it") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: not a JSON object; restore it")
-    return content
-
-
-# What lies beside the tensors
+    return state, {"names": list(classes)} if classes else {}
 
 
 def _told_by_args(args: Mapping[str, Any], path: Path) -> dict[str, Any]:
@@ -541,60 +332,7 @@ def _told_by_args(args: Mapping[str, Any], path: Path) -> dict[str, Any]:
     if "dilation" in args:
         told["backbone"] = {"dilation": args["dilation"]}
     if "with_box_refine" in args:
-        told |= _form(args, "num_queries")
+        told |= form_of(args, "num_queries")
     if "dec_n_points" in args:
-        told["points"] = _equal(args, "enc_n_points", "dec_n_points", path)
+        told["points"] = equal(args, "enc_n_points", "dec_n_points", path, 4)
     return told
-
-
-def _told_by_config(path: Path) -> dict[str, Any]:
-    """Settings in a Hugging Face folder's config.json."""
-    config = read_json(path)
-    kind = config.get("model_type")
-    if kind not in ("conditional_detr", "deformable_detr"):
-        raise InputError(f"{path}: the model is a '{kind}'; only 'conditional_detr' and 'deformable_detr' can be read")
-    expected = {"activation_function": "relu", "position_embedding_type": "sine"}
-    if kind == "conditional_detr":
-        # With it, the port feeds normalised states from layer to layer, unlike the official code.
-        expected["auxiliary_loss"] = False
-    for name, value in expected.items():
-        if config.get(name, value) != value:
-            raise InputError(
-                f"{path}: '{name}' is {config[name]!r}, which makes it another function than the official; it must be {value!r}"
-            )
-    backbone = config.get("backbone_config") or {}
-    told = {
-        "heads": _equal(
-            {"encoder_attention_heads": 8, "decoder_attention_heads": 8} | config,
-            "encoder_attention_heads",
-            "decoder_attention_heads",
-            path,
-        ),
-        "dropout": config.get("dropout", 0.1),
-        "backbone": {
-            "dilation": bool(config.get("dilation")) or backbone.get("output_stride") == 16,
-            "stride_in_1x1": bool(backbone.get("downsample_in_bottleneck")),
-        },
-    }
-    if kind == "deformable_detr":
-        told["points"] = _equal({"encoder_n_points": 4, "decoder_n_points": 4} | config, "encoder_n_points", "decoder_n_points", path)
-        told |= _form(config, "two_stage_num_proposals")
-    labels = {int(row): name for row, name in (config.get("id2label") or {}).items()}
-    if labels:
-        # Transformers calls classes LABEL_3 that nobody named.
-        named = lambda name: None if name is None or re.fullmatch(r"LABEL_\d+|N/A", name) else name  # noqa: E731
-        told["names"] = [named(labels.get(row)) for row in range(max(labels) + 1)]
-    return told
-
-
-def _form(values: Mapping[str, Any], queries: str) -> dict[str, Any]:
-    """Deformable DETR's form; that of two stages has its number of queries nowhere in its tensors."""
-    if values.get("two_stage"):
-        return {"form": "two_stage", "queries": values.get(queries, 300)}
-    return {"form": "box_refine" if values.get("with_box_refine") else "plain"}
-
-
-def _equal(values: Mapping[str, Any], one: str, other: str, path: Path) -> Any:
-    if values.get(one, values[other]) != values[other]:
-        raise InputError(f"{path}: '{one}' is {values[one]} and '{other}' {values[other]}; the kit has detectors with equal ones only")
-    return values[other]

@@ -1,4 +1,4 @@
-"""A recipe's fields read off a detector's tensors."""
+"""A recipe's fields, read off a detector's tensors under the kit's names."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,750 +9,99 @@ from torch import Tensor
 from detrdistill.errors import InputError
 from detrdistill.experiments.recipes import OWNERS
 
-
-@dataclass(frozen=True)
-class About:
-    """What a file of weights says of itself, in its own words and by the shapes of its tensors.
-
-    Attributes:
-        path: the file or folder.
-        origin: whose format it is in: "kit", "official", "mmdetection" or "Hugging Face".
-        settings: a recipe's fields of this detector, as far as they are known.
-        names: the class of each output of the head; None where an output stands for none, or nobody says.
-        rows: for each class of the detector that was loaded, the output of the file that it got; None where it started afresh.
-        left_out: beginnings of names of tensors that are not the detector's, in a file that holds more.
-    """
-
-    path: Path
-    origin: str
-    settings: dict[str, Any]
-    names: tuple[str | None, ...]
-    rows: tuple[int | None, ...] = ()
-    left_out: tuple[str, ...] = ()
-
-    @property
-    def title(self) -> str:
-        return f"{self.path} ({self.origin} weights of a {FAMILIES[self.settings['detector']].__name__})"
-
-
-@dataclass(frozen=True)
-class Found:
-    """A file's tensors under their own names, and what lies beside them."""
-
-    tensors: dict[str, Tensor]
-    told: dict[str, Any] = field(default_factory=dict)  # as `settings`, and "names"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A format, recognised by the name of a parameter that only this detector has."""
-
-    detector: str
-    origin: str
-    sign: str
-    table: names.Table
-
-
-LAYOUTS = (
-    Layout("conditional_detr", "official", "transformer.decoder.ref_point_head.layers.0.weight", names.CONDITIONAL),
-    Layout("deformable_detr", "official", "transformer.level_embed", names.DEFORMABLE),
-    Layout("adamixer", "official", "rpn_head.init_content_features.weight", names.ADAMIXER),
-    Layout("deformable_detr", "mmdetection", "bbox_head.transformer.level_embeds", names.MMDET_DEFORMABLE),
-    Layout("conditional_detr", "Hugging Face", "model.decoder.ref_point_head.layers.0.weight", names.HUGGING_FACE_CONDITIONAL),
-    Layout("deformable_detr", "Hugging Face", "model.level_embed", names.HUGGING_FACE_DEFORMABLE),
-    Layout("conditional_detr", "kit", "ref_point_head.layers.0.weight", ()),
-    Layout("deformable_detr", "kit", "level_embed", ()),
-    Layout("adamixer", "kit", "init_content.weight", ()),
-)
-
-
-# Loading
-
-
-def load_pretrained(
-    path: Path | str,
-    *,
-    categories: Sequence[str] | None = None,
-    outputs: Sequence[str | None] | None = None,
-    replace_head: bool = False,
-    part: str | None = None,
-    **settings: Any,
-) -> tuple[nn.Module, About]:
-    """The detector that a file or folder holds, in evaluation mode.
-
-    Its sizes are read off the tensors. What tensors do not show (heads, points; queries of a two-stage detector; dilation and stride of
-    the backbone) comes from what lies beside them (`args`, config.json, a run's record), or must be given.
-
-    Args:
-        path: a run's folder or its weights.safetensors; an official or mmdetection file; a Hugging Face folder.
-        categories: names of the classes in the order wanted, such as those of a data set. The head's outputs are put in this order
-            by name; without, they stay as the file has them.
-        outputs: the class of each output of the file's head, None for none, where the file does not say. A file that says nothing and
-            has 91 or 80 outputs has COCO's classes: by COCO's ids, or one after the other.
-        replace_head: start classes of `categories` that the file does not know with fresh weights, and drop those not in `categories`.
-        part: "student" or "teacher", for a file that holds both.
-        settings: fields of a recipe, which override what the file says.
-
-    Raises:
-        InputError: the file is missing, damaged, holds code, or another model; a setting is missing; or the classes differ.
-    """
-    state, about = read_detector_weights(path, part)
-    known = settings_of(state, about.path, about.settings | settings)
-    needed = {"heads": True, "points": known["detector"] == "deformable_detr", "queries": True}
-    if missing := [f"{name}=" for name, here in needed.items() if here and name not in known]:
-        raise InputError(
-            f"{about.title}: nothing in it tells {', '.join(missing)[:-1]}; give {', '.join(missing)} as the model was trained"
-        )
-    recipe = Recipe.read(known | {"schedule": Schedule(steps=1)}, where=str(about.path))
-    about = replace(about, settings=known)
-    detector = build_detector(recipe, len(categories) if categories is not None else len(about.names))
-    return detector.eval(), _load(detector, state, about, categories, outputs, replace_head)
-
-
-def load_detector_weights(
-    detector: nn.Module,
-    path: Path | str,
-    *,
-    categories: Sequence[str] | None = None,
-    outputs: Sequence[str | None] | None = None,
-    replace_head: bool = False,
-    part: str | None = None,
-) -> About:
-    """Load a file or folder in any of the formats into a detector, strictly. Arguments are those of `load_pretrained`.
-
-    Raises:
-        InputError: as there, or the weights do not fit; nothing has been loaded then.
-    """
-    state, about = read_detector_weights(path, part)
-    return _load(detector, state, about, categories, outputs, replace_head)
-
-
-def _load(
-    detector: nn.Module,
-    state: dict[str, Tensor],
-    about: About,
-    categories: Sequence[str] | None,
-    outputs: Sequence[str | None] | None,
-    replace_head: bool,
-) -> About:
-    family = FAMILIES[about.settings["detector"]]
-    if not isinstance(detector, family):
-        raise InputError(
-            f"{about.title} cannot be loaded into a {type(detector).__name__}; give weights of that detector, or build this one with "
-            "load_pretrained"
-        )
-    if outputs is not None:
-        if len(outputs) != len(about.names):
-            raise InputError(f"{about.title}: 'outputs' names {len(outputs)} classes, the head has {len(about.names)}; name each output")
-        about = replace(about, names=tuple(outputs))
-    own = detector.state_dict()
-    heads = [name for name in own if re.match(r"class_embed\.|stages\.\d+\.fc_cls\.", name)]
-    count = len(own[heads[0]])
-    if categories is None:
-        rows = tuple(range(len(about.names)))
-        if count != len(rows):
-            raise InputError(
-                f"{about.title} has {len(rows)} class outputs, the detector {count}; give the names of the classes as 'categories', and "
-                "replace_head=True for those that the file does not know"
-            )
-    else:
-        if count != len(categories):
-            raise InputError(f"{about.title}: {len(categories)} categories for a detector of {count} classes; give one name a class")
-        rows = _rows(about, categories, replace_head)
-        kept = [i for i, row in enumerate(rows) if row is not None]
-        for name in heads:
-            if name in state:
-                fresh = own[name].clone()
-                fresh[kept] = state[name][[rows[i] for i in kept]].to(fresh)
-                # The first output of a two-stage detector's last head is how good a proposal is, whatever the classes.
-                if getattr(detector, "two_stage", False) and name.startswith(f"class_embed.{len(detector.class_embed) - 1}."):
-                    fresh[0] = state[name][0]
-                state[name] = fresh
-    # Only trained BatchNorm counts batches, and the count changes nothing.
-    state = {name: value for name, value in state.items() if name in own or not name.endswith("num_batches_tracked")}
-    state |= {name: value for name, value in own.items() if name not in state and name.endswith("num_batches_tracked")}
-    fit(detector, state, about.title, "it may be of a variant that the kit does not have, or need other settings")
-    return replace(about, rows=rows)
-
-
-def _rows(about: About, categories: Sequence[str], replace_head: bool) -> tuple[int | None, ...]:
-    """The file's output for each category, found by name."""
-    plain = lambda name: " ".join(name.lower().split())  # noqa: E731
-    known = {plain(name): row for row, name in enumerate(about.names) if name is not None}
-    if not known and not replace_head:
-        raise InputError(
-            f"{about.title} does not say its classes; name its {len(about.names)} outputs as 'outputs', or say replace_head=True"
-        )
-    rows = tuple(known.get(plain(name)) for name in categories)
-    fresh = [name for name, row in zip(categories, rows, strict=True) if row is None]
-    dropped = [about.names[row] for row in known.values() if row not in rows]
-    if (fresh or dropped) and not replace_head:
-        found = [f"{len(some)} {what} ({_few(some)})" for some, what in ((fresh, "unknown to it"), (dropped, "not among them")) if some]
-        raise InputError(
-            f"{about.title} has other classes than the {len(categories)} categories: {', '.join(found)}; with replace_head=True it keeps "
-            f"{len(categories) - len(fresh)} by name, starts {len(fresh)} afresh and drops {len(dropped)}"
-        )
-    return rows
-
-
-def fit(module: nn.Module, state: Mapping[str, Tensor], source: str, remedy: str) -> None:
-    """Load tensors into a module, strictly.
-
-    Raises:
-        InputError: missing, unexpected or misshaped tensors, which it names; nothing has been loaded then.
-    """
-    own = module.state_dict()
-    faults = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "misshaped": [
-            f"{name} {list(state[name].shape)} instead of {list(value.shape)}"
-            for name, value in own.items()
-            if name in state and state[name].shape != value.shape
-        ],
-    }
-    if any(faults.values()):
-        listed = "; ".join(f"{len(some)} {kind} ({_few(some)})" for kind, some in faults.items() if some)
-        raise InputError(f"{source} do not fit this {type(module).__name__}: {listed}; {remedy}")
-    module.load_state_dict(state)
-
-
-def _few(some: Sequence[str]) -> str:
-    return ", ".join(some[:3]) + (", ..." if len(some) > 3 else "")
-
-
-# Reading
-
-
-def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[dict[str, Tensor], About]:
-    """A detector's tensors under the kit's names, from a file or folder in any of the formats, and what is known of it.
-
-    Raises:
-        InputError: the file is missing, damaged, holds code, or another model.
-    """
-    path = Path(path)
-    found = _read(path)
-    tensors, left_out = _unwrapped(found.tensors, part, path)
-    layout = _layout(tensors)
-    if layout is None and all(name.startswith("model.") for name in tensors):  # as Lightning saves
-        tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
-        layout = _layout(tensors)
-    if layout is None:
-        hint = "it is an image classifier: give it as backbone.weights" if {"fc.weight", "conv1.weight"} <= tensors.keys() else ""
-        raise InputError(
-            f"weights {path}: no Conditional DETR, Deformable DETR or AdaMixer in any format known here ({len(tensors)} tensors: "
-            f"{_few(sorted(tensors))}); {hint or 'give a checkpoint of one of these'}"
-        )
-    told = dict(found.told)
-    stated = told.pop("names", None)
-    try:
-        state = _our_state(tensors, layout, told)
-    except InputError as error:
-        raise InputError(f"weights {path}: {error}") from None
-    settings = settings_of(state, path, {"detector": layout.detector} | told)
-    head = state.get("class_embed.weight", state.get("class_embed.0.weight", state.get("stages.0.fc_cls.weight")))
-    if head is None:
-        raise InputError(f"weights {path}: a {layout.detector} without its class head; give the complete checkpoint")
-    return state, About(path, layout.origin, settings, _classes(stated, len(head)), left_out=left_out)
-
-
-def _layout(tensors: Mapping[str, Tensor]) -> Layout | None:
-    return next((layout for layout in LAYOUTS if layout.sign in tensors), None)
-
-
-def _unwrapped(tensors: dict[str, Tensor], part: str | None, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The detector's tensors without the prefixes of what it was wrapped in, and beginnings of the names of what else there was."""
-    without = lambda some, prefix: {name.removeprefix(prefix): value for name, value in some.items() if name.startswith(prefix)}  # noqa: E731
-    parallel = lambda some: without(some, "module.") if all(name.startswith("module.") for name in some) else some  # noqa: E731
-    tensors = parallel(tensors)
-    parts = [one for one in ("student", "teacher") if any(name.startswith(f"{one}.") for name in tensors)]
-    if part is None and len(parts) == 2:
-        raise InputError(f"weights {path} hold a student and a teacher; say part='student' or part='teacher'")
-    if part is not None and part not in parts:
-        raise InputError(f"weights {path} hold no tensors of a '{part}' ({' and '.join(parts) or 'no prefix'} instead); leave out 'part'")
-    if not parts:
-        return tensors, ()
-    chosen = part or parts[0]
-    others = sorted({name.split(".")[0] for name in tensors} - {chosen})
-    return parallel(without(tensors, f"{chosen}.")), tuple(others)
-
-
-def _our_state(tensors: dict[str, Tensor], layout: Layout, told: dict[str, Any]) -> dict[str, Tensor]:
-    if layout.origin == "kit":
-        return tensors
-    if layout.origin == "mmdetection":
-        # Its extra levels are numbered on their own.
-        levels = len({name.split(".")[2] for name in tensors if name.startswith("neck.convs.")})
-        extra = lambda name: re.sub(r"^neck\.extra_convs\.(\d+)", lambda m: f"neck.convs.{levels + int(m[1])}", name)  # noqa: E731
-        tensors = {extra(name): value for name, value in tensors.items()}
-    state = names.our_state(tensors, layout.table, one_head=layout.detector == "deformable_detr" and _plain(tensors, layout, told))
-    if layout.origin == "mmdetection":
-        # Its neck's convolutions have no bias.
-        for name in [name for name in state if re.fullmatch(r"input_proj\.\d+\.0\.weight", name)]:
-            state.setdefault(name.replace("weight", "bias"), torch.zeros(len(state[name])))
-    # Ours pack the three projections of plain attention into one matrix.
-    for name in [name for name in state if re.search(r"\.self_attn\.q_proj\.", name)]:
-        parts = [name.replace(".q_proj.", f".{one}_proj.") for one in "qkv"]
-        if all(one in state for one in parts):
-            state[name.replace(".q_proj.", ".in_proj_")] = torch.cat([state.pop(one) for one in parts])
-    return state
-
-
-def _plain(tensors: dict[str, Tensor], layout: Layout, told: Mapping[str, Any]) -> bool:
-    """Whether a Deformable DETR's stages share one head: as the file says, or else if all heads are equal."""
-    if "form" in told:
-        return told["form"] == "plain"
-    if any(re.search(r"decoder\.bbox_embed\.|\benc_output\.", name) for name in tensors):
-        return False
-    ours = {names.our_name(name, layout.table): value for name, value in tensors.items()}
-    heads = [(name, value) for name, value in ours.items() if re.match(r"(class|bbox)_embed\.", name)]
-    first = {name: ours.get(re.sub(r"^(\w+)\.\d+", r"\1.0", name)) for name, _ in heads}
-    return all(first[name] is not None and torch.equal(first[name], value) for name, value in heads)
-
-
-def _classes(stated: Sequence[str | None] | None, count: int) -> tuple[str | None, ...]:
-    """The class of each output of the head."""
-    if stated is not None and len(stated) == count and any(stated):
-        return tuple(stated)
-    if count == len(names.COCO_91):
-        return names.COCO_91
-    coco = tuple(name for name in names.COCO_91 if name)
-    return coco if count == len(coco) else (None,) * count
+_RESNETS = {((2, 2, 2, 2), False): "resnet18", ((3, 4, 6, 3), True): "resnet50", ((3, 4, 23, 3), True): "resnet101"}
 
 
 def settings_of(state: Mapping[str, Tensor], path: Path, told: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a recipe read off the tensors (with the kit's names); those `told` count instead where they are given."""
-    size = lambda name, axis=0: state[name].shape[axis]  # noqa: E731
-    count = lambda prefix: len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})  # noqa: E731
+    """Fields of the recipe of a detector. `told` must name the `detector`; what else it says counts instead of what tensors show.
+
+    Raises:
+        InputError: tensors are missing that every such detector has, or the backbone is none of the kit's.
+    """
     detector = told["detector"]
     try:
-        if detector == "adamixer":
-            channels, dim = size("neck.gn_out.weight"), size("init_content.weight", 1)
-            all_points, out_points = (
-                size("stages.0.sampling_offset_generator.bias") // 3,
-                size("stages.0.mixing.out_proj.weight", 1) // channels,
-            )
-            # The generator makes groups * (channels / groups)^2 + all_points * out_points numbers.
-            groups = channels**2 // max(1, size("stages.0.mixing.parameter_generator.bias") - all_points * out_points)
-            found = {
-                "dim": dim,
-                "feature_dim": None if channels == dim else channels,
-                "heads": size("stages.0.iof_tau"),
-                "ffn": size("stages.0.linear1.bias"),
-                "decoder_layers": count("stages."),
-                "queries": size("init_content.weight"),
-                "groups": groups,
-                "in_points": all_points // max(1, groups),
-                "out_points": out_points,
-                "dropout": 0.0,
-            }
-        else:
-            found = {
-                "dim": size("decoder.0.norm1.weight"),
-                "ffn": size("decoder.0.linear1.bias"),
-                "encoder_layers": count("encoder."),
-                "decoder_layers": count("decoder."),
-            }
-            if "query_embed.weight" in state:
-                found["queries"] = size("query_embed.weight")
+        found = _adamixer(state) if detector == "adamixer" else _detr(state)
         if detector == "deformable_detr":
-            found["levels"] = size("level_embed")
-            two_stage, refines = "enc_output.weight" in state, count("class_embed.") > 1
-            found["form"] = "two_stage" if two_stage else "box_refine" if refines else "plain"
-            heads_and_points = size("decoder.0.cross_attn.attention_weights.bias") // found["levels"]
-            for one, other in (("heads", "points"), ("points", "heads")):
-                if one in told:
-                    found[other] = max(1, heads_and_points // int(told[one]))
+            found |= _deformable(state, told)
     except (KeyError, IndexError) as error:
         raise InputError(f"weights {path}: a {detector} without {error}; give the complete checkpoint") from None
     found["backbone"] = backbone_of(state, path)
     # A file may tell more than its detector has.
-    theirs = {name: value for name, value in told.items() if detector in OWNERS.get(name, (detector,))}
-    if isinstance(backbone := theirs.get("backbone"), dict):
-        theirs["backbone"] = found["backbone"] | backbone
-        if theirs["backbone"].get("stride_in_1x1"):
-            theirs["backbone"] |= {"weights": path}  # torchvision's ImageNet weights have no such variant
-    return found | theirs
+    told = {name: value for name, value in told.items() if detector in OWNERS.get(name, (detector,))}
+    if isinstance(backbone := told.get("backbone"), dict):
+        told["backbone"] = found["backbone"] | backbone
+        if backbone.get("stride_in_1x1"):
+            told["backbone"]["weights"] = path  # torchvision's ImageNet weights have no such variant
+    return found | told
 
 
-@dataclass(frozen=True)
-class About:
-    """What a file of weights says of itself, in its own words and by the shapes of its tensors.
-
-    Attributes:
-        path: the file or folder.
-        origin: whose format it is in: "kit", "official", "mmdetection" or "Hugging Face".
-        settings: a recipe's fields of this detector, as far as they are known.
-        names: the class of each output of the head; None where an output stands for none, or nobody says.
-        rows: for each class of the detector that was loaded, the output of the file that it got; None where it started afresh.
-        left_out: beginnings of names of tensors that are not the detector's, in a file that holds more.
-    """
-
-    path: Path
-    origin: str
-    settings: dict[str, Any]
-    names: tuple[str | None, ...]
-    rows: tuple[int | None, ...] = ()
-    left_out: tuple[str, ...] = ()
-
-    @property
-    def title(self) -> str:
-        return f"{self.path} ({self.origin} weights of a {FAMILIES[self.settings['detector']].__name__})"
-
-
-@dataclass(frozen=True)
-class Found:
-    """A file's tensors under their own names, and what lies beside them."""
-
-    tensors: dict[str, Tensor]
-    told: dict[str, Any] = field(default_factory=dict)  # as `settings`, and "names"
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A format, recognised by the name of a parameter that only this detector has."""
-
-    detector: str
-    origin: str
-    sign: str
-    table: names.Table
-
-
-LAYOUTS = (
-    Layout("conditional_detr", "official", "transformer.decoder.ref_point_head.layers.0.weight", names.CONDITIONAL),
-    Layout("deformable_detr", "official", "transformer.level_embed", names.DEFORMABLE),
-    Layout("adamixer", "official", "rpn_head.init_content_features.weight", names.ADAMIXER),
-    Layout("deformable_detr", "mmdetection", "bbox_head.transformer.level_embeds", names.MMDET_DEFORMABLE),
-    Layout("conditional_detr", "Hugging Face", "model.decoder.ref_point_head.layers.0.weight", names.HUGGING_FACE_CONDITIONAL),
-    Layout("deformable_detr", "Hugging Face", "model.level_embed", names.HUGGING_FACE_DEFORMABLE),
-    Layout("conditional_detr", "kit", "ref_point_head.layers.0.weight", ()),
-    Layout("deformable_detr", "kit", "level_embed", ()),
-    Layout("adamixer", "kit", "init_content.weight", ()),
-)
-
-
-# Loading
-
-
-def load_pretrained(
-    path: Path | str,
-    *,
-    categories: Sequence[str] | None = None,
-    outputs: Sequence[str | None] | None = None,
-    replace_head: bool = False,
-    part: str | None = None,
-    **settings: Any,
-) -> tuple[nn.Module, About]:
-    """The detector that a file or folder holds, in evaluation mode.
-
-    Its sizes are read off the tensors. What tensors do not show (heads, points; queries of a two-stage detector; dilation and stride of
-    the backbone) comes from what lies beside them (`args`, config.json, a run's record), or must be given.
-
-    Args:
-        path: a run's folder or its weights.safetensors; an official or mmdetection file; a Hugging Face folder.
-        categories: names of the classes in the order wanted, such as those of a data set. The head's outputs are put in this order
-            by name; without, they stay as the file has them.
-        outputs: the class of each output of the file's head, None for none, where the file does not say. A file that says nothing and
-            has 91 or 80 outputs has COCO's classes: by COCO's ids, or one after the other.
-        replace_head: start classes of `categories` that the file does not know with fresh weights, and drop those not in `categories`.
-        part: "student" or "teacher", for a file that holds both.
-        settings: fields of a recipe, which override what the file says.
+def backbone_of(state: Mapping[str, Tensor], path: Path | str) -> dict[str, Any]:
+    """Fields of a backbone's recipe. Its `weights` say how it goes on training: frozen as an ImageNet backbone is, or whole.
 
     Raises:
-        InputError: the file is missing, damaged, holds code, or another model; a setting is missing; or the classes differ.
+        InputError: a backbone that the kit does not have.
     """
-    state, about = read_detector_weights(path, part)
-    known = settings_of(state, about.path, about.settings | settings)
-    needed = {"heads": True, "points": known["detector"] == "deformable_detr", "queries": True}
-    if missing := [f"{name}=" for name, here in needed.items() if here and name not in known]:
-        raise InputError(
-            f"{about.title}: nothing in it tells {', '.join(missing)[:-1]}; give {', '.join(missing)} as the model was trained"
-        )
-    recipe = Recipe.read(known | {"schedule": Schedule(steps=1)}, where=str(about.path))
-    about = replace(about, settings=known)
-    detector = build_detector(recipe, len(categories) if categories is not None else len(about.names))
-    return detector.eval(), _load(detector, state, about, categories, outputs, replace_head)
-
-
-def load_detector_weights(
-    detector: nn.Module,
-    path: Path | str,
-    *,
-    categories: Sequence[str] | None = None,
-    outputs: Sequence[str | None] | None = None,
-    replace_head: bool = False,
-    part: str | None = None,
-) -> About:
-    """Load a file or folder in any of the formats into a detector, strictly. Arguments are those of `load_pretrained`.
-
-    Raises:
-        InputError: as there, or the weights do not fit; nothing has been loaded then.
-    """
-    state, about = read_detector_weights(path, part)
-    return _load(detector, state, about, categories, outputs, replace_head)
-
-
-def _load(
-    detector: nn.Module,
-    state: dict[str, Tensor],
-    about: About,
-    categories: Sequence[str] | None,
-    outputs: Sequence[str | None] | None,
-    replace_head: bool,
-) -> About:
-    family = FAMILIES[about.settings["detector"]]
-    if not isinstance(detector, family):
-        raise InputError(
-            f"{about.title} cannot be loaded into a {type(detector).__name__}; give weights of that detector, or build this one with "
-            "load_pretrained"
-        )
-    if outputs is not None:
-        if len(outputs) != len(about.names):
-            raise InputError(f"{about.title}: 'outputs' names {len(outputs)} classes, the head has {len(about.names)}; name each output")
-        about = replace(about, names=tuple(outputs))
-    own = detector.state_dict()
-    heads = [name for name in own if re.match(r"class_embed\.|stages\.\d+\.fc_cls\.", name)]
-    count = len(own[heads[0]])
-    if categories is None:
-        rows = tuple(range(len(about.names)))
-        if count != len(rows):
-            raise InputError(
-                f"{about.title} has {len(rows)} class outputs, the detector {count}; give the names of the classes as 'categories', and "
-                "replace_head=True for those that the file does not know"
-            )
-    else:
-        if count != len(categories):
-            raise InputError(f"{about.title}: {len(categories)} categories for a detector of {count} classes; give one name a class")
-        rows = _rows(about, categories, replace_head)
-        kept = [i for i, row in enumerate(rows) if row is not None]
-        for name in heads:
-            if name in state:
-                fresh = own[name].clone()
-                fresh[kept] = state[name][[rows[i] for i in kept]].to(fresh)
-                # The first output of a two-stage detector's last head is how good a proposal is, whatever the classes.
-                if getattr(detector, "two_stage", False) and name.startswith(f"class_embed.{len(detector.class_embed) - 1}."):
-                    fresh[0] = state[name][0]
-                state[name] = fresh
-    # Only trained BatchNorm counts batches, and the count changes nothing.
-    state = {name: value for name, value in state.items() if name in own or not name.endswith("num_batches_tracked")}
-    state |= {name: value for name, value in own.items() if name not in state and name.endswith("num_batches_tracked")}
-    fit(detector, state, about.title, "it may be of a variant that the kit does not have, or need other settings")
-    return replace(about, rows=rows)
-
-
-def _rows(about: About, categories: Sequence[str], replace_head: bool) -> tuple[int | None, ...]:
-    """The file's output for each category, found by name."""
-    plain = lambda name: " ".join(name.lower().split())  # noqa: E731
-    known = {plain(name): row for row, name in enumerate(about.names) if name is not None}
-    if not known and not replace_head:
-        raise InputError(
-            f"{about.title} does not say its classes; name its {len(about.names)} outputs as 'outputs', or say replace_head=True"
-        )
-    rows = tuple(known.get(plain(name)) for name in categories)
-    fresh = [name for name, row in zip(categories, rows, strict=True) if row is None]
-    dropped = [about.names[row] for row in known.values() if row not in rows]
-    if (fresh or dropped) and not replace_head:
-        found = [f"{len(some)} {what} ({_few(some)})" for some, what in ((fresh, "unknown to it"), (dropped, "not among them")) if some]
-        raise InputError(
-            f"{about.title} has other classes than the {len(categories)} categories: {', '.join(found)}; with replace_head=True it keeps "
-            f"{len(categories) - len(fresh)} by name, starts {len(fresh)} afresh and drops {len(dropped)}"
-        )
-    return rows
-
-
-def fit(module: nn.Module, state: Mapping[str, Tensor], source: str, remedy: str) -> None:
-    """Load tensors into a module, strictly.
-
-    Raises:
-        InputError: missing, unexpected or misshaped tensors, which it names; nothing has been loaded then.
-    """
-    own = module.state_dict()
-    faults = {
-        "missing": sorted(own.keys() - state.keys()),
-        "unexpected": sorted(state.keys() - own.keys()),
-        "misshaped": [
-            f"{name} {list(state[name].shape)} instead of {list(value.shape)}"
-            for name, value in own.items()
-            if name in state and state[name].shape != value.shape
-        ],
-    }
-    if any(faults.values()):
-        listed = "; ".join(f"{len(some)} {kind} ({_few(some)})" for kind, some in faults.items() if some)
-        raise InputError(f"{source} do not fit this {type(module).__name__}: {listed}; {remedy}")
-    module.load_state_dict(state)
-
-
-def _few(some: Sequence[str]) -> str:
-    return ", ".join(some[:3]) + (", ..." if len(some) > 3 else "")
-
-
-# Reading
-
-
-def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[dict[str, Tensor], About]:
-    """A detector's tensors under the kit's names, from a file or folder in any of the formats, and what is known of it.
-
-    Raises:
-        InputError: the file is missing, damaged, holds code, or another model.
-    """
-    path = Path(path)
-    found = _read(path)
-    tensors, left_out = _unwrapped(found.tensors, part, path)
-    layout = _layout(tensors)
-    if layout is None and all(name.startswith("model.") for name in tensors):  # as Lightning saves
-        tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
-        layout = _layout(tensors)
-    if layout is None:
-        hint = "it is an image classifier: give it as backbone.weights" if {"fc.weight", "conv1.weight"} <= tensors.keys() else ""
-        raise InputError(
-            f"weights {path}: no Conditional DETR, Deformable DETR or AdaMixer in any format known here ({len(tensors)} tensors: "
-            f"{_few(sorted(tensors))}); {hint or 'give a checkpoint of one of these'}"
-        )
-    told = dict(found.told)
-    stated = told.pop("names", None)
-    try:
-        state = _our_state(tensors, layout, told)
-    except InputError as error:
-        raise InputError(f"weights {path}: {error}") from None
-    settings = settings_of(state, path, {"detector": layout.detector} | told)
-    head = state.get("class_embed.weight", state.get("class_embed.0.weight", state.get("stages.0.fc_cls.weight")))
-    if head is None:
-        raise InputError(f"weights {path}: a {layout.detector} without its class head; give the complete checkpoint")
-    return state, About(path, layout.origin, settings, _classes(stated, len(head)), left_out=left_out)
-
-
-def _layout(tensors: Mapping[str, Tensor]) -> Layout | None:
-    return next((layout for layout in LAYOUTS if layout.sign in tensors), None)
-
-
-def _unwrapped(tensors: dict[str, Tensor], part: str | None, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The detector's tensors without the prefixes of what it was wrapped in, and beginnings of the names of what else there was."""
-    without = lambda some, prefix: {name.removeprefix(prefix): value for name, value in some.items() if name.startswith(prefix)}  # noqa: E731
-    parallel = lambda some: without(some, "module.") if all(name.startswith("module.") for name in some) else some  # noqa: E731
-    tensors = parallel(tensors)
-    parts = [one for one in ("student", "teacher") if any(name.startswith(f"{one}.") for name in tensors)]
-    if part is None and len(parts) == 2:
-        raise InputError(f"weights {path} hold a student and a teacher; say part='student' or part='teacher'")
-    if part is not None and part not in parts:
-        raise InputError(f"weights {path} hold no tensors of a '{part}' ({' and '.join(parts) or 'no prefix'} instead); leave out 'part'")
-    if not parts:
-        return tensors, ()
-    chosen = part or parts[0]
-    others = sorted({name.split(".")[0] for name in tensors} - {chosen})
-    return parallel(without(tensors, f"{chosen}.")), tuple(others)
-
-
-def _our_state(tensors: dict[str, Tensor], layout: Layout, told: dict[str, Any]) -> dict[str, Tensor]:
-    if layout.origin == "kit":
-        return tensors
-    if layout.origin == "mmdetection":
-        # Its extra levels are numbered on their own.
-        levels = len({name.split(".")[2] for name in tensors if name.startswith("neck.convs.")})
-        extra = lambda name: re.sub(r"^neck\.extra_convs\.(\d+)", lambda m: f"neck.convs.{levels + int(m[1])}", name)  # noqa: E731
-        tensors = {extra(name): value for name, value in tensors.items()}
-    state = names.our_state(tensors, layout.table, one_head=layout.detector == "deformable_detr" and _plain(tensors, layout, told))
-    if layout.origin == "mmdetection":
-        # Its neck's convolutions have no bias.
-        for name in [name for name in state if re.fullmatch(r"input_proj\.\d+\.0\.weight", name)]:
-            state.setdefault(name.replace("weight", "bias"), torch.zeros(len(state[name])))
-    # Ours pack the three projections of plain attention into one matrix.
-    for name in [name for name in state if re.search(r"\.self_attn\.q_proj\.", name)]:
-        parts = [name.replace(".q_proj.", f".{one}_proj.") for one in "qkv"]
-        if all(one in state for one in parts):
-            state[name.replace(".q_proj.", ".in_proj_")] = torch.cat([state.pop(one) for one in parts])
-    return state
-
-
-def _plain(tensors: dict[str, Tensor], layout: Layout, told: Mapping[str, Any]) -> bool:
-    """Whether a Deformable DETR's stages share one head: as the file says, or else if all heads are equal."""
-    if "form" in told:
-        return told["form"] == "plain"
-    if any(re.search(r"decoder\.bbox_embed\.|\benc_output\.", name) for name in tensors):
-        return False
-    ours = {names.our_name(name, layout.table): value for name, value in tensors.items()}
-    heads = [(name, value) for name, value in ours.items() if re.match(r"(class|bbox)_embed\.", name)]
-    first = {name: ours.get(re.sub(r"^(\w+)\.\d+", r"\1.0", name)) for name, _ in heads}
-    return all(first[name] is not None and torch.equal(first[name], value) for name, value in heads)
-
-
-def _classes(stated: Sequence[str | None] | None, count: int) -> tuple[str | None, ...]:
-    """The class of each output of the head."""
-    if stated is not None and len(stated) == count and any(stated):
-        return tuple(stated)
-    if count == len(names.COCO_91):
-        return names.COCO_91
-    coco = tuple(name for name in names.COCO_91 if name)
-    return coco if count == len(coco) else (None,) * count
-
-
-def settings_of(state: Mapping[str, Tensor], path: Path, told: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a recipe read off the tensors (with the kit's names); those `told` count instead where they are given."""
-    size = lambda name, axis=0: state[name].shape[axis]  # noqa: E731
-    count = lambda prefix: len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})  # noqa: E731
-    detector = told["detector"]
-    try:
-        if detector == "adamixer":
-            channels, dim = size("neck.gn_out.weight"), size("init_content.weight", 1)
-            all_points, out_points = (
-                size("stages.0.sampling_offset_generator.bias") // 3,
-                size("stages.0.mixing.out_proj.weight", 1) // channels,
-            )
-            # The generator makes groups * (channels / groups)^2 + all_points * out_points numbers.
-            groups = channels**2 // max(1, size("stages.0.mixing.parameter_generator.bias") - all_points * out_points)
-            found = {
-                "dim": dim,
-                "feature_dim": None if channels == dim else channels,
-                "heads": size("stages.0.iof_tau"),
-                "ffn": size("stages.0.linear1.bias"),
-                "decoder_layers": count("stages."),
-                "queries": size("init_content.weight"),
-                "groups": groups,
-                "in_points": all_points // max(1, groups),
-                "out_points": out_points,
-                "dropout": 0.0,
-            }
-        else:
-            found = {
-                "dim": size("decoder.0.norm1.weight"),
-                "ffn": size("decoder.0.linear1.bias"),
-                "encoder_layers": count("encoder."),
-                "decoder_layers": count("decoder."),
-            }
-            if "query_embed.weight" in state:
-                found["queries"] = size("query_embed.weight")
-        if detector == "deformable_detr":
-            found["levels"] = size("level_embed")
-            two_stage, refines = "enc_output.weight" in state, count("class_embed.") > 1
-            found["form"] = "two_stage" if two_stage else "box_refine" if refines else "plain"
-            heads_and_points = size("decoder.0.cross_attn.attention_weights.bias") // found["levels"]
-            for one, other in (("heads", "points"), ("points", "heads")):
-                if one in told:
-                    found[other] = max(1, heads_and_points // int(told[one]))
-    except (KeyError, IndexError) as error:
-        raise InputError(f"weights {path}: a {detector} without {error}; give the complete checkpoint") from None
-    found["backbone"] = backbone_of(state, path)
-    # A file may tell more than its detector has.
-    theirs = {name: value for name, value in told.items() if detector in OWNERS.get(name, (detector,))}
-    if isinstance(backbone := theirs.get("backbone"), dict):
-        theirs["backbone"] = found["backbone"] | backbone
-        if theirs["backbone"].get("stride_in_1x1"):
-            theirs["backbone"] |= {"weights": path}  # torchvision's ImageNet weights have no such variant
-    return found | theirs
-
-
-def backbone_of(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    """Fields of a backbone's recipe. Its `weights` say how it goes on training: frozen as an ImageNet backbone, or whole."""
     body = "backbone.body."
     trained = any(name.startswith(body) and name.endswith("num_batches_tracked") for name in state)
     if f"{body}0.0.weight" in state:
         return {"name": "mobilenet_v2", "weights": "none" if trained else "imagenet"}
-    layers = [{name.split(".")[3] for name in state if name.startswith(f"{body}layer{i}.")} for i in (1, 2, 3, 4)]
-    blocks, stem = tuple(len(layer) for layer in layers), state.get(f"{body}conv1.weight")
-    bottleneck = f"{body}layer1.0.conv3.weight" in state
-    known = {((2, 2, 2, 2), False): "resnet18", ((3, 4, 6, 3), True): "resnet50", ((3, 4, 23, 3), True): "resnet101"}
-    name = known.get((blocks, bottleneck))
+    blocks = tuple(_count(state, f"{body}layer{i}.") for i in (1, 2, 3, 4))
+    stem, bottleneck = state.get(f"{body}conv1.weight"), f"{body}layer1.0.conv3.weight" in state
     if stem is not None and stem.shape[-1] == 3 and not bottleneck and all(blocks):
         return {"name": "thin_resnet", "width": len(stem), "blocks": blocks, "weights": "none" if trained else path}
+    name = _RESNETS.get((blocks, bottleneck))
     if stem is None or name is None:
         raise InputError(f"weights {path}: its backbone has {blocks} blocks a stage; known here are ResNet-18, -50, -101 and MobileNetV2")
     return {"name": name, "weights": "none" if trained else "imagenet"}
+
+
+def _detr(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    found = {
+        "dim": _size(state, "decoder.0.norm1.weight"),
+        "ffn": _size(state, "decoder.0.linear1.bias"),
+        "encoder_layers": _count(state, "encoder."),
+        "decoder_layers": _count(state, "decoder."),
+    }
+    # A two-stage detector has no queries of its own.
+    return found | ({"queries": _size(state, "query_embed.weight")} if "query_embed.weight" in state else {})
+
+
+def _deformable(state: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str, Any]:
+    levels = _size(state, "level_embed")
+    refines = _count(state, "class_embed.") > 1
+    found = {"levels": levels, "form": "two_stage" if "enc_output.weight" in state else "box_refine" if refines else "plain"}
+    product = _size(state, "decoder.0.cross_attn.attention_weights.bias") // levels  # of heads and points
+    if "heads" in told:
+        found["points"] = max(1, product // int(told["heads"]))
+    elif "points" in told:
+        found["heads"] = max(1, product // int(told["points"]))
+    return found
+
+
+def _adamixer(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    channels, dim = _size(state, "neck.gn_out.weight"), _size(state, "init_content.weight", 1)
+    all_points = _size(state, "stages.0.sampling_offset_generator.bias") // 3
+    out_points = _size(state, "stages.0.mixing.out_proj.weight", 1) // channels
+    # The generator makes groups * (channels / groups)^2 + all_points * out_points numbers.
+    groups = channels**2 // max(1, _size(state, "stages.0.mixing.parameter_generator.bias") - all_points * out_points)
+    return {
+        "dim": dim,
+        "feature_dim": None if channels == dim else channels,
+        "heads": _size(state, "stages.0.iof_tau"),
+        "ffn": _size(state, "stages.0.linear1.bias"),
+        "decoder_layers": _count(state, "stages."),
+        "queries": _size(state, "init_content.weight"),
+        "groups": max(1, groups),
+        "in_points": all_points // max(1, groups),
+        "out_points": out_points,
+        "dropout": 0.0,
+    }
+
+
+def _size(state: Mapping[str, Tensor], name: str, axis: int = 0) -> int:
+    return state[name].shape[axis]
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many modules of a list lie under `prefix`."""
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})

@@ -20,9 +20,9 @@ from detrdistill.models.attention import DeformableAttention, sine_code, sine_po
 from detrdistill.models.backbones import Backbone
 from detrdistill.models.conditional_detr import ConditionalDETR
 from detrdistill.models.deformable_detr import DeformableDETR, Memory, token_anchors
+from detrdistill.models.names import ADAMIXER, CONDITIONAL, DEFORMABLE, our_name, our_state
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
 from detrdistill.training.evaluation import detections
-from tests.parity.names import ADAMIXER, CONDITIONAL, DEFORMABLE, DEFORMABLE_PLAIN, our_name, our_state
 from tests.parity.oracle import PIXEL, SCALAR, Oracle, formula_weight
 
 
@@ -144,7 +144,7 @@ def deformable_model(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
         oracle.expect_gradient(f"feat{i}", feature.grad)
     if "grad.query_embed.weight" in oracle.tensors:
         oracle.expect_gradient("query_embed.weight", parameters["query_embed.weight"].grad)
-    oracle.expect_gradient_norms({name: parameters[our_name(name, deformable_names(oracle))].grad for name in oracle.meta["grad_norm"]})
+    oracle.expect_gradient_norms({name: parameters[our_name(name, DEFORMABLE, one_head(oracle))].grad for name in oracle.meta["grad_norm"]})
     oracle.expect_all_compared()
 
 
@@ -300,9 +300,15 @@ def build_conditional(backbone: nn.Module, oracle: Oracle, **sizes: int) -> Cond
     return model.to(oracle.dtype).eval()
 
 
+def our_part(oracle: Oracle, theirs: str, ours: str) -> dict[str, Tensor]:
+    """Parameters of an AdaMixer's part alone, which lies under these names in the whole."""
+    whole = our_state({theirs + name: value for name, value in oracle.parameters().items()}, ADAMIXER)
+    return {name.removeprefix(ours): value for name, value in whole.items()}
+
+
 def adamixer_neck(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
     neck = Neck(oracle.config["in_channels"], oracle.config["out_channels"]).to(oracle.dtype)
-    neck.load_state_dict(our_state(oracle.parameters(), ADAMIXER))
+    neck.load_state_dict(our_part(oracle, "neck.", "neck."))
     for i, level in enumerate(neck(oracle.inputs("c"))):
         oracle.expect(f"p{i}", level)
     oracle.expect_all_compared()
@@ -337,7 +343,7 @@ def adamixer_sampling(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
 def adamixer_mixing(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
     config = oracle.config
     mixing = AdaptiveMixing(config["query_dim"], config["in_dim"], config["in_points"], config["out_points"], config["n_groups"])
-    mixing.to(oracle.dtype).load_state_dict(our_state(oracle.parameters(), ADAMIXER))
+    mixing.to(oracle.dtype).load_state_dict(our_part(oracle, "roi_head.bbox_head.0.sampling_n_mixing.adaptive_mixing.", "stages.0.mixing."))
     x, query = oracle.input("x", grad=True), oracle.input("query", grad=True)
     out = mixing(x, query)
     oracle.expect("out", out)
@@ -562,12 +568,13 @@ def build(
         # No published detector has this, so recipes do not either; small oracles do.
         for layer in model.encoder:
             layer.self_attn = DeformableAttention(dim, heads, levels, encoder_points)
-    model.load_state_dict(our_state(oracle.parameters(), deformable_names(oracle)))
+    model.load_state_dict(our_state(oracle.parameters(), DEFORMABLE, one_head(oracle)))
     return model.to(oracle.dtype).eval()
 
 
-def deformable_names(oracle: Oracle) -> list[tuple[str, str]]:
-    return DEFORMABLE if oracle.config["with_box_refine"] or oracle.config["two_stage"] else DEFORMABLE_PLAIN
+def one_head(oracle: Oracle) -> bool:
+    """Whether all stages of the oracle's Deformable DETR share one head."""
+    return not (oracle.config["with_box_refine"] or oracle.config["two_stage"])
 
 
 def stages(logits: Tensor, boxes: Tensor, proposals: DetectorOutput | None = None) -> DetectorOutput:

@@ -9,32 +9,33 @@ import torch
 from detrdistill.models.adamixer import AdaMixer
 from detrdistill.models.conditional_detr import ConditionalDETR
 from detrdistill.models.deformable_detr import DeformableDETR
+from detrdistill.models.names import ADAMIXER, CONDITIONAL, DEFORMABLE, Table, our_name
 from tests.parity.checks import Channels
 from tests.parity.conftest import SELECTION
-from tests.parity.names import ADAMIXER, CONDITIONAL, DEFORMABLE, DEFORMABLE_PLAIN, Renames, our_name
 
 OFFICIAL = json.loads((SELECTION / "state_dict_keys.json").read_text(encoding="utf-8"))["models"]
 # A ResNet-50 without its weights, from C2 and from C3 on.
 C2_TO_C5, C3_TO_C5 = Channels([256, 512, 1024, 2048], [4, 8, 16, 32]), Channels([512, 1024, 2048])
 MODELS = {
     "conditional_detr_r50": (lambda: ConditionalDETR(C3_TO_C5, classes=91), CONDITIONAL),
-    "deformable_detr_r50": (lambda: DeformableDETR(C3_TO_C5, classes=91), DEFORMABLE_PLAIN),
+    "deformable_detr_r50": (lambda: DeformableDETR(C3_TO_C5, classes=91), DEFORMABLE),
     "deformable_detr_r50_box_refine": (lambda: DeformableDETR(C3_TO_C5, classes=91, form="box_refine"), DEFORMABLE),
     "deformable_detr_r50_two_stage": (lambda: DeformableDETR(C3_TO_C5, classes=91, form="two_stage"), DEFORMABLE),
-    "deformable_detr_r50_single_scale": (lambda: DeformableDETR(C3_TO_C5, classes=91, levels=1), DEFORMABLE_PLAIN),
+    "deformable_detr_r50_single_scale": (lambda: DeformableDETR(C3_TO_C5, classes=91, levels=1), DEFORMABLE),
     # The table holds one of its equal stages.
     "adamixer_r50": (lambda: AdaMixer(C2_TO_C5, classes=80, decoder_layers=1), ADAMIXER),
 }
 
 
-def table(name: str, renames: Renames) -> dict[str, list[Any]]:
+def table(name: str, renames: Table) -> dict[str, list[Any]]:
     """Shape, kind and statistics of every official parameter under our names."""
     model = OFFICIAL[name]
     keys = model.get("keys", {})
     if "relative_to" in model:
         base = OFFICIAL[model["relative_to"]]["keys"]
         keys = {key: row for key, row in base.items() if key not in model["missing"]} | model["added"] | model["changed"]
-    return {our_name(key, renames): row for key, row in keys.items()}
+    one_head = name.startswith("deformable") and not name.endswith(("box_refine", "two_stage"))
+    return {our_name(key, renames, one_head): row for key, row in keys.items()}
 
 
 @pytest.mark.parametrize("name", MODELS)

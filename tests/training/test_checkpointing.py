@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from detrdistill.errors import InputError
-from detrdistill.training.checkpointing import load_checkpoint, load_weights, read_weights, save_checkpoint, save_weights
+from detrdistill.models.weights import load_weights, read_weights, save_weights
+from detrdistill.training.checkpointing import load_checkpoint, save_checkpoint
 from detrdistill.training.logging import Log, read_log
 
 
