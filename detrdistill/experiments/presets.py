@@ -90,7 +90,7 @@ def quick() -> Preset:
     )
     teacher = student.replace(backbone=thin(24, 1, 1, 2, 1, steps=2000), **{"schedule.steps": 4000})
     # The raw dot products of Eq. 7 make Eq. 9 some hundred times as large as the other losses at this width.
-    return Preset("quick", teacher, student, DETRDistill(features=0.2), floor=45.0)
+    return Preset("quick", teacher, student, DETRDistill(features=0.1), floor=45.0)
 
 
 def smoke() -> Preset:
