@@ -11,7 +11,7 @@ import papermill
 import yaml
 
 from detrdistill.errors import InputError
-from detrdistill.files import make_folder
+from detrdistill.files import make_folder, write_text
 
 
 def execute(source: Path, output: Path, parameters: dict[str, str], timeout: float | None = None) -> None:
@@ -42,7 +42,9 @@ def execute(source: Path, output: Path, parameters: dict[str, str], timeout: flo
         except subprocess.TimeoutExpired:
             fault = f"it took longer than {timeout} seconds"
         if fault is None:
-            running.replace(output)
+            notebook = nbformat.read(running, as_version=4)
+            notebook.metadata.pop("papermill", None)  # holds absolute paths, and a status that is not to be trusted
+            write_text(output, nbformat.writes(notebook) + "\n")
             return
         if running.exists():
             running.replace(failed)

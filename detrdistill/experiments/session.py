@@ -1,7 +1,7 @@
 """What every notebook starts with: its parameters checked, its preset and store opened, and provenance for its figures."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -12,6 +12,11 @@ from detrdistill.experiments.recipes import Strict
 from detrdistill.experiments.store import Record, Store, open_store, provenance
 from detrdistill.experiments.tables import TITLES, short_commit
 from detrdistill.figures.style import save
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from detrdistill.data.coco import CocoDataset
 
 
 class Parameters(Strict):
@@ -46,6 +51,18 @@ class Session:
     seeds: tuple[int, ...]
     device: str
     progress: bool
+
+    def run(self, setting: str, seed: int = 0) -> Record:
+        """Train a row of the preset, or return what is stored."""
+        from detrdistill.experiments.runs import run  # torch, which tables and figures do without
+
+        return run(self.preset.recipe(setting, seed), self.store, device=self.device, progress=self.progress)
+
+    def detector(self, record: Record, dataset: "CocoDataset") -> "nn.Module":
+        """The detector that a run trained, ready to use."""
+        from detrdistill.experiments.runs import load_detector
+
+        return load_detector(record.recipe, self.store, dataset)
 
     def summary(self, **records: Record) -> pd.DataFrame:
         """A line a setting: the twelve numbers' best known, and what they cost."""

@@ -1,0 +1,38 @@
+"""What we publish as measured is what the stored records say, and the stored teacher is the one its record describes."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from detrdistill.experiments.presets import get_preset
+from detrdistill.experiments.report import write_report
+from detrdistill.experiments.store import Store
+
+RESULTS = Path(__file__).parents[1] / "results"
+SEEDS = (0, 1, 2)
+
+
+def test_the_committed_report_is_made_from_the_committed_records(tmp_path: Path) -> None:
+    shutil.copytree(RESULTS / "reference" / "quick" / "runs", tmp_path / "quick" / "runs")
+    made = write_report("quick", SEEDS, tmp_path / "quick")
+    assert {path.suffix for path in made} == {".csv", ".md", ".tex", ".png", ".pdf"}
+    for path in made:
+        assert path.read_bytes() == (RESULTS / "reference" / path.relative_to(tmp_path)).read_bytes(), f"{path.name}: run `make reference`"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_distilled_student_is_ahead_of_the_plain_one(seed: int) -> None:
+    """The claim of the README, seed by seed, at the same number of steps."""
+    store, preset = Store(RESULTS / "reference" / "quick"), get_preset("quick")
+    plain, distilled = (store.record(preset.recipe(setting, seed)) for setting in ("student", "detrdistill"))
+    assert plain.cost["steps"] == distilled.cost["steps"] and distilled.metrics["AP"] > plain.metrics["AP"]
+    assert all(record.provenance["commit"] and "+changes" not in record.provenance["commit"] for record in (plain, distilled))
+
+
+def test_the_stored_teacher_is_that_of_its_record() -> None:
+    store, preset = Store(RESULTS / "quick"), get_preset("quick")
+    record = store.record(preset.teacher)
+    assert store.check_weights(record).stat().st_size < 6e6
+    assert record.metrics["AP"] > preset.floor >= 45
+    assert "+changes" not in record.provenance["commit"]
