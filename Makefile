@@ -66,7 +66,7 @@ reproduce: setup
 	  if kill -0 "$$(cat $(OWNER))" 2>/dev/null; then \
 	    echo "error: another 'make reproduce' is running here (process $$(cat $(OWNER))); wait for it, or end it" >&2; exit 1; fi; \
 	  $(SNAKEMAKE) --unlock --quiet && rm -f $(OWNER) || exit 1; fi; \
-	sh -c 'echo $$$$ > $(OWNER); exec $(SNAKEMAKE) --cores $(CORES) --keep-going $(if $(DRY),--dry-run) $(ARGS)'; \
+	sh -c 'echo $$$$ > $(OWNER); exec $(SNAKEMAKE) --cores $(CORES) $(if $(DRY),--dry-run) $(ARGS)'; \
 	status=$$?; if [ $$status -lt 128 ]; then rm -f $(OWNER); fi; exit $$status
 
 report: setup

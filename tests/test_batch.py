@@ -1,6 +1,5 @@
 """The batch from nothing to tables, in the smoke preset: what it runs, what it does not run again, and what a kill leaves."""
 
-import json
 import os
 import shutil
 import signal
@@ -23,8 +22,11 @@ def snakemake(folder: Path, *words: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return workplace(tmp_path_factory.mktemp("clone"))
+
+
+def workplace(folder: Path) -> Path:
     """A folder to work in, with the sources of the batch."""
-    folder = tmp_path_factory.mktemp("clone")
     for name in ("workflow", "notebooks"):
         shutil.copytree(ROOT / name, folder / name)
     (folder / "results" / "published").mkdir(parents=True)
@@ -38,34 +40,48 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DETRDISTILL_RESULTS", raising=False)
 
 
-def test_killed_at_any_moment_it_ends_well_when_called_again(folder: Path, environment: None) -> None:
-    records = folder / "results" / "smoke" / "runs"
+def kill_at(folder: Path, records: int) -> dict[Path, int]:
+    """Start the batch, kill all of it when so many runs are complete; returns when each of these was written."""
+    runs = folder / "results" / "smoke" / "runs"
     batch = subprocess.Popen(snakemake(folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 200
-    while not list(records.glob("*/record.json")) and batch.poll() is None and time.monotonic() < deadline:
+    while len(list(runs.glob("*/record.json"))) < records and batch.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     os.killpg(batch.pid, signal.SIGKILL)
     batch.wait()
-    before = {path: path.stat().st_mtime_ns for path in records.glob("*/record.json")}
-    assert before, "the batch had done nothing when it was killed"
+    written = {path: path.stat().st_mtime_ns for path in runs.glob("*/record.json")}
+    assert len(written) >= records, "the batch ended before it could be killed"
+    return written
 
-    subprocess.run(snakemake(folder, "--unlock"), cwd=ROOT, check=True, capture_output=True, timeout=120)
-    again = subprocess.run(snakemake(folder), cwd=ROOT, capture_output=True, text=True, timeout=280)
+
+@pytest.mark.parametrize("records", [1, 4])
+def test_killed_at_any_moment_it_ends_well_when_called_again(folder: Path, environment: None, records: int, tmp_path: Path) -> None:
+    """After the first run, and between the last run and the notebooks."""
+    place = folder if records == 1 else workplace(tmp_path)
+    before = kill_at(place, records)
+    subprocess.run(snakemake(place, "--unlock"), cwd=ROOT, check=True, capture_output=True, timeout=120)
+    again = subprocess.run(snakemake(place), cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert again.returncode == 0, again.stderr
-    after = {path: path.stat().st_mtime_ns for path in records.glob("*/record.json")}
+    results = place / "results" / "smoke"
+    after = {path: path.stat().st_mtime_ns for path in results.glob("runs/*/record.json")}
     assert len(after) == 4, "backbone, teacher, student, distilled student"
-    done = [path for path in before if json.loads(path.read_text())]
-    assert sum(after[path] == before[path] for path in done) >= len(before) - 1, "complete runs were run again"
+    assert {path: after[path] for path in before} == before, "complete runs were run again"
     for name in ("tables/main_results.csv", "tables/main_results.md", "tables/main_results.tex", "figures/convergence.pdf"):
-        assert (folder / "results" / "smoke" / name).stat().st_size > 0
-    assert sorted(path.name for path in (folder / "results" / "smoke" / "notebooks").iterdir()) == sorted(
-        path.name for path in (ROOT / "notebooks").glob("*.ipynb")
-    )
+        assert (results / name).stat().st_size > 0
+    made = sorted(path.name for path in (results / "notebooks").iterdir())
+    assert made == sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 
 def test_a_second_call_computes_nothing(folder: Path, environment: None) -> None:
     again = subprocess.run(snakemake(folder, "--dry-run"), cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert "Nothing to be done" in again.stdout + again.stderr
+
+
+def test_other_seeds_make_table_and_notebooks_again(folder: Path, environment: None) -> None:
+    words = [word.replace("seeds=0", "seeds=0 1") for word in snakemake(folder, "--dry-run")]
+    plan = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    jobs = plan.stdout + plan.stderr
+    assert "rule notebook" in jobs and "rule report" in jobs and jobs.count("rule train:") == 2, "student and distilled student of seed 1"
 
 
 def test_a_stored_teacher_asks_for_nothing(folder: Path, environment: None, tmp_path: Path) -> None:

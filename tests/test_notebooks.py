@@ -32,7 +32,8 @@ def test_runs_and_shows_what_it_measured(path: Path, results: Path, monkeypatch:
     cells = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]
     shown = "".join(output.get("text", "") + output.get("data", {}).get("text/html", "") for output in outputs)
-    assert f"{records[-1].metrics['AP']:.1f}" in shown
+    assert ">DETRDistill</" in shown
+    assert f">{records[-1].metrics['AP']:.1f}<" in shown, "the distilled student's AP in a cell of a table"
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 3
     assert not any(output.output_type == "stream" and output.name == "stderr" for output in outputs), "a notebook should not complain"
 
@@ -51,7 +52,7 @@ def test_is_committed_clean(path: Path) -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_help_explains_every_parameter(path: Path) -> None:
     parameters = papermill.inspect_notebook(str(path))
-    assert set(parameters) >= {"preset", "seeds", "device", "progress"}
+    assert set(parameters) >= {"preset", "seeds", "changes", "device", "progress"}
     for parameter in parameters.values():
         assert parameter["inferred_type_name"] not in (None, "None") and parameter["help"], f"{parameter['name']} has no type or no comment"
     shown = subprocess.run(
@@ -83,3 +84,23 @@ def test_text_numbers_are_accepted() -> None:
 
     assert validate(preset="smoke", seeds="0 1", device="cpu", progress="true").seeds == (0, 1)
     assert validate(preset="smoke", seeds=2, device="cpu", progress=False).seeds == (2,)
+
+
+def test_fields_of_the_recipe_can_be_changed() -> None:
+    """Also with a number as text, as YAML passes 1e-4; what is changed makes other runs, and the teacher stays."""
+    from detrdistill.experiments.session import validate
+
+    changes = {"schedule.lr": "1e-4", "schedule.steps": 3, "method.gamma": 0.2}
+    preset = validate(preset="smoke", seeds=[0], changes=changes, device="cpu", progress=False).preset
+    recipe, plain = preset.recipe("detrdistill"), get_preset("smoke")
+    assert (recipe.schedule.lr, recipe.schedule.steps, recipe.methods[0].gamma) == (1e-4, 3, 0.2)
+    assert recipe.teacher == plain.teacher and preset.recipe("student") != plain.student
+
+
+@pytest.mark.parametrize("changes", [{"schedule.lrr": 1}, {"lr": 1}, {"schedule.steps": -1}, {"method.gama": 1}, {"schedule.lr": "fast"}])
+def test_refuses_bad_changes(changes: dict) -> None:
+    from detrdistill.errors import InputError
+    from detrdistill.experiments.session import validate
+
+    with pytest.raises(InputError, match=next(iter(changes)).rpartition(".")[2]):
+        validate(preset="smoke", seeds=[0], changes=changes, device="cpu", progress=False)

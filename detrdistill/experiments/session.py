@@ -1,7 +1,7 @@
 """What every notebook starts with: its parameters checked, its preset and store opened, and provenance for its figures."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -24,6 +24,7 @@ class Parameters(Strict):
 
     preset: str
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    changes: dict[str, Any] = {}
     device: Literal["auto", "cpu", "cuda"]
     progress: bool
 
@@ -88,11 +89,17 @@ class Session:
 def validate(**parameters: object) -> Session:
     """Check a notebook's parameters.
 
+    `changes` are fields of the students' recipe by dotted name, or of the method as "method.gamma"; the teacher stays as it is.
+
     Raises:
-        InputError: an unknown preset, a wrong type, a value out of range; names the parameter and what is allowed.
+        InputError: an unknown preset or field, a wrong type, a value out of range; names the parameter and what is allowed.
     """
     read = Parameters.read(parameters, where="parameters")
-    return Session(get_preset(read.preset), open_store(read.preset), read.seeds, read.device, read.progress)
+    preset = get_preset(read.preset)
+    of_method = {name.removeprefix("method."): value for name, value in read.changes.items() if name.startswith("method.")}
+    of_student = {name: value for name, value in read.changes.items() if not name.startswith("method.")}
+    preset = replace(preset, student=preset.student.replace(**of_student), method=preset.method.replace(**of_method))
+    return Session(preset, open_store(read.preset), read.seeds, read.device, read.progress)
 
 
 def versions() -> pd.DataFrame:
