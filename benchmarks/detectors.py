@@ -6,7 +6,6 @@ is the peak of a process that does nothing but one step. AdaMixer has no port an
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -115,9 +114,15 @@ def compare(detector: str, size: str, repeats: int) -> list[dict[str, object]]:
 
 
 def peak(detector: str, size: str, theirs: bool) -> float:
-    """By how much one training step raises the peak memory of a fresh process, in MiB."""
+    """By how much one training step exceeds what a fresh process holds before it, in MiB."""
     command = [sys.executable, __file__, "--one", json.dumps([detector, size, theirs])]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def resident(kind: str) -> float:
+    """Resident memory of this process in MiB, now (VmRSS) or at most (VmHWM); getrusage would tell the parent's peak. Linux only."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind))
+    return int(line.split()[1]) / 1024
 
 
 def main() -> None:
@@ -128,9 +133,9 @@ def main() -> None:
     torch.set_num_threads(1)
     if arguments.one:
         action = passes(*json.loads(arguments.one))["step"]
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = resident("VmRSS")
         action()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        print(resident("VmHWM") - before)
         return
     lines = [line for size in SIZES for detector in DETECTORS for line in compare(detector, size, arguments.repeats)]
     frame = pd.DataFrame(lines).round(3)

@@ -22,7 +22,6 @@ def inverse_sigmoid(p: Float[Tensor, "*any"], eps: float = 1e-5) -> Float[Tensor
 
 def add_reference(delta: Float[Tensor, "B Q 4"], reference: Float[Tensor, "B Q P"]) -> Float[Tensor, "B Q 4"]:
     """Un-activated boxes: the reference shifts the centre, and the size too if it has one."""
-    delta = delta if delta.dtype == torch.float64 else delta.float()
     if reference.shape[-1] == 4:
         return delta + reference
     return torch.cat((delta[..., :2] + reference, delta[..., 2:]), dim=-1)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from detrdistill.boxes import cxcywh_to_xyxy, iou
@@ -16,7 +16,7 @@ class FeatureDistillation(nn.Module):
 
     Args:
         student_dim, teacher_dim: channels. Phi of Eq. 6 is a learned 1x1 convolution between them, also where they agree: with the
-            identity instead, the quickest way to a small error is for the student's features to shrink to the teacher's mean.
+            identity instead, a student can make the error small by letting its own features shrink to the teacher's mean.
         gamma: exponent of Eq. 8.
 
     Features are what the decoder attends to (Fig. 3: after the encoder), queries the teacher's decoder outputs of every stage,
@@ -60,7 +60,7 @@ def quality_scores(
         return score
     overlap, _ = iou(cxcywh_to_xyxy(boxes)[..., None, :], cxcywh_to_xyxy(targets.boxes)[None, :, None])
     overlap = overlap.amax(-1)  # the padded boxes are empty: IoU 0
-    some = torch.tensor([count > 0 for count in targets.counts], device=score.device)[None, :, None]
+    some = torch.tensor([count > 0 for count in targets.counts]).to(score.device, non_blocking=True)[None, :, None]  # without waiting
     return torch.where(some, score**gamma * overlap ** (1 - gamma), score)
 
 
@@ -79,8 +79,3 @@ def mask_weights(
     """
     form = torch.einsum("sbq,sbqd,sbqe->bde", quality / queries.shape[2], queries, queries)
     return [torch.einsum("bdhw,bde,behw->bhw", feature, form, feature) for feature in features]
-
-
-def combined_mask(masks: Float[Tensor, "B Q H W"], quality: Float[Tensor, "B Q"], padding: Bool[Tensor, "B H W"]) -> Float[Tensor, "B H W"]:
-    """The final selection mask of one stage and level, sum_i q_i psi_i^2 / M, with padding at 0: for looking at."""
-    return torch.einsum("bq,bqhw->bhw", quality / masks.shape[1], masks.square()).masked_fill(padding, 0)

@@ -21,7 +21,7 @@ from detrdistill.experiments.store import Record, Store, read_record
 from detrdistill.files import write_text
 
 DETECTORS = {"deformable_detr": "Deformable DETR", "conditional_detr": "Conditional DETR", "adamixer": "AdaMixer"}
-TITLES = {"teacher": "Teacher", "student": "Student", "detrdistill": "DETRDistill", "fitnet": "FitNet", "fgd": "FGD", "mgd": "MGD"}
+TITLES = {"teacher": "Teacher", "student": "Student", "detrdistill": "DETRDistill"}
 IN_PAPER = TITLES | {"detrdistill": "Ours"}
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 NOT_RUN, NO_OBJECTS = "not run", "n/a"
@@ -144,7 +144,7 @@ def refuse_mixed(records: Sequence[Record]) -> None:
                 "a table compares runs on one data set: delete the folder of the outdated one and run it again"
             )
         for name, parent in record.parents.items():
-            if weights.get(parent["run"], parent["weights_sha256"]) != parent["weights_sha256"]:
+            if "run" in parent and weights.get(parent["run"], parent["weights_sha256"]) != parent["weights_sha256"]:
                 raise InputError(
                     f"run {record.id} used another {name} than {parent['run']} as it is now; delete its folder and run it again"
                 )
@@ -268,8 +268,8 @@ def provenance_line(frame: pd.DataFrame) -> str:
 def short_commit(commit: str | None) -> str:
     if not isinstance(commit, str):
         return "unknown"
-    name, plus, changes = commit.partition("+")
-    return name[:8] + plus + changes
+    parts = [one.partition("+") for one in commit.split(", ")]  # several: the run was continued by other code
+    return ", ".join(name[:8] + plus + changes for name, plus, changes in parts)
 
 
 NOTES = (

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from detrdistill.boxes import cxcywh_to_xyxy
 from detrdistill.data.coco import CocoDataset, collate
 from detrdistill.distill.features import mask_weights, quality_scores, query_masks
 from detrdistill.figures.detections import Objects
@@ -36,7 +37,7 @@ def detect(detector: nn.Module, dataset: CocoDataset, indices: Sequence[int]) ->
     names = [category.name for category in dataset.categories]
     return [
         Objects(found["boxes"].numpy(), [names[label] for label in found["labels"].tolist()], found["scores"].numpy())
-        for found in detections(output.logits[-1], output.boxes[-1], sizes)
+        for found in detections(output.logits[-1], output.boxes[-1], sizes, detector.top)
     ]
 
 
@@ -75,8 +76,7 @@ def view_queries(detector: nn.Module, dataset: CocoDataset, index: int, *, gamma
     quality = quality_scores(output.logits, output.boxes, targets, gamma)
     feature = output.features[0]
     scores = output.logits[stage, 0].sigmoid()
-    centre, size = output.boxes[stage, 0].split(2, dim=-1)
-    corners = torch.cat((centre - size / 2, centre + size / 2), dim=-1) * torch.tensor([width, height, width, height])
+    corners = cxcywh_to_xyxy(output.boxes[stage, 0]) * torch.tensor([width, height, width, height])
     return QueryView(
         masks=query_masks(feature, output.queries[stage])[0].numpy(),
         quality=quality[stage, 0].numpy(),
@@ -88,9 +88,7 @@ def view_queries(detector: nn.Module, dataset: CocoDataset, index: int, *, gamma
 
 
 @torch.no_grad()
-def _forward(
-    detector: nn.Module, dataset: CocoDataset, indices: Sequence[int]
-) -> tuple[DetectorOutput, Targets, list[tuple[int, int]]]:
+def _forward(detector: nn.Module, dataset: CocoDataset, indices: Sequence[int]) -> tuple[DetectorOutput, Targets, list[tuple[int, int]]]:
     batch = collate([dataset[index] for index in indices])
     device = next(detector.parameters()).device
     memory = detector.eval().encode(batch.pixels.to(device), batch.padding.to(device))

@@ -22,11 +22,6 @@ COLOURS = {
     "student": BLUE,
     "detrdistill": RED,
     "teacher": GREEN,
-    "fitnet": AMBER,
-    "fgd": PINK,
-    "mgd": SKY,
-    "fkd": BROWN,
-    "fgfi": ROSE,
     "ground truth": "#222222",
 }
 TEXT, FAINT = "#222222", "#6f6f6f"

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from detrdistill.boxes import cxcywh_to_xyxy
-from detrdistill.models.attention import level_padding, sine_code, within_groups
+from detrdistill.models.attention import constants, exact, level_padding, sine_code, within_groups
 from detrdistill.models.outputs import DetectorOutput, Queries
 
 
@@ -29,7 +29,10 @@ class Memory:
 
 
 class Neck(nn.Module):
-    """A 1x1 convolution a level, then one GroupNorm that all levels share. No top-down path."""
+    """A 1x1 convolution a level, then one GroupNorm that all levels share. No top-down path.
+
+    GroupNorm counts padding, as in the official code, so that predictions for an image depend slightly on how much the batch pads it.
+    """
 
     def __init__(self, inputs: Sequence[int], channels: int) -> None:
         super().__init__()
@@ -110,10 +113,12 @@ class Stage(nn.Module):
         placed = content + position_code(xyzr, content.shape[-1]).to(content.dtype)
         mixed = within_groups(self.look_around, sizes, placed, to_boxes(xyzr))
         content = self.attention_norm(placed + self.drop(mixed))
-        points = sample_points(xyzr, self.sampling_offset_generator(content))
-        content = self.mixing_norm(self.mixing(sample_3d(maps, strides, points, self.groups), content))
+        points = sample_points(xyzr, exact(self.sampling_offset_generator, content))
+        with torch.autocast(points.device.type, enabled=False):
+            sampled = sample_3d(maps, strides, points, self.groups)
+        content = self.mixing_norm(self.mixing(sampled, content))
         content = self.ffn_norm(content + self.drop(self.linear2(self.drop(self.linear1(content).relu()))))
-        return content, self.fc_cls(self.cls_fcs(content)), self.fc_reg(self.reg_fcs(content))
+        return content, self.fc_cls(self.cls_fcs(content)), exact(self.fc_reg, exact(self.reg_fcs, content))
 
     def look_around(self, placed: Float[Tensor, "B Q D"], boxes: Float[Tensor, "B Q 4"]) -> Float[Tensor, "B Q D"]:
         """Attention among queries; each head prefers, by a learned degree, boxes that cover the query's own."""
@@ -237,7 +242,7 @@ def refine(xyzr: Float[Tensor, "B Q 4"], delta: Float[Tensor, "B Q 4"]) -> Float
 
 def position_code(xyzr: Float[Tensor, "B Q 4"], features: int) -> Float[Tensor, "B Q D"]:
     """Sine codes of x / 1000, y / 1000, z and r, a quarter of the features each."""
-    return sine_code(xyzr / xyzr.new_tensor([1000, 1000, 1, 1]), features // 4).flatten(-2)
+    return sine_code(xyzr / constants([1000, 1000, 1, 1], xyzr), features // 4).flatten(-2)
 
 
 def log_iof(boxes: Float[Tensor, "B Q 4"]) -> Float[Tensor, "B Q Q"]:
@@ -257,7 +262,7 @@ def sample_points(xyzr: Float[Tensor, "B Q 4"], offsets: Float[Tensor, "B Q O"])
 
 def level_weights(z: Float[Tensor, "*any"], strides: Sequence[int]) -> Float[Tensor, "*any L"]:
     """How much each level counts at scale z: a Gaussian around the level's own scale, log2 of its stride (Eq. 6, tau = 2)."""
-    scales = torch.tensor([math.log2(stride) for stride in strides], device=z.device, dtype=z.dtype)
+    scales = constants([math.log2(stride) for stride in strides], z)
     return (-(z[..., None] - scales).square() / 2).softmax(-1)
 
 
@@ -273,7 +278,7 @@ def sample_3d(
     places, weights = (x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1) for x in (points[..., :2], weights))  # B*G, Q, p
     total = None
     for level, stride, weight in zip(maps, strides, weights.unbind(-1), strict=True):
-        extent = places.new_tensor([level.shape[-1] * stride, level.shape[-2] * stride])
+        extent = constants([level.shape[-1] * stride, level.shape[-2] * stride], places)
         grouped = level.unflatten(1, (groups, -1)).flatten(0, 1).to(places.dtype)
         sampled = F.grid_sample(grouped, 2 * places / extent - 1, mode="bilinear", padding_mode="zeros", align_corners=False)
         sampled = sampled * weight[:, None]

@@ -27,6 +27,17 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
+def exact(layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`layer(x)` in at least float32, also under autocast: geometry needs more than bfloat16's 8 bits."""
+    with torch.autocast(x.device.type, enabled=False):
+        return layer(x if x.dtype == torch.float64 else x.float())
+
+
+def constants(values: Sequence, like: Tensor) -> Tensor:
+    """A few numbers from the host beside `like`, in its dtype; the host does not wait for the device, as it would in `torch.tensor`."""
+    return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
 def sine_code(values: Float[Tensor, "*any"], features: int) -> Float[Tensor, "*any F"]:
     """Interleaved sines (even entries) and cosines (odd entries) of each value at `features` / 2 frequencies, base 10000."""
     pair = torch.arange(features, device=values.device) // 2
@@ -137,18 +148,19 @@ class DeformableAttention(nn.Module):
             padding: True on padding.
         """
         value = self.value_proj(tokens).masked_fill(padding[..., None], 0)
-        offsets = self.sampling_offsets(query).unflatten(-1, (self.heads, self.levels, self.points, 2))
+        offsets = exact(self.sampling_offsets, query).unflatten(-1, (self.heads, self.levels, self.points, 2))
         weights = self.attention_weights(query).unflatten(-1, (self.heads, self.levels * self.points))
-        # Sampling positions need more than bfloat16's 8 bits, whatever the precision of the layers around.
-        offsets, weights, value = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (offsets, weights, value))
+        weights, value = (x.to(offsets.dtype) for x in (weights, value))
         weights = weights.softmax(-1).unflatten(-1, (self.levels, self.points))
         reference = reference[:, :, None, :, None, :]
         if reference.shape[-1] == 2:
-            sizes = torch.tensor([(w, h) for h, w in shapes], device=query.device, dtype=offsets.dtype)
+            sizes = constants([(w, h) for h, w in shapes], offsets)
             locations = reference + offsets / sizes[:, None, :]
         else:
             locations = reference[..., :2] + offsets / self.points * reference[..., 2:] * 0.5
-        return self.output_proj(sample_and_sum(value, shapes, locations, weights, self.heads))
+        with torch.autocast(value.device.type, enabled=False):  # which would lower the weighted sum
+            sampled = sample_and_sum(value, shapes, locations, weights, self.heads)
+        return self.output_proj(sampled)
 
 
 def sample_and_sum(

@@ -113,6 +113,12 @@ class Backbone(nn.Module):
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
         return list(self.body(images).values())
 
+    def freeze_after(self, maps: int) -> None:
+        """No gradient for what only later maps than the first `maps` need; they keep their weights, so that names stay complete."""
+        stages = list(self.body)
+        for stage in stages[stages.index(list(self.body.return_layers)[maps - 1]) + 1 :]:
+            self.body[stage].requires_grad_(False)
+
     def load(self, state: dict[str, Tensor], source: str) -> None:
         """Load a classifier's weights; its head is left out.
 

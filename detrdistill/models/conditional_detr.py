@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from detrdistill.boxes import add_reference, inverse_sigmoid
-from detrdistill.models.attention import MLP, attend, level_padding, sine_code, sine_position, within_groups
+from detrdistill.models.attention import MLP, attend, exact, level_padding, sine_code, sine_position, within_groups
 from detrdistill.models.outputs import DetectorOutput, Queries
 
 
@@ -132,6 +132,8 @@ class ConditionalDETR(nn.Module):
         self.norm = nn.LayerNorm(dim)  # of what the heads see; the next layer gets the state as it is
         self.query_embed = nn.Embedding(queries, dim)
         self.query_scale, self.ref_point_head = MLP(dim, dim, dim, 2), MLP(dim, dim, 2, 2)
+        # The first layer does without; DDP waits in vain for gradients that never come.
+        self.query_scale.requires_grad_(decoder_layers > 1)
         self.class_embed, self.bbox_embed = nn.Linear(dim, classes), MLP(dim, dim, 4, 3)  # one for all layers
         self.reset_parameters()
 
@@ -165,7 +167,7 @@ class ConditionalDETR(nn.Module):
     def queries(self, memory: Memory) -> Queries:
         """The detector's own queries, the same for all images."""
         position = self.query_embed.weight[None]
-        return Queries(torch.zeros_like(position), position, self.ref_point_head(position))
+        return Queries(torch.zeros_like(position), position, exact(self.ref_point_head, position))
 
     def decode(self, memory: Memory, *groups: Queries) -> list[DetectorOutput]:
         """Decode all `groups` of queries in one pass; they share the image and do not see each other.
@@ -176,15 +178,14 @@ class ConditionalDETR(nn.Module):
         sizes = [len(group) for group in groups]
         start = Queries.join(groups, len(memory.tokens))
         t, point = start.content, start.reference.sigmoid()
-        # Positions are kept in full precision: they are compared to the pixel. The code names y before x.
-        point = point if point.dtype == torch.float64 else point.float()
+        # The code names y before x.
         code = sine_code(point.flip(-1) * (2 * math.pi), self.dim // 2).flatten(-2)
         states, logits, boxes = [], [], []
         for i, layer in enumerate(self.decoder):
             t = layer(t, start.position, code if i == 0 else code * self.query_scale(t), sizes, memory)
             states.append(self.norm(t))
             logits.append(self.class_embed(states[-1]))
-            boxes.append(add_reference(self.bbox_embed(states[-1]), inverse_sigmoid(point)).sigmoid())
+            boxes.append(add_reference(exact(self.bbox_embed, states[-1]), inverse_sigmoid(point)).sigmoid())
         predicted = (torch.stack(x) for x in (logits, boxes, states))
         levels = [memory.tokens.transpose(1, 2).unflatten(2, memory.shape)]
         return DetectorOutput(*predicted, features=levels, padding=[memory.padding.unflatten(1, memory.shape)]).split(groups)

@@ -9,7 +9,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from detrdistill.boxes import add_reference, inverse_sigmoid
-from detrdistill.models.attention import MLP, DeformableAttention, level_padding, sine_code, sine_position, valid_ratio, within_groups
+from detrdistill.models.attention import (
+    MLP,
+    DeformableAttention,
+    exact,
+    level_padding,
+    sine_code,
+    sine_position,
+    valid_ratio,
+    within_groups,
+)
 from detrdistill.models.outputs import DetectorOutput, Queries
 
 
@@ -89,6 +98,9 @@ class DeformableDETR(nn.Module):
 
     Equal to the official code (fundamentalvision/Deformable-DETR) number by number; see tests/parity. Where it differs: the sine
     codes of two-stage proposals work for any width (official: 256), and several groups of queries can share one pass.
+
+    GroupNorm in `input_proj` counts padding, as in the official code, so that predictions for an image depend slightly on how much
+    the batch pads it.
 
     Args:
         backbone: returns C3, C4, C5 and knows its `channels`.
@@ -194,14 +206,14 @@ class DeformableDETR(nn.Module):
         if self.two_stage:
             return self.propose(memory)
         position, content = self.query_embed.weight[None].split(self.dim, dim=-1)
-        return Queries(content, position, self.reference_points(position))
+        return Queries(content, position, exact(self.reference_points, position))
 
     def propose(self, memory: Memory) -> Queries:
         """First stage of the two-stage form: every token proposes a box, the best become queries."""
         anchors, unusable = token_anchors(memory)
         tokens = self.enc_output_norm(self.enc_output(memory.tokens.masked_fill(unusable[..., None], 0)))
         logits = self.class_embed[-1](tokens)
-        coordinates = self.bbox_embed[-1](tokens) + anchors
+        coordinates = exact(self.bbox_embed[-1], tokens) + anchors
         best = logits[..., 0].topk(min(self.num_queries, logits.shape[1]), dim=1).indices
         reference = coordinates.gather(1, best[..., None].expand(-1, -1, 4)).detach()
         codes = sine_code(reference.sigmoid() * (2 * math.pi), self.dim // 2).flatten(-2)
@@ -218,8 +230,6 @@ class DeformableDETR(nn.Module):
         sizes = [len(group) for group in groups]
         start = Queries.join(groups, len(memory.tokens))
         t, position, reference = start.content, start.position, start.reference  # logits of points or boxes
-        if not self.refine and reference.shape[-1] == 4:
-            reference = reference[..., :2]  # a refining teacher's boxes seed a plain student as points
         states, logits, boxes = [], [], []
         for i, layer in enumerate(self.decoder):
             centre = reference.sigmoid()
@@ -227,7 +237,7 @@ class DeformableDETR(nn.Module):
             t = layer(t, position, sizes, centre[:, :, None] * scale[:, None], memory)
             head = i if self.refine else 0
             # Boxes are kept in full precision: they are refined stage by stage and compared to the pixel.
-            box = add_reference(self.bbox_embed[head](t), inverse_sigmoid(centre))
+            box = add_reference(exact(self.bbox_embed[head], t), inverse_sigmoid(centre))
             states.append(t)
             logits.append(self.class_embed[head](t))
             boxes.append(box.sigmoid())

@@ -77,7 +77,9 @@ class Targets:
     """Ground truth of a batch, padded to the image with most objects, and the normalisers of the optimizer step.
 
     A loss sums over images and divides by `step_boxes` or `step_images`, which count the whole optimizer step: all
-    micro-batches and all devices. So micro-batches, and 2 devices instead of 1, leave the loss and its gradient unchanged.
+    micro-batches and all devices. So micro-batches, and 2 devices instead of 1, leave the loss and its gradient unchanged, as far as
+    images do not see each other: not with dropout, nor with trained BatchNorm (a backbone with weights "none"), nor, slightly, where
+    GroupNorm counts padding that another batch would not have.
 
     Attributes:
         labels: class indices, 0 where padded.

@@ -7,7 +7,7 @@ import torch
 from torch.autograd import gradcheck
 from torchvision.ops import box_convert, box_iou
 
-from detrdistill.distill.features import FeatureDistillation, combined_mask, mask_weights, quality_scores, query_masks
+from detrdistill.distill.features import FeatureDistillation, mask_weights, quality_scores, query_masks
 from detrdistill.models.outputs import DetectorOutput, Targets
 from tests.examples import leaves, more_padding, one_image, permuted, some_output, some_targets, with_gradient
 
@@ -80,16 +80,7 @@ def test_quadratic_form_is_the_sum_over_queries():
         masks = [query_masks(feature, queries) for queries in teacher.queries]
         explicit = sum((q[..., None, None] * mask.square()).sum(1) / 7 for q, mask in zip(quality, masks, strict=True))
         torch.testing.assert_close(weight, explicit)
-        shown = sum(combined_mask(mask, q, torch.zeros_like(weight, dtype=torch.bool)) for mask, q in zip(masks, quality, strict=True))
-        torch.testing.assert_close(shown, explicit)
         assert (weight >= 0).all()
-
-
-def test_shown_mask_is_zero_on_padding():
-    teacher = some_output()
-    masks = query_masks(teacher.features[0], teacher.queries[-1])
-    shown = combined_mask(masks, torch.ones(2, 5, dtype=torch.float64), teacher.padding[0])
-    assert (shown[teacher.padding[0]] == 0).all() and (shown[~teacher.padding[0]] > 0).all()
 
 
 def test_zero_when_student_equals_teacher():

@@ -66,3 +66,15 @@ def test_crops_are_learned_undilated() -> None:
     ]
     assert runs[0] == runs[1] and not runs[0]["backbone"].backbone.dilation
     assert backbone.title == "thin16-dc5"
+
+
+@pytest.mark.parametrize("name", CHANNELS)
+def test_freeze_after_spares_what_the_first_maps_need(name: str) -> None:
+    backbone = Backbone(Recipe(name=name, weights="none"))
+    backbone.freeze_after(2)
+    sum(level.sum() for level in backbone(torch.randn(2, 3, 64, 64))[:2]).backward()
+    frozen = [parameter for parameter in backbone.parameters() if not parameter.requires_grad]
+    assert frozen and all((parameter.grad is not None) == parameter.requires_grad for parameter in backbone.parameters())
+    backbone = Backbone(Recipe(name=name, weights="none"))
+    backbone.freeze_after(3)
+    assert all(parameter.requires_grad for parameter in backbone.parameters())

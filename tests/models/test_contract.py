@@ -11,7 +11,17 @@ from torch import Tensor, nn
 import detrdistill.distill
 from detrdistill.distill.distiller import build_distiller
 from detrdistill.experiments.recipes import DETRDistill
-from detrdistill.models import AdaMixer, ConditionalDETR, DeformableDETR, DetectorOutput, Queries, Targets, build_detector
+from detrdistill.models import (
+    AdaMixer,
+    ConditionalDETR,
+    DeformableDETR,
+    DetectorOutput,
+    Queries,
+    Targets,
+    adamixer,
+    attention,
+    build_detector,
+)
 from tests.models.small import CLASSES, DIM, KINDS, QUERIES, STAGES, batch, randomise, small_detector, small_recipe
 
 CLOSE = {"atol": 1e-5, "rtol": 0}
@@ -131,10 +141,15 @@ def test_order_of_queries_does_not_matter(kind: str) -> None:
     assert_same(straight, shuffled, part=(slice(None), slice(None), shuffle))
 
 
-def teach(kind: str, **teacher_changes) -> tuple[nn.Module, dict[str, Tensor]]:
-    """One training step under DETRDistill, without the optimizer: the distiller with its gradients, and the losses."""
-    teacher_recipe = small_recipe(kind, **teacher_changes)
-    recipe = small_recipe(kind, methods=(DETRDistill(),), teacher=teacher_recipe)
+def teach(kind: str, both: dict | None = None, **teacher_changes) -> tuple[nn.Module, dict[str, Tensor]]:
+    """One training step under DETRDistill, without the optimizer: the distiller with its gradients, and the losses.
+
+    Args:
+        both: what the recipes of teacher and student have in common beside `kind`.
+    """
+    both = both or {}
+    teacher_recipe = small_recipe(kind, **both, **teacher_changes)
+    recipe = small_recipe(kind, methods=(DETRDistill(),), teacher=teacher_recipe, **both)
     teacher, student = build_detector(teacher_recipe, CLASSES).eval(), build_detector(recipe, CLASSES)
     randomise(teacher, seed=1)
     randomise(student, seed=2)
@@ -219,13 +234,78 @@ def test_build_is_a_function_of_the_seed(kind: str, family: type) -> None:
     assert {name for name, value in copied.named_parameters() if value.isnan().any()} == set()
 
 
+# What makes positions and boxes of states.
+GEOMETRY = ("sampling_offsets", "sampling_offset_generator", "ref_point_head", "reference_points", "bbox_embed", "reg_fcs", "fc_reg")
+
+
 @every_kind
-def test_autocast_gives_full_precision_boxes(kind: str) -> None:
+def test_geometry_stays_in_float32_under_autocast(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     detector = small_detector(kind)
-    images = batch((64, 96))
+    layers = {name: part for name, part in detector.named_modules() if isinstance(part, nn.Linear)}
+    geometry = [name for name in layers if set(GEOMETRY) & {*name.split(".")}]
+    projections = [name for name in layers if name.endswith(("value_proj", "linear1", "fc_cls")) or name.startswith("class_embed")]
+    kinds, sampled = {}, []
+    for name in geometry + projections:
+        layers[name].register_forward_hook(lambda _, inputs, result, name=name: kinds.update({name: (inputs[0].dtype, result.dtype)}))
+    module, name = (adamixer, "sample_3d") if kind == "adamixer" else (attention, "sample_and_sum")
+    kernel = getattr(module, name)
+
+    def record(*arguments: object) -> Tensor:
+        result = kernel(*arguments)
+        sampled.extend([result.dtype, *(x.dtype for x in arguments if isinstance(x, Tensor))])
+        return result
+
+    monkeypatch.setattr(module, name, record)
+    images = batch((64, 96), (96, 50))
     (exact,) = detector.decode(detector.encode(*images))
+    assert set(kinds.values()) == {(torch.float32, torch.float32)}
+    kinds.clear()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        (rough,) = detector.decode(detector.encode(*images))
-    assert rough.boxes.dtype == torch.float32 and rough.boxes.isfinite().all()
-    if "two-stage" not in kind:  # its choice of queries may tip
-        assert (rough.boxes - exact.boxes).abs().mean() < 0.05
+        memory = detector.encode(*images)
+        own = detector.queries(memory)
+        # The exact pass's queries: the two-stage choice may tip.
+        first, rough = detector.decode(memory, own, replace(exact.initial, proposals=None))
+    assert kinds.keys() == {*geometry, *projections}
+    assert {kinds[name] for name in geometry} == {(torch.float32, torch.float32)}
+    assert {kinds[name][1] for name in projections} == {torch.bfloat16}
+    assert set(sampled) == (set() if kind == "conditional" else {torch.float32})
+    assert own.reference.dtype == first.boxes.dtype == rough.boxes.dtype == torch.float32
+    if own.proposals is not None:
+        assert own.proposals.boxes.dtype == torch.float32
+    off = (rough.boxes - exact.boxes).abs()
+    # Random weights multiply an AdaMixer's boxes to several times the image.
+    assert off.mean() < 0.03 if kind == "adamixer" else off.max() < 0.01
+
+    loss = first.boxes.sum()
+    if own.proposals is not None:
+        loss = loss + own.proposals.boxes.sum()
+    loss.backward()
+    for name in geometry:
+        gradient = layers[name].weight.grad
+        assert gradient.isfinite().all() and gradient.any(), name
+
+
+@pytest.mark.parametrize("dtype, found", [(torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
+def test_exact_raises_to_float32_and_leaves_float64_alone(dtype: torch.dtype, found: torch.dtype) -> None:
+    layer = nn.Linear(3, 2, dtype=found)
+    x = torch.randn(4, 3).to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result = attention.exact(layer, x)
+    assert result.dtype == found and torch.equal(result, layer(x.to(found)))
+
+
+@pytest.mark.parametrize(
+    "kind, changes, still",
+    [
+        ("deformable", {"levels": 2}, "backbone.body.layer4."),
+        ("deformable", {"levels": 1}, None),
+        ("deformable-refine", {"levels": 2}, "backbone.body.layer4."),
+        ("conditional", {"decoder_layers": 1}, "query_scale."),
+    ],
+)
+def test_what_takes_no_part_asks_for_no_gradient(kind: str, changes: dict, still: str | None) -> None:
+    """DDP would wait for it."""
+    distiller, _ = teach(kind, changes)
+    for name, parameter in distiller.named_parameters():
+        unused = bool(still) and name.startswith(f"student.{still}")
+        assert parameter.requires_grad != unused and (parameter.grad is None) == unused, name
