@@ -1,6 +1,7 @@
 """The `detrdistill` command. Faults of the user's input are one line on standard error and exit code 2."""
 
 import logging
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -32,7 +33,8 @@ def train(
         preset: smoke, quick or coco.
         row: a setting of the preset, or the id of a run as the batch names it.
         seed: of the student.
-        set: a field of the recipe and its value, such as schedule.lr=1e-4; may be repeated.
+        set: a field of the recipe and its value, such as schedule.lr=1e-4; may be repeated. resize, data and precision are the
+            teacher's too; its other fields are teacher.schedule.lr and so on.
         data: folder of COCO json and images, instead of the preset's data.
         results: folder for runs instead of results/<preset>.
         device: auto, cpu or cuda.
@@ -42,10 +44,13 @@ def train(
     from detrdistill.experiments.store import Store, open_store
 
     chosen = get_preset(preset)
-    recipe = chosen.runs((seed,)).get(row) or chosen.recipe(row, seed)
+    runs = chosen.runs((seed,))
+    if row not in runs and re.search("-[0-9a-f]{8}$", row):
+        runs |= chosen.pinned().runs((seed,))
+    recipe = runs.get(row) or chosen.recipe(row, seed)
     if data is not None:
         recipe = on_other_data(recipe, data)
-    changes = dict(assignment(text) for text in set)
+    changes = shared_with_teacher(recipe, dict(assignment(text) for text in set))
     recipe, store = recipe.replace(**changes), Store(results) if results else open_store(preset)
 
     from detrdistill.experiments.runs import run  # only now: torch takes seconds, a mistyped parameter should not
@@ -63,16 +68,25 @@ def on_other_data(recipe: "Recipe", data: Path) -> "Recipe":
     return recipe.replace(**changes)
 
 
+def shared_with_teacher(recipe: "Recipe", changes: dict[str, str]) -> dict[str, str]:
+    """The changes, and those that decide what images the detectors see and how they compute, for the teacher too."""
+    if getattr(recipe, "teacher", None) is None:
+        return changes
+    shared = {f"teacher.{name}": value for name, value in changes.items() if name.split(".")[0] in ("resize", "data", "precision")}
+    return shared | changes  # in this order: what is stated for the teacher holds
+
+
 def check(folder: tyro.conf.Positional[Path], /) -> None:
     """Validate a data folder of COCO json and images, and list every fault and what would be done about it."""
     from detrdistill.data.coco import open_dataset, require_same_categories
+    from detrdistill.data.layout import data_cache
     from detrdistill.experiments.recipes import Folder
-    from detrdistill.experiments.runs import data_cache
 
     splits = {split: open_dataset(Folder(path=folder), split, data_cache(), None) for split in ("train", "val")}
     require_same_categories(*splits.values())
     for split, dataset in splits.items():
-        print(f"{split}: {len(dataset)} images, {len(dataset.coco.anns)} objects, {len(dataset.categories)} classes; {dataset.report}")
+        counts = f"{len(dataset)} images, {len(dataset.coco.anns)} objects, {len(dataset.categories)} classes"
+        print(f"{split}: {counts}; {dataset.report.text()}")
 
 
 def report(preset: str = "quick", seeds: tuple[int, ...] = (0,)) -> None:
@@ -96,6 +110,8 @@ def notebook(
     """
     from detrdistill.experiments.notebooks import execute
 
+    if output.is_dir():
+        raise InputError(f"output {output}: is a folder; name the notebook to write")
     execute(source, output, dict(assignment(text) for text in parameters))
 
 

@@ -1,5 +1,6 @@
 """The command: bad input is one line on standard error and exit code 2, and nothing is overwritten."""
 
+import dataclasses
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from detrdistill import cli
 from detrdistill.errors import InputError, NonFiniteError
+from detrdistill.experiments.recipes import Folder, run_id
 from tests.folders import read_split, write_folder, write_split
 
 LAUNCH = [sys.executable, "-m", "detrdistill"]
@@ -53,8 +55,11 @@ TRAIN = ("train", "smoke", "student", "--device", "cpu", "--results", "results")
         ((*TRAIN, "--set", "queries=0"), "'queries' = '0'"),
         ((*TRAIN, "--data", "absent"), "data folder absent: does not exist; expected there: instances_train.json"),
         ((*TRAIN[:3], "--results", "results", "--device", "tpu"), "device 'tpu' is unknown"),
+        ((*TRAIN, "--workers", "-1"), "workers -1: a number of processes; give 0 or more"),
+        ((*TRAIN, "--set", "teacher.dim=32"), "'teacher.dim' has no part 'teacher' here"),
         (("check", "absent"), "data folder absent: does not exist"),
         (("report", "--preset", "smok"), "preset 'smok' is unknown"),
+        (("notebook", "absent.ipynb", "."), "output .: is a folder; name the notebook to write"),
         (("notebook", "absent.ipynb", "out.ipynb"), "notebook absent.ipynb: no such file"),
         (("notebook", "absent.ipynb", "out.ipynb", "--parameters", "preset"), "'preset' is not of the form name=value"),
     ],
@@ -167,6 +172,66 @@ def test_train_by_the_name_of_a_run(monkeypatch, capsys, finished):
     for path in (finished / "runs").iterdir():
         assert call(monkeypatch, "train", "smoke", path.name, "--results", finished) == 0
         assert capsys.readouterr().out.startswith(f"{path.name}: ")
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Recipes that the command asks for; nothing is trained."""
+    from detrdistill.experiments import runs
+    from detrdistill.experiments.store import Record
+
+    recipes = []
+
+    def run(recipe, *_, **__):
+        recipes.append(runs.pinned(recipe))
+        return Record(id="", recipe=recipe, metrics={}, curve=[], cost={}, parents={}, provenance={})
+
+    monkeypatch.setattr(runs, "run", run)
+    return recipes
+
+
+@pytest.mark.parametrize("preset", ["smoke", "quick"])
+def test_what_the_detectors_see_is_set_for_the_teacher_too(monkeypatch, tmp_path, asked, preset):
+    """One teacher, whether it is trained by itself or for its student; what is stated for it holds."""
+    shared = ("--data", write_folder(tmp_path / "mine"), "--set", "resize.short=320", "--set", "precision=bf16")
+    assert call(monkeypatch, "train", preset, "teacher", *shared) == 0
+    assert call(monkeypatch, "train", preset, "detrdistill", *shared, "--set", "schedule.lr=1e-5") == 0
+    assert call(monkeypatch, "train", preset, "detrdistill", *shared, "--set", "teacher.resize.short=64", "--set", "teacher.ffn=128") == 0
+    teacher, student, other = asked
+    assert run_id(student.teacher) == run_id(teacher) and teacher.resize.short == 320 and student.schedule.lr == 1e-5
+    assert (other.resize.short, other.teacher.resize.short, other.teacher.ffn) == (320, 64, 128)
+
+
+def test_runs_of_a_folder_are_called_by_the_names_that_the_batch_waits_for(monkeypatch, tmp_path, asked, refused):
+    from detrdistill.experiments import presets
+
+    root = write_folder(tmp_path / "mine")
+    folder = {"data": Folder(path=root)}
+
+    def mine():
+        smoke = presets.smoke()
+        return dataclasses.replace(smoke, name="mine", teacher=smoke.teacher.replace(**folder), student=smoke.student.replace(**folder))
+
+    monkeypatch.setitem(presets.PRESETS, "mine", mine)
+    waited = mine().pinned().runs((0, 3))
+    assert len(waited) == 6 and not waited.keys() & mine().runs((0, 3)).keys()
+    for name, recipe in waited.items():
+        assert call(monkeypatch, "train", "mine", name, "--seed", getattr(recipe, "seed", 0)) == 0
+    assert [run_id(recipe) for recipe in asked] == list(waited)
+    assert "setting 'plain-01234567' is unknown" in refused("train", "mine", "plain-01234567")
+    shutil.rmtree(root)
+    assert "mine: does not exist" in refused("train", "mine", next(iter(waited)))
+
+
+def test_check_lists_every_fault(monkeypatch, capsys, tmp_path):
+    root = write_folder(tmp_path / "mine", images=12)
+    content = read_split(root, "train")
+    for annotation in content["annotations"][1:]:
+        annotation["bbox"] = [5, 5, 0, 10]
+    write_split(root, "train", content)
+    assert call(monkeypatch, "check", root) == 0
+    out = capsys.readouterr().out
+    assert all(f"annotation {annotation['id']}: " in out for annotation in content["annotations"][1:]) and " more" not in out
 
 
 def test_check_lists_faults(monkeypatch, capsys, tmp_path):

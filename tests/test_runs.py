@@ -1,23 +1,30 @@
 """Runs and records: nothing is trained twice, nothing that was tampered with is used, and own data works."""
 
+import contextlib
+import errno
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from detrdistill.errors import InputError
 from detrdistill.experiments import runs
-from detrdistill.experiments.presets import smoke
+from detrdistill.experiments.presets import coco, smoke
 from detrdistill.experiments.recipes import Folder, Recipe, parents, run_id
 from detrdistill.experiments.runs import load_detector, make_fabric, open_split, pinned, run, start_backbone
 from detrdistill.experiments.store import Store, open_store, read_record
+from detrdistill.files import atomic, file_hash, write_text
+from detrdistill.models.weights import read_weights
 from detrdistill.training.evaluation import METRICS
 from tests.folders import CATEGORIES, read_split, write_folder, write_split
 
@@ -187,6 +194,173 @@ def test_no_cuda(monkeypatch):
     assert make_fabric("auto", "fp32").device == torch.device("cpu")
 
 
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="3 processes on this machine, which has 2 GPUs; start at most 2, or use device 'cpu'"):
+        make_fabric("auto", "fp32")
+
+
+def test_a_batch_trains_the_runs_it_waits_for(tmp_path):
+    """The names that the preset tells before training are those of the records."""
+    folder = {"data": Folder(path=write_folder(tmp_path / "mine")), "schedule.steps": 2, "schedule.evaluations": 1, "schedule.batch": 2}
+    preset = smoke()
+    preset = replace(preset, teacher=preset.teacher.replace(**folder), student=preset.student.replace(**folder))
+    store = Store(tmp_path / "results")
+    for setting in ("teacher", "student", "detrdistill"):
+        go(preset.recipe(setting), store)
+    assert {path.name for path in (store.root / "runs").iterdir()} == set(preset.pinned().runs((0,)))
+
+
+def plan(folder: Path, **config: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "1", "--dry-run", "--directory", folder]
+    command += ["--config", *(f"{name}={value}" for name, value in config.items())]
+    return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_batch_waits_for_runs_by_their_data_s_hash(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETRDISTILL_RESULTS", str(tmp_path / "results"))
+    data = Folder(path=write_folder(tmp_path / "data" / "coco"))
+    done = plan(tmp_path, preset="coco", seeds="0")
+    assert done.returncode == 0, done.stderr
+    for setting in ("teacher", "student", "detrdistill"):
+        recipe = pinned(coco().recipe(setting).replace(data=data, **({"teacher.data": data} if setting == "detrdistill" else {})))
+        assert f"/runs/{run_id(recipe)}/record.json" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("preset", "seeds", "message"),
+    [
+        ("coco", "0", "data folder data/coco: does not exist; expected there: instances_train.json"),
+        ("smok", "0", "preset 'smok' is unknown; known: smoke, quick, coco"),
+        ("smoke", "a", "seeds 'a': whole numbers, such as SEEDS='0 1 2'"),
+    ],
+)
+def test_a_batch_that_cannot_be(tmp_path, preset, seeds, message):
+    done = plan(tmp_path, preset=preset, seeds=seeds)
+    told = done.stdout + done.stderr
+    assert done.returncode and message in told and "Traceback" not in told
+
+
+def test_a_run_that_another_process_finished_meanwhile(store, finished, trained, monkeypatch):
+    """It is done when the lock is free at last, and not done again."""
+    folder, kept = store.folder(DISTILLED), Store.hold
+    shutil.rmtree(folder)
+
+    def late(self, recipe):
+        shutil.copytree(Store(finished).folder(recipe), self.folder(recipe))
+        return kept(self, recipe)
+
+    monkeypatch.setattr(Store, "hold", late)
+    assert go(DISTILLED, store) == Store(finished).record(DISTILLED) and trained == []
+
+
+def test_what_one_process_found_all_do(store, monkeypatch):
+    """A process whose own disk does not show the record yet follows the first."""
+    record = store.record(DISTILLED)
+
+    class Second:
+        world_size, is_global_zero, device = 2, False, torch.device("cpu")
+
+        def broadcast(self, value):
+            assert value is None
+            return record
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(runs, "make_fabric", lambda *_: Second())
+    assert go(DISTILLED, Store(store.root / "elsewhere")) == record
+
+
+def test_evaluation_takes_images_as_training_does(store, monkeypatch):
+    calls = []
+    monkeypatch.setattr(runs, "evaluate", lambda *words, **_: calls.append(words[2:]) or dict.fromkeys(METRICS, 1.0))
+    changed = STUDENT.replace(**{"schedule.accumulate": 2, "schedule.evaluations": 1, "schedule.steps": 1})
+    run(changed, store, device="cpu", workers=1, progress=False)
+    assert calls == [(2, torch.device("cpu"), 1)]
+
+
+def test_the_backbone_s_start_is_in_the_record(store, tmp_path):
+    recipe = STUDENT.replace(**{"schedule.steps": 1, "schedule.evaluations": 1})
+    backbone = store.weights(parents(recipe)["backbone"])
+    torch.save(read_weights(backbone)[0], tmp_path / "mine.pt")
+    record = go(recipe.replace(**{"backbone.weights": tmp_path / "mine.pt"}), store)
+    assert record.parents == {"backbone": {"file": "mine.pt", "sha256": file_hash(tmp_path / "mine.pt")}}
+
+
+def test_which_imagenet_weights_is_in_the_record_too(monkeypatch, tmp_path):
+    class Body:
+        def load(self, state, source):
+            pass
+
+    monkeypatch.setattr(runs, "imagenet_weights", lambda name: {})
+    recipe = STUDENT.replace(backbone={"name": "resnet50", "weights": "imagenet"})
+    assert start_backbone(Body(), recipe, Store(tmp_path)) == {"weights": "ResNet50_Weights.IMAGENET1K_V2"}
+
+
+def test_the_commits_of_all_sittings(store, monkeypatch):
+    """Taken before training, whatever happens to the code meanwhile."""
+    from detrdistill.training import trainer
+
+    recipe, kept = STUDENT.replace(seed=5), trainer.refuse_non_finite
+
+    def interrupt(values, step, images):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    for commit in ("one", "two"):
+        monkeypatch.setattr(runs, "code", lambda commit=commit: commit)
+        monkeypatch.setattr(trainer, "refuse_non_finite", interrupt if commit == "one" else kept)
+        with contextlib.suppress(KeyboardInterrupt):
+            go(recipe, store)
+    assert store.record(recipe).provenance["commit"] == "one, two"
+
+
+def test_new_files_are_changes_of_the_code(monkeypatch, tmp_path):
+    from detrdistill.experiments import store as module
+
+    (tmp_path / "detrdistill" / "experiments").mkdir(parents=True)
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "detrdistill" / "experiments" / "store.py"))
+    git = lambda *words: subprocess.run(  # noqa: E731
+        ("git", "-c", "user.name=a", "-c", "user.email=a@b", *words), cwd=tmp_path, check=True, capture_output=True
+    )
+    git("init")
+    git("commit", "--allow-empty", "-m", "first")
+    (tmp_path / "notes").write_text("not code")
+    assert re.fullmatch("[0-9a-f]{40}", module.commit())
+    (tmp_path / "detrdistill" / "new.py").write_text("")
+    assert module.commit().endswith("+changes")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("step", ["mkstemp", "fsync", "mkdir"])
+def test_a_disk_that_cannot_be_written(tmp_path, monkeypatch, number, step):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number), "some file")
+
+    monkeypatch.setattr(*{"mkstemp": (tempfile, "mkstemp"), "fsync": (os, "fsync"), "mkdir": (Path, "mkdir")}[step], fail)
+    with pytest.raises(InputError, match=r"(table\.csv|output folder .*new): (cannot be written \(|no permission to create it)") as error:
+        write_text(tmp_path / "new" / "table.csv", "AP")
+    assert "\n" not in str(error.value) and not list(tmp_path.rglob("table.csv"))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598"),
+        RuntimeError("basic_ios::clear: iostream error"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_as_torch_and_safetensors_tell_it(tmp_path, error):
+    with pytest.raises(InputError, match=r"w: cannot be written \(No space left on device\); free disk space"), atomic(tmp_path / "w"):
+        raise error
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RuntimeError, match="something else"), atomic(tmp_path / "w"):
+        raise RuntimeError("something else")
+
+
 def test_random_backbones_are_announced(tmp_path):
     recipe = STUDENT.replace(**{"backbone.weights": "none"})
     with pytest.warns(UserWarning, match="the backbone starts from random weights, as backbone.weights='none' says"):
@@ -196,6 +370,9 @@ def test_random_backbones_are_announced(tmp_path):
 def test_a_batch_that_cannot_be_shared(store, monkeypatch):
     class Three:
         world_size, is_global_zero, device = 3, True, torch.device("cpu")
+
+        def broadcast(self, value):
+            return value
 
     monkeypatch.setattr(runs, "make_fabric", lambda *_: Three())
     with pytest.raises(InputError, match=re.escape("schedule.batch 4 cannot be shared among 3 processes and 1 micro-batches")):

@@ -6,9 +6,8 @@ import struct
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -20,17 +19,14 @@ from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, VisionDataset
 from torchvision.transforms import v2
 
-from detrdistill.data.digits import write_digits
+from detrdistill.data.layout import Split, data_hash, layout
 from detrdistill.data.validation import load_annotations
 from detrdistill.errors import InputError
 from detrdistill.experiments.recipes import Digits, Folder
 from detrdistill.models.outputs import Targets
 
-Split = Literal["train", "val"]
-SPLITS: tuple[Split, Split] = ("train", "val")
 Sample = tuple[Float[Tensor, "3 H W"], dict[str, Any]]
 UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)  # what Pillow raises
-LAYOUT = "instances_train.json, instances_val.json and images/, or COCO's annotations/instances_train2017.json, train2017/ and so on"
 
 
 @dataclass(frozen=True)
@@ -142,7 +138,7 @@ def open_dataset(spec: Digits | Folder, split: Split, cache: Path, transform: Ca
     """
     if isinstance(spec, Folder) and spec.sha256:
         data_hash(spec, cache)
-    return CocoDataset(*_layout(spec, split, cache), transform)
+    return CocoDataset(*layout(spec, split, cache), transform)
 
 
 def require_same_categories(train: CocoDataset, val: CocoDataset) -> None:
@@ -155,40 +151,6 @@ def require_same_categories(train: CocoDataset, val: CocoDataset) -> None:
         one, other = ({(c.id, c.name) for c in dataset.categories} for dataset in (train, val))
         odd = ", ".join(f"{id} '{name}'" for id, name in sorted(one ^ other)[:5])
         raise InputError(f"{val.report.file}: categories differ from those of {train.report.file} ({odd}); list the same in both")
-
-
-def data_hash(spec: Digits | Folder, cache: Path) -> str:
-    """SHA-256 over the two annotation files, train then val: `cat instances_train.json instances_val.json | sha256sum`.
-
-    Raises:
-        InputError: the recipe states a hash and the folder has another.
-    """
-    digest = sha256()
-    for split in SPLITS:
-        with _layout(spec, split, cache)[0].open("rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    found = digest.hexdigest()
-    if isinstance(spec, Folder) and spec.sha256 and spec.sha256 != found:
-        raise InputError(f"data folder {spec.path}: its annotations hash to {found}, the recipe says {spec.sha256}; give that run's data")
-    return found
-
-
-def _layout(spec: Digits | Folder, split: Split, cache: Path) -> tuple[Path, Path]:
-    """Annotation file and image folder of a split."""
-    root = write_digits(spec, cache) if isinstance(spec, Digits) else spec.path
-    if not root.is_dir():
-        raise InputError(f"data folder {root}: {'not a folder' if root.exists() else 'does not exist'}; expected there: {LAYOUT}")
-    candidates = [
-        (root / f"instances_{split}.json", root / "images"),
-        (root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"),
-    ]
-    for annotations, images in candidates:
-        if annotations.is_file():
-            if not images.is_dir():
-                raise InputError(f"data folder {root}: {annotations.name} is there but not the image folder {images}; expected: {LAYOUT}")
-            return annotations, images
-    raise InputError(f"data folder {root}: no annotations of the split '{split}'; expected there: {LAYOUT}")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from detrdistill.errors import InputError
 from detrdistill.experiments.recipes import Digits
-from detrdistill.files import file_hash, make_folder
+from detrdistill.files import file_hash, make_folder, writing
 
 log = logging.getLogger(__name__)
 
@@ -70,14 +70,14 @@ def write_digits(spec: Digits, root: Path) -> Path:
     processes the second waits for the first. Every file is checked against `SHA256SUMS` at each call.
 
     Raises:
-        InputError: scikit-image lacks the photographs, or `root` cannot be a folder.
+        InputError: scikit-image lacks the photographs, or `root` cannot be a folder or written to.
     """
     key = sha256(json.dumps([REVISION, spec.model_dump(mode="json")], sort_keys=True).encode()).hexdigest()[:8]
     folder = Path(root) / f"digits-{key}"
     if folder.exists() and not damage(folder, spec):
         return folder
     make_folder(root)
-    with FileLock(folder.with_name(f".{folder.name}.lock")):
+    with writing(folder), FileLock(folder.with_name(f".{folder.name}.lock")):
         if folder.exists():
             if not (fault := damage(folder, spec)):
                 return folder

@@ -49,11 +49,16 @@ class Report:
     faults: list[Fault] = field(default_factory=list)
 
     def __str__(self) -> str:
+        return self.text(SHOWN)
+
+    def text(self, most: int | None = None) -> str:
+        """All faults by kind, or of each kind the first `most`."""
         lines = [f"{self.file}: {self.images} images, {self.annotations} annotations, {len(self.faults)} faults"]
         for (kind, policy), number in Counter((fault.kind, fault.policy) for fault in self.faults).most_common():
             found = [str(fault) for fault in self.faults if (fault.kind, fault.policy) == (kind, policy)]
-            lines += [f"  {number} x {kind} ({policy})", *(f"    {fault}" for fault in found[:SHOWN])]
-            lines += [f"    and {number - SHOWN} more"] * (number > SHOWN)
+            lines += [f"  {number} x {kind} ({policy})", *(f"    {fault}" for fault in found[:most])]
+            if most is not None and number > most:
+                lines.append(f"    and {number - most} more")
         return "\n".join(lines)
 
 

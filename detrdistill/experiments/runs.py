@@ -1,24 +1,28 @@
 """`run(recipe)` trains, or returns the stored record. What a run depends on (teacher, crop-trained backbone) is run first."""
 
+import functools
 import logging
 import os
 import resource
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
 from torch import nn
+from torchvision import models
 
-from detrdistill.data.coco import CocoDataset, data_hash, open_dataset, require_same_categories
+from detrdistill.data.coco import CocoDataset, open_dataset, require_same_categories
+from detrdistill.data.layout import data_cache, data_hash, pinned
 from detrdistill.data.transforms import build_transform
 from detrdistill.distill.distiller import build_distiller
 from detrdistill.errors import InputError
 from detrdistill.experiments.recipes import CropRecipe, Digits, Folder, Recipe, parents, run_id
-from detrdistill.experiments.store import Record, Store, provenance
+from detrdistill.experiments.store import Record, Store, commit, provenance
 from detrdistill.files import file_hash
 from detrdistill.models import Backbone, build_detector
 from detrdistill.models.backbones import file_weights, imagenet_weights
@@ -44,42 +48,40 @@ def run(recipe: Recipe | CropRecipe, store: Store, *, device: str = "auto", work
         InputError: data, weights or folders are not usable, another process trains this run, or the teacher is below its floor.
         NonFiniteError: training met a NaN or an infinity.
     """
+    if workers < 0:
+        raise InputError(f"workers {workers}: a number of processes; give 0 or more")
     recipe = pinned(recipe)
-    if (record := store.record(recipe)) is not None:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and (record := store.record(recipe)) is not None:
         return record
+    code()
     fabric = make_fabric(device, recipe.backbone.crops.precision if isinstance(recipe, CropRecipe) else recipe.precision)
+    if (record := _look_up(fabric, recipe, store)) is not None:
+        return record
     if isinstance(recipe, CropRecipe):
         if fabric.is_global_zero:
             with store.hold(recipe):
-                _run_crops(fabric, recipe, store, progress)
-        fabric.barrier()
+                if store.record(recipe) is None:  # another process may have finished it since
+                    _run_crops(fabric, recipe, store, progress)
     else:
         if isinstance(recipe.backbone.weights, Path):
             file_weights(recipe.backbone.weights)  # refused now, not after a teacher has been trained
         records = {name: run(parent, store, device=device, workers=workers, progress=progress) for name, parent in parents(recipe).items()}
-        if fabric.is_global_zero:
-            with store.hold(recipe):
+        with store.hold(recipe) if fabric.is_global_zero else nullcontext():
+            if _look_up(fabric, recipe, store) is None:
                 _run_detector(fabric, recipe, store, records, workers, progress)
-        else:
-            _run_detector(fabric, recipe, store, records, workers, progress)
-        fabric.barrier()
-    return store.record(recipe)
+    fabric.barrier()
+    return _look_up(fabric, recipe, store)
 
 
-def pinned(recipe: Recipe | CropRecipe) -> Recipe | CropRecipe:
-    """The recipe with its data folder's hash filled in, so that the run's name follows the annotations, not the folder."""
-    if not isinstance(recipe.data, Folder):
-        return recipe
-    data = recipe.data.replace(sha256=data_hash(recipe.data, data_cache()))
-    changes: dict[str, Any] = {"data": data}
-    if isinstance(recipe, Recipe) and recipe.teacher is not None:
-        changes["teacher"] = pinned(recipe.teacher)
-    return recipe.replace(**changes)
+def _look_up(fabric: Fabric, recipe: Recipe | CropRecipe, store: Store) -> Record | None:
+    """The record as the first process finds it: what each saw on a shared disk for itself could differ."""
+    return fabric.broadcast(store.record(recipe) if fabric.is_global_zero else None)
 
 
-def data_cache() -> Path:
-    """Folder for data sets the kit writes: `$DETRDISTILL_DATA`, else `~/.cache/detrdistill`."""
-    return Path(os.environ.get("DETRDISTILL_DATA") or Path.home() / ".cache" / "detrdistill")
+@functools.cache
+def code() -> str | None:
+    """The commit of this process's code, as it was when its first run started."""
+    return commit()
 
 
 def open_split(recipe: Recipe, split: str) -> CocoDataset:
@@ -112,7 +114,7 @@ def make_fabric(device: str, precision: str) -> Fabric:
     """Fabric for this process, or for all processes of torchrun.
 
     Raises:
-        InputError: an unknown device, or cuda where there is none.
+        InputError: an unknown device, cuda where there is none, or more processes than GPUs.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise InputError(f"device '{device}' is unknown; use auto, cpu or cuda")
@@ -120,8 +122,12 @@ def make_fabric(device: str, precision: str) -> Fabric:
         raise InputError("device 'cuda': torch finds no CUDA device here; use device 'cpu' or 'auto'")
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each precision on standard error
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    on_gpu = device != "cpu" and torch.cuda.is_available()
+    if on_gpu and local > torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise InputError(f"{local} processes on this machine, which has {count} GPUs; start at most {count}, or use device 'cpu'")
     fabric = Fabric(
-        accelerator="cuda" if device != "cpu" and torch.cuda.is_available() else "cpu",
+        accelerator="cuda" if on_gpu else "cpu",
         devices=local,
         num_nodes=world // local,
         strategy="ddp" if world > 1 else "auto",
@@ -145,7 +151,7 @@ def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool)
             curve=[],
             cost=watch.cost(recipe.backbone.crops.steps, watch.seconds(), 0),
             parents={},
-            provenance=_provenance(fabric, recipe.data, store.weights(recipe)),
+            provenance=_provenance(fabric, recipe.data, store.weights(recipe)) | {"commit": code()},
         )
     )
 
@@ -162,7 +168,7 @@ def _run_detector(fabric: Fabric, recipe: Recipe, store: Store, records: dict[st
             f"and {recipe.schedule.accumulate} micro-batches; choose a multiple"
         )
     watch = _Watch(fabric)
-    measure = lambda detector: _evaluate_once(fabric, detector, val_set, recipe)  # noqa: E731
+    measure = lambda detector: _evaluate_once(fabric, detector, val_set, recipe, workers)  # noqa: E731
     lineage: dict[str, dict[str, Any]] = {
         name: {"run": record.id, "weights_sha256": record.provenance["weights_sha256"]} for name, record in records.items()
     }
@@ -176,12 +182,13 @@ def _run_detector(fabric: Fabric, recipe: Recipe, store: Store, records: dict[st
                 f"{recipe.teacher_floor:.1f} to teach; train it longer, check its weights, or lower the floor"
             )
     student = build_detector(recipe, len(train_set.categories))
-    start_backbone(student.backbone, recipe, store)
+    if about := start_backbone(student.backbone, recipe, store):
+        lineage["backbone"] = about
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(recipe.seed, 1))  # adapters of the losses; the student has its own stream
         distiller = build_distiller(student, recipe)
     folder = store.folder(recipe)
-    state = train(fabric, distiller, teacher, train_set, recipe, folder, measure, workers=workers, progress=progress)
+    state = train(fabric, distiller, teacher, train_set, recipe, folder, measure, workers=workers, progress=progress, commit=code())
     if not fabric.is_global_zero:
         return
     save_weights(store.weights(recipe), student, {"run": run_id(recipe), "categories": category_names(train_set)})
@@ -193,14 +200,18 @@ def _run_detector(fabric: Fabric, recipe: Recipe, store: Store, records: dict[st
             curve=state["curve"],
             cost=watch.cost(state["step"], state["seconds"], state["resumed"], recipe.schedule.batch),
             parents=lineage,
-            provenance=_provenance(fabric, recipe.data, store.weights(recipe)),
+            provenance=_provenance(fabric, recipe.data, store.weights(recipe)) | {"commit": ", ".join(state["commits"]) or None},
         )
     )
     (folder / "checkpoint.pt").unlink(missing_ok=True)
 
 
-def start_backbone(backbone: Backbone, recipe: Recipe, store: Store) -> None:
-    """Load the weights that the recipe's backbone starts from, if any; says aloud when there are none."""
+def start_backbone(backbone: Backbone, recipe: Recipe, store: Store) -> dict[str, str]:
+    """Load the weights that the recipe's backbone starts from, if any; says aloud when there are none.
+
+    Returns:
+        which they are, for the record; empty where they are a run's, or none.
+    """
     weights = recipe.backbone.weights
     if weights == "none":
         warnings.warn(f"{recipe.title}: the backbone starts from random weights, as backbone.weights='none' says", stacklevel=2)
@@ -209,17 +220,23 @@ def start_backbone(backbone: Backbone, recipe: Recipe, store: Store) -> None:
         backbone.load(read_weights(path)[0], str(path))
     elif weights == "imagenet":
         backbone.load(imagenet_weights(recipe.backbone.name), "of torchvision")
+        return {"weights": str(models.get_model_weights(recipe.backbone.name).DEFAULT)}
     else:
         backbone.load(file_weights(weights), str(weights))
+        return {"file": weights.name, "sha256": file_hash(weights)}
+    return {}
 
 
 def category_names(dataset: CocoDataset) -> str:
     return ", ".join(category.name for category in dataset.categories)
 
 
-def _evaluate_once(fabric: Fabric, detector: nn.Module, dataset: CocoDataset, recipe: Recipe) -> dict[str, float | None]:
-    """Evaluate in one process, in full precision, and tell the others."""
-    metrics = evaluate(detector, dataset, recipe.schedule.batch, fabric.device, top=detector.top) if fabric.is_global_zero else None
+def _evaluate_once(fabric: Fabric, detector: nn.Module, dataset: CocoDataset, recipe: Recipe, workers: int) -> dict[str, float | None]:
+    """Evaluate in one process, in full precision, as many images at once as it trains on, and tell the others."""
+    metrics = None
+    if fabric.is_global_zero:
+        batch = max(1, recipe.schedule.batch // (recipe.schedule.accumulate * fabric.world_size))
+        metrics = evaluate(detector, dataset, batch, fabric.device, workers, top=detector.top)
     return fabric.broadcast(metrics)
 
 

@@ -24,7 +24,7 @@ class Parameters(Strict):
 
     preset: str
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
-    changes: dict[str, Any] = {}
+    changes: dict[str, Any] = Field(default_factory=dict)
     device: Literal["auto", "cpu", "cuda"]
     progress: bool
 

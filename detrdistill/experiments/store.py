@@ -17,7 +17,7 @@ from pydantic import Field
 
 from detrdistill.errors import InputError
 from detrdistill.experiments.recipes import CropRecipe, Recipe, Strict, run_id
-from detrdistill.files import file_hash, make_folder, write_text
+from detrdistill.files import file_hash, make_folder, write_text, writing
 
 Numbers = dict[str, float | None]
 
@@ -87,15 +87,18 @@ class Store:
         import fcntl
 
         path = make_folder(self.folder(recipe)) / ".lock"
-        with path.open("a+", encoding="utf-8") as file:
+        with writing(path):
+            file = path.open("a+", encoding="utf-8")
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
                 raise InputError(f"run {run_id(recipe)} is being trained by {file.read().strip()}; wait for it, or stop it") from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
+            with writing(path):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+                file.flush()
             yield
 
 
@@ -138,7 +141,7 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this code, with "+changes" if files differ from it; None outside a git checkout."""
+    """The commit of this code, with "+changes" if files differ from it or are new; None outside a git checkout."""
     git = lambda *words: subprocess.run(  # noqa: E731
         ("git", *words), cwd=Path(__file__).parent, capture_output=True, text=True, check=False, timeout=60
     )
@@ -146,7 +149,7 @@ def commit() -> str | None:
         head = git("rev-parse", "HEAD")
         if head.returncode:
             return None
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "..").stdout.strip()
+        changed = git("status", "--porcelain", "--untracked-files=normal", "--", "..").stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+changes" if changed else "")

@@ -29,27 +29,28 @@ def train_on_crops(
     """
     plan = recipe.backbone.crops
     images, labels = object_crops(train, plan.size, plan.seed)
-    with torch.random.fork_rng(devices=[]):
+    # Around the training too, for backbones with dropout.
+    with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
         torch.manual_seed(plan.seed)
         model = classifier(recipe.backbone, len(train.categories))
-    # Not set up by Fabric: of several processes, only one does this.
-    model.to(fabric.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
-    order = np.random.default_rng(plan.seed)
-    bar = tqdm(range(plan.steps), desc=recipe.title, unit="step", disable=not progress, mininterval=1)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = plan.lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
-        chosen = torch.from_numpy(order.choice(len(images), plan.batch, replace=len(images) < plan.batch))
-        with fabric.autocast():
-            scores = model(prepared(fabric, images[chosen]))
-        loss = F.cross_entropy(scores.float(), fabric.to_device(labels[chosen]), label_smoothing=0.1)
-        if not math.isfinite(loss.item()):
-            raise NonFiniteError(f"crop training step {step + 1}: the loss is {loss.item()}; lower backbone.crops.lr ({plan.lr})")
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        # Not set up by Fabric: of several processes, only one does this.
+        model.to(fabric.device, memory_format=torch.channels_last)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
+        order = np.random.default_rng(plan.seed)
+        bar = tqdm(range(plan.steps), desc=recipe.title, unit="step", disable=not progress, mininterval=1)
+        for step in bar:
+            for group in optimizer.param_groups:
+                group["lr"] = plan.lr * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / plan.steps))
+            chosen = torch.from_numpy(order.choice(len(images), plan.batch, replace=len(images) < plan.batch))
+            with fabric.autocast():
+                scores = model(prepared(fabric, images[chosen]))
+            loss = F.cross_entropy(scores.float(), fabric.to_device(labels[chosen]), label_smoothing=0.1)
+            if not math.isfinite(loss.item()):
+                raise NonFiniteError(f"crop training step {step + 1}: the loss is {loss.item()}; lower backbone.crops.lr ({plan.lr})")
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return model, accuracy(fabric, model, *object_crops(val, plan.size, plan.seed))
 
 

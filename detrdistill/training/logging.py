@@ -5,7 +5,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from detrdistill.files import write_text
+from detrdistill.files import write_text, writing
 
 
 class Log:
@@ -15,7 +15,7 @@ class Log:
     """
 
     def __init__(self, path: Path | None, resume_at: int = 0) -> None:
-        self._file = None
+        self._file, self._path = None, path
         if path is not None:
             kept = [entry for entry in read_log(path) if entry["step"] <= resume_at]
             write_text(path, "".join(_line(entry) for entry in kept))
@@ -23,8 +23,9 @@ class Log:
 
     def write(self, **entry: Any) -> None:
         if self._file:
-            self._file.write(_line(entry))
-            self._file.flush()
+            with writing(self._path):
+                self._file.write(_line(entry))
+                self._file.flush()
 
     def __enter__(self) -> Self:
         return self

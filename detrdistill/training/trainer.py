@@ -17,7 +17,7 @@ from detrdistill.distill.distiller import Distiller
 from detrdistill.errors import NonFiniteError
 from detrdistill.experiments.recipes import Recipe, Schedule
 from detrdistill.training.batches import Draws, micro_batches, mix
-from detrdistill.training.checkpointing import load_checkpoint, save_checkpoint
+from detrdistill.training.checkpointing import resume, save_checkpoint
 from detrdistill.training.logging import Log
 
 CHECKPOINT_SECONDS = 30.0
@@ -35,26 +35,26 @@ def train(
     *,
     workers: int = 0,
     progress: bool = True,
+    commit: str | None = None,
 ) -> dict[str, Any]:
     """Train `distiller.student` as `recipe` says, continuing from `folder`'s checkpoint if there is one.
 
     Writes `checkpoint.pt` and `log.jsonl` into `folder`.
 
     Returns:
-        `curve` (AP by step), `metrics` (of the last evaluation), `seconds` (in training, over all sittings) and `resumed` (how often).
+        `curve` (AP by step), `metrics` (of the last evaluation), `seconds` (in training, over all sittings), `resumed` (how often)
+        and `commits` (of the code of all sittings).
 
     Raises:
+        InputError: the checkpoint is damaged or not of this run.
         NonFiniteError: a loss part or the gradient is NaN or infinite; raised before the optimizer step, naming step, images, part.
     """
     schedule, total = recipe.schedule, recipe.schedule.total_steps(len(dataset))
     distiller.to(memory_format=torch.channels_last)
     module, optimizer = fabric.setup(distiller, make_optimizer(distiller, schedule))
-    saved = load_checkpoint(folder / "checkpoint.pt")
-    state = {"step": 0, "curve": [], "seconds": 0.0, "resumed": 0}
-    if saved is not None:
-        distiller.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        state = saved["state"] | {"resumed": saved["state"]["resumed"] + 1}
+    state = resume(folder / "checkpoint.pt", distiller, optimizer, total) or {"step": 0, "curve": [], "seconds": 0.0, "resumed": 0}
+    commits = state.get("commits", [])
+    state["commits"] = commits + [commit] * (commit is not None and commit not in commits)
 
     draws = Draws(
         len(dataset), schedule.batch, recipe.seed, state["step"], total, schedule.accumulate, fabric.global_rank, fabric.world_size

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from detrdistill.criterion import SetCriterion
 from detrdistill.distill.distiller import Distiller, build_distiller
-from detrdistill.errors import NonFiniteError
+from detrdistill.errors import InputError, NonFiniteError
 from detrdistill.experiments.presets import smoke
-from detrdistill.experiments.recipes import DETRDistill, Recipe, Schedule, parents
+from detrdistill.experiments.recipes import Backbone, CropRecipe, CropTraining, DETRDistill, Recipe, Schedule, parents
 from detrdistill.experiments.runs import make_fabric, open_split, run
 from detrdistill.experiments.store import Store
 from detrdistill.models import build_detector
+from detrdistill.models.weights import read_weights
 from detrdistill.training import trainer
 from detrdistill.training.batches import Draws, micro_batches
+from detrdistill.training.crops import train_on_crops
 from detrdistill.training.logging import read_log
 from detrdistill.training.trainer import accumulate_gradients, lr_factor, make_optimizer, train
 
@@ -98,6 +100,41 @@ def test_resume_after_the_last_step(tmp_path):
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == log and len(log.splitlines()) == 6
 
 
+@pytest.mark.parametrize(
+    "fault", ["no state", "list", "other weights", "other optimizer", "state without step", "later step", "step as text"]
+)
+def test_a_checkpoint_of_something_else_is_refused(tmp_path, fault):
+    sit(tmp_path / "run", plain())
+    path = tmp_path / "run" / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    changed = {
+        "no state": {"model": saved["model"]},
+        "list": [1, 2],
+        "other weights": saved | {"model": {"student.weight": torch.zeros(3)}},
+        "other optimizer": saved | {"optimizer": torch.optim.AdamW(nn.Linear(2, 3).parameters()).state_dict()},
+        "state without step": saved | {"state": {"curve": [], "seconds": 0.0, "resumed": 0}},
+        "later step": saved | {"state": saved["state"] | {"step": 7}},
+        "step as text": saved | {"state": saved["state"] | {"step": "6"}},
+    }
+    torch.save(changed[fault], path)
+    with pytest.raises(InputError, match=r"checkpoint\.pt: not of this run \(.*\); delete it to start this run afresh$") as error:
+        sit(tmp_path / "run", plain())
+    assert "\n" not in str(error.value)
+
+
+def test_crops_with_dropout_are_reproducible():
+    """Whatever was drawn before, and without drawing from what follows."""
+    backbone = Backbone(name="mobilenet_v2", weights="crops", crops=CropTraining(steps=2, batch=4, precision="fp32"))
+    recipe, fabric = CropRecipe(backbone=backbone, data=plain().data), make_fabric("cpu", "fp32")
+    data = open_split(plain(), "train")
+    models = []
+    for seed in (1, 2):
+        before = torch.manual_seed(seed).get_state()
+        models.append(train_on_crops(fabric, data, data, recipe, progress=False)[0])
+        assert torch.equal(torch.get_rng_state(), before)
+    assert same_weights(*models)
+
+
 def test_kill_9_and_run_again(tmp_path, finished):
     """A run killed by the system resumes from its checkpoint and ends with the same log and weights; its lock is free."""
     recipe = smoke().student
@@ -113,8 +150,9 @@ def test_kill_9_and_run_again(tmp_path, finished):
     records = [run(recipe, store, device="cpu", progress=False) for store in stores]
     assert [record.cost["resumed"] for record in records] == [0, 1]
     assert records[0].metrics == records[1].metrics and records[0].curve == records[1].curve
-    for name in ("log.jsonl", "weights.safetensors"):
-        assert (whole.folder(recipe) / name).read_bytes() == (killed.folder(recipe) / name).read_bytes()
+    (one, about), (other, same) = (read_weights(store.weights(recipe)) for store in stores)
+    assert about == same and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (whole.folder(recipe) / "log.jsonl").read_bytes() == (killed.folder(recipe) / "log.jsonl").read_bytes()
     assert not (killed.folder(recipe) / "checkpoint.pt").exists()
 
 
