@@ -5,6 +5,7 @@ import json
 import math
 import os
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
