@@ -42,7 +42,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "error: Python 3.11 or newer is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo missing);" \
 	    "install one and name it: make setup PYTHON=python3.12" >&2; exit 1; }
 	@if [ -e $(UNFINISHED) ]; then \
-	  if kill -0 "$$(cat $(UNFINISHED))" 2>/dev/null; then \
+	  if ps -o args= -p "$$(cat $(UNFINISHED))" 2>/dev/null | grep -q constraints.txt; then \
 	    echo "error: another setup is running here (process $$(cat $(UNFINISHED))); wait for it, or end it" >&2; exit 1; fi; \
 	  echo "the last setup did not finish, making $(VENV) again"; rm -rf $(VENV); fi; \
 	echo $$$$ > $(UNFINISHED); \
@@ -57,20 +57,21 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 # Snakemake's lock outlives a killed snakemake. Running without a lock would let two of them delete each other's unfinished files, so
-# the process id of the owner is kept, also when a signal ends it: a living owner is respected, a dead one's lock is removed.
+# the process id of the owner is kept, also when a signal ends it: a living owner is respected, a dead one's lock is removed. Its
+# command is looked at too, since ids are given anew after a restart, and a killed process keeps its id for a moment.
 OWNER := .snakemake/owner
 SNAKEMAKE := $(BIN)/snakemake --snakefile workflow/Snakefile --config preset=$(PRESET) seeds="$(SEEDS)"
 
 reproduce: setup
 	@mkdir -p .snakemake; if [ -e $(OWNER) ]; then \
-	  if kill -0 "$$(cat $(OWNER))" 2>/dev/null; then \
+	  if ps -o args= -p "$$(cat $(OWNER))" 2>/dev/null | grep -q workflow/Snakefile; then \
 	    echo "error: another 'make reproduce' is running here (process $$(cat $(OWNER))); wait for it, or end it" >&2; exit 1; fi; \
 	  $(SNAKEMAKE) --unlock --quiet && rm -f $(OWNER) || exit 1; fi; \
 	sh -c 'echo $$$$ > $(OWNER); exec $(SNAKEMAKE) --cores $(CORES) $(if $(DRY),--dry-run) $(ARGS)'; \
 	status=$$?; if [ $$status -lt 128 ]; then rm -f $(OWNER); fi; exit $$status
 
 report: setup
-	$(BIN)/detrdistill report --preset $(PRESET) $(ARGS)
+	$(BIN)/detrdistill report --preset $(PRESET) --seeds $(SEEDS) $(ARGS)
 
 lab: setup
 	$(BIN)/jupyter lab notebooks
