@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,10 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.optimize import linear_sum_assignment
+from torchvision.ops import generalized_box_iou
 
-from detrdistill.criterion import target_cost
+from detrdistill.boxes import cxcywh_to_xyxy
+from detrdistill.criterion import ALPHA, CLASS, GAMMA, GIOU, L1, target_cost
 from detrdistill.data.coco import Batch
 from detrdistill.distill.distiller import build_distiller
 from detrdistill.experiments.presets import get_preset
@@ -115,17 +117,14 @@ def matching(repeats: int) -> Line:
         match({"student": Problem(target_cost(output, targets), targets.counts)})
 
     def textbook() -> None:
-        everything = torch.cat([targets.boxes[i, :n] for i, n in enumerate(counts)])[None]
-        labels = torch.cat([targets.labels[i, :n] for i, n in enumerate(counts)])[None]
-        pooled = replace(targets, boxes=everything, labels=labels, counts=[sum(counts)])
+        everything = torch.cat([targets.boxes[i, :n] for i, n in enumerate(counts)])
+        labels = torch.cat([targets.labels[i, :n] for i, n in enumerate(counts)])
         for stage in range(stages):
-            flat = replace(
-                output,
-                logits=output.logits[stage].flatten(0, 1)[None, None],
-                boxes=output.boxes[stage].flatten(0, 1)[None, None],
-            )
-            cost = target_cost(flat, pooled)[0, 0].view(images, queries, -1)
-            for image, block in enumerate(cost.split(counts, -1)):
+            p, found = output.logits[stage].flatten(0, 1).sigmoid(), output.boxes[stage].flatten(0, 1)
+            focal = ALPHA * (1 - p) ** GAMMA * -(p + 1e-8).log() - (1 - ALPHA) * p**GAMMA * -(1 - p + 1e-8).log()
+            giou = generalized_box_iou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(everything))
+            cost = CLASS * focal[:, labels] + L1 * torch.cdist(found, everything, p=1) - GIOU * giou
+            for image, block in enumerate(cost.view(images, queries, -1).split(counts, -1)):
                 linear_sum_assignment(block[image].cpu().numpy())
 
     return ratio("matching / textbook matcher, 16 images, 6 stages, 300 queries", ours, textbook, "<= 0.33", repeats)

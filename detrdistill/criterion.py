@@ -48,9 +48,9 @@ class SetCriterion(nn.Module):
 
 def target_cost(output: DetectorOutput, targets: Targets) -> Float[Tensor, "S B Q N"]:
     """Price of giving query q to target n of its own image: 2 focal + 5 L1 - 2 GIoU."""
-    classes = _focal_cost(output.logits.detach().float())
-    labels = targets.labels[None, :, None, :].expand(*classes.shape[:3], -1)
-    return CLASS * classes.gather(-1, labels) + box_cost(output.boxes, targets.boxes[None], output.l1)
+    labels = targets.labels[None, :, None, :].expand(*output.logits.shape[:3], -1)
+    classes = _focal_cost(output.logits.detach().gather(-1, labels).float())
+    return CLASS * classes + box_cost(output.boxes, targets.boxes[None], output.l1)
 
 
 def box_cost(rows: Float[Tensor, "S B Q 4"], columns: Float[Tensor, "#S B N 4"], l1: str = "cxcywh") -> Float[Tensor, "S B Q N"]:
