@@ -25,7 +25,7 @@ from torchvision.ops import generalized_box_iou
 from detrdistill.boxes import cxcywh_to_xyxy
 from detrdistill.criterion import ALPHA, CLASS, GAMMA, GIOU, L1, target_cost
 from detrdistill.data.coco import Batch
-from detrdistill.distill.distiller import build_distiller
+from detrdistill.distill.build import build_distiller
 from detrdistill.experiments.presets import get_preset
 from detrdistill.experiments.runs import open_split
 from detrdistill.experiments.store import Store, commit, open_store

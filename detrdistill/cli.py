@@ -13,13 +13,14 @@ from detrdistill.errors import InputError, NonFiniteError
 if TYPE_CHECKING:
     from detrdistill.experiments.recipes import Recipe
 
-Row = Annotated[str, tyro.conf.arg(help="teacher, student, detrdistill, or the id of a run")]
+Row = Annotated[str, tyro.conf.arg(help="teacher, student, a method such as detrdistill or fgd+mgd, or the id of a run")]
 
 
 def train(
     preset: tyro.conf.Positional[str],
     row: tyro.conf.Positional[Row],
     /,
+    detector: str = "deformable_detr",
     seed: int = 0,
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     data: Path | None = None,
@@ -31,7 +32,9 @@ def train(
 
     Args:
         preset: smoke, quick or coco.
-        row: a setting of the preset, or the id of a run as the batch names it.
+        row: a setting of the preset, or the id of a run as the batch names it. Methods: detrdistill, fitnet, fgd, mgd, fkd, fgfi, pkd,
+            cwd, kd_detr, d3etr; joined by + their losses add up.
+        detector: deformable_detr, conditional_detr or adamixer, as far as the preset has recipes for it.
         seed: of the student.
         set: a field of the recipe and its value, such as schedule.lr=1e-4; may be repeated. resize, data and precision are the
             teacher's too; its other fields are teacher.schedule.lr and so on.
@@ -43,7 +46,7 @@ def train(
     from detrdistill.experiments.presets import get_preset
     from detrdistill.experiments.store import Store, open_store
 
-    chosen = get_preset(preset)
+    chosen = get_preset(preset, detector)
     runs = chosen.runs((seed,))
     if row not in runs and re.search("-[0-9a-f]{8}$", row):
         runs |= chosen.pinned().runs((seed,))

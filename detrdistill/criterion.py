@@ -23,6 +23,7 @@ from detrdistill.models.outputs import DetectorOutput, Targets
 
 CLASS, L1, GIOU = 2.0, 5.0, 2.0
 ALPHA, GAMMA = 0.25, 2.0
+CACHED = 2**17  # pairs of boxes
 
 
 class SetCriterion(nn.Module):
@@ -55,9 +56,28 @@ def target_cost(output: DetectorOutput, targets: Targets) -> Float[Tensor, "S B 
 
 def box_cost(rows: Float[Tensor, "S B Q 4"], columns: Float[Tensor, "#S B N 4"], l1: str = "cxcywh") -> Float[Tensor, "S B Q N"]:
     """5 L1 - 2 GIoU between all boxes of an image, without gradient. `l1` is the form of the boxes that L1 compares."""
-    rows, columns = rows.detach().float()[..., :, None, :], columns.detach().float()[..., None, :, :]
-    distance, giou = _compare(rows, columns, l1)
-    return L1 * distance - GIOU * giou
+    rows, columns = rows.detach().float(), columns.detach().float().expand(len(rows), -1, -1, -1)
+    pairs = rows.shape[2] * columns.shape[2]
+    # On a CPU a few images at a time, so that intermediate results stay in its cache: five times as fast with 300 x 300 pairs.
+    at_once = max(1, CACHED // max(pairs, 1)) if rows.device.type == "cpu" else rows.shape[0] * rows.shape[1]
+    parts = zip(*(boxes.flatten(0, 1).split(at_once) for boxes in (rows, columns)), strict=True)
+    return torch.cat([_pairwise_cost(a, b, l1) for a, b in parts]).unflatten(0, rows.shape[:2])
+
+
+def _pairwise_cost(rows: Float[Tensor, "K Q 4"], columns: Float[Tensor, "K N 4"], l1: str) -> Float[Tensor, "K Q N"]:
+    """As `_compare` for every pair of an image, coordinate by coordinate and in place: the same numbers in less memory."""
+    a, b = cxcywh_to_xyxy(rows), cxcywh_to_xyxy(columns)
+    distance = torch.cdist(rows, columns, p=1) if l1 == "cxcywh" else torch.cdist(a, b, p=1)
+    (left, top, right, bottom), others = a[:, :, None].unbind(-1), b[:, None].unbind(-1)
+    side = lambda low, high, one, other: high(one[1], other[1]).sub_(low(one[0], other[0])).clamp_(min=0)  # noqa: E731
+    horizontal, vertical = ((left, right), others[0::2]), ((top, bottom), others[1::2])
+    overlap = side(torch.maximum, torch.minimum, *horizontal).mul_(side(torch.maximum, torch.minimum, *vertical))
+    hull = side(torch.minimum, torch.maximum, *horizontal).mul_(side(torch.minimum, torch.maximum, *vertical))
+    areas = [(corners[..., 2:] - corners[..., :2]).clamp(min=0).prod(-1) for corners in (a, b)]
+    union = areas[0][:, :, None] + areas[1][:, None] - overlap
+    tiny = torch.finfo(rows.dtype).tiny
+    giou = (overlap / union.clamp(min=tiny)).sub_((hull - union).div_(hull.clamp(min=tiny)))
+    return distance.mul_(L1).sub_(giou.mul_(GIOU))
 
 
 def set_losses(output: DetectorOutput, targets: Targets, pairs: Pairs) -> dict[str, Float[Tensor, " S"]]:

@@ -5,6 +5,7 @@ together, are solved by scipy, and the index lists travel back together.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate
 from math import prod
@@ -16,6 +17,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from detrdistill.errors import NonFiniteError
+
+WORTH_THREADS = 2**20  # pairs of a problem; matching fewer takes no longer than starting threads
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def _to_host(costs: Sequence[Tensor]) -> list[np.ndarray]:
 
 def _solve(name: str, problem: Problem, cost: np.ndarray, solved: Mapping[str, np.ndarray]) -> np.ndarray:
     """Pairs as an array [4, K] of stage, image, query, target."""
-    stages, images, _, width = cost.shape
+    stages, images, queries, width = cost.shape
     usable = np.ones((stages, images, width), dtype=bool)
     if problem.counts is not None:
         usable &= np.arange(width) < np.asarray(problem.counts, dtype=np.int64).reshape(images, 1)
@@ -92,14 +95,19 @@ def _solve(name: str, problem: Problem, cost: np.ndarray, solved: Mapping[str, n
             matched[stage, image, query] = True
             usable &= matched == wanted
 
-    blocks = [np.empty((4, 0), dtype=np.int64)]
-    for stage, image in np.ndindex(stages, images):
+    def solve_block(place: tuple[int, int]) -> np.ndarray:
+        stage, image = place
         columns = np.flatnonzero(usable[stage, image])
         if not len(columns):
-            continue
+            return np.empty((4, 0), dtype=np.int64)
         block = cost[stage, image][:, columns]
         if not np.isfinite(block).all():
             raise NonFiniteError(f"matching '{name}': the cost at stage {stage + 1}, image {image} of the batch is NaN or infinite")
         rows, chosen = linear_sum_assignment(block)
-        blocks.append(np.stack([np.full_like(rows, stage), np.full_like(rows, image), rows, columns[chosen]]))
-    return np.concatenate(blocks, axis=1)
+        return np.stack([np.full_like(rows, stage), np.full_like(rows, image), rows, columns[chosen]])
+
+    places, threads = list(np.ndindex(stages, images)), torch.get_num_threads()
+    if threads == 1 or usable.sum() * queries < WORTH_THREADS:
+        return np.concatenate([solve_block(place) for place in places], axis=1)
+    with ThreadPoolExecutor(threads) as pool:  # scipy lets other threads run meanwhile
+        return np.concatenate(list(pool.map(solve_block, places)), axis=1)

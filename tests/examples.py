@@ -32,12 +32,13 @@ def some_output(
     grids: Sequence[tuple[int, int]] = GRIDS,
     seed: int = 0,
 ) -> DetectorOutput:
-    """Predictions in float64; the last column of every map of the last image is padding."""
+    """Predictions in float64, with attention maps; the last column of every map of the last image is padding."""
     random = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)  # noqa: E731
     padding = [torch.zeros(images, *grid, dtype=torch.bool) for grid in grids]
     for mask in padding:
         mask[-1, :, -1] = True
+    hidden = torch.cat([mask.flatten(1) for mask in padding], dim=1)
     return DetectorOutput(
         logits=normal(stages, images, queries, classes),
         boxes=some_boxes(stages, images, queries, seed=seed + 1),
@@ -45,23 +46,33 @@ def some_output(
         features=[normal(images, dim, *grid) for grid in grids],
         padding=padding,
         initial=Queries(normal(1, queries, dim), normal(1, queries, dim), normal(1, queries, 2)),
+        # New numbers are drawn after the old ones, which tests rely on.
+        neck=[normal(images, dim, *grid) for grid in grids],
+        self_attention=normal(stages, images, queries, queries).softmax(-1),
+        cross_attention=normal(stages, images, queries, hidden.shape[1]).masked_fill(hidden[:, None], -torch.inf).softmax(-1),
     )
+
+
+# What has stages, and what is a map a level.
+STACKED = ("logits", "boxes", "queries", "self_attention", "cross_attention")
+LEVELS = ("features", "neck")
 
 
 def with_gradient(output: DetectorOutput) -> DetectorOutput:
     """The same numbers as leaves that ask for a gradient."""
     leaf = lambda tensor: tensor.detach().clone().requires_grad_()  # noqa: E731
-    raised = {name: leaf(getattr(output, name)) for name in ("logits", "boxes", "queries")}
-    return replace(output, **raised, features=[leaf(level) for level in output.features])
+    raised = {name: leaf(getattr(output, name)) for name in STACKED}
+    return replace(output, **raised, **{name: [leaf(level) for level in getattr(output, name)] for name in LEVELS})
 
 
 def leaves(output: DetectorOutput) -> list[Tensor]:
-    return [output.logits, output.boxes, output.queries, *output.features]
+    return [*(getattr(output, name) for name in STACKED), *output.features, *output.neck]
 
 
 def permuted(output: DetectorOutput, order: Tensor) -> DetectorOutput:
     """The same queries in another order."""
-    return replace(output, **{name: getattr(output, name)[:, :, order] for name in ("logits", "boxes", "queries")})
+    found = {name: getattr(output, name)[:, :, order] for name in STACKED}
+    return replace(output, **found | {"self_attention": found["self_attention"][..., order]})
 
 
 def one_image(value: DetectorOutput | Targets, image: int) -> DetectorOutput | Targets:
@@ -69,11 +80,19 @@ def one_image(value: DetectorOutput | Targets, image: int) -> DetectorOutput | T
     if isinstance(value, Targets):
         count = value.counts[image]
         return replace(value, labels=value.labels[image, None, :count], boxes=value.boxes[image, None, :count], counts=[count])
-    cut = {name: getattr(value, name)[:, image, None] for name in ("logits", "boxes", "queries")}
-    return replace(value, **cut, features=[x[image, None] for x in value.features], padding=[x[image, None] for x in value.padding])
+    cut = {name: getattr(value, name)[:, image, None] for name in STACKED}
+    maps = {name: [level[image, None] for level in getattr(value, name)] for name in (*LEVELS, "padding")}
+    return replace(value, **cut, **maps)
 
 
 def more_padding(output: DetectorOutput) -> DetectorOutput:
-    """The same maps with rows and columns of padding at the bottom and on the right, filled with numbers that must not matter."""
+    """The same maps with rows and columns of padding at the bottom and on the right, filled with numbers that must not matter.
+
+    (But for attention, which detectors give to no padding.)
+    """
     pad = lambda maps, value: [torch.nn.functional.pad(x, (0, 3, 0, 2), value=value) for x in maps]  # noqa: E731
-    return replace(output, features=pad(output.features, 7.0), padding=pad(output.padding, True))
+    wider = {name: pad(getattr(output, name), 7.0) for name in LEVELS}
+    levels = output.cross_attention.split([mask[0].numel() for mask in output.padding], dim=-1)
+    grids = [level.unflatten(-1, mask.shape[1:]) for level, mask in zip(levels, output.padding, strict=True)]
+    attention = torch.cat([level.flatten(-2) for level in pad(grids, 0.0)], dim=-1)
+    return replace(output, **wider, padding=pad(output.padding, True), cross_attention=attention)

@@ -150,7 +150,7 @@ def test_both_kinds_of_errors_are_told_alike(refused, monkeypatch, error):
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr("detrdistill.experiments.presets.get_preset", lambda name: 1 / 0)
+    monkeypatch.setattr("detrdistill.experiments.presets.get_preset", lambda *names: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call(monkeypatch, "train", "smoke", "student")
 
@@ -208,7 +208,7 @@ def test_runs_of_a_folder_are_called_by_the_names_that_the_batch_waits_for(monke
     root = write_folder(tmp_path / "mine")
     folder = {"data": Folder(path=root)}
 
-    def mine():
+    def mine(detector="deformable_detr"):
         smoke = presets.smoke()
         return dataclasses.replace(smoke, name="mine", teacher=smoke.teacher.replace(**folder), student=smoke.student.replace(**folder))
 
@@ -252,7 +252,7 @@ def test_as_a_module(tmp_path):
 
 
 def test_control_c(monkeypatch):
-    def interrupt(name):
+    def interrupt(*names):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("detrdistill.experiments.presets.get_preset", interrupt)

@@ -7,8 +7,9 @@ import pytest
 from pydantic import ValidationError
 
 from detrdistill.errors import InputError
+from detrdistill.experiments.methods import FGD, KDDETR, METHODS, DETRDistill
 from detrdistill.experiments.presets import PRESETS, get_preset, smoke
-from detrdistill.experiments.recipes import Backbone, CropTraining, DETRDistill, Digits, Folder, Recipe, Resize, Schedule, parents, run_id
+from detrdistill.experiments.recipes import Backbone, CropTraining, Digits, Folder, Recipe, Resize, Schedule, parents, run_id
 
 STUDENT, TEACHER, DISTILLED = (smoke().recipe(setting) for setting in ("student", "teacher", "detrdistill"))
 
@@ -29,7 +30,15 @@ def refusal(**changes: Any) -> str:
         ("backbone.crops.step", 3, ["unknown parameter 'backbone.crops.step' = 3; known here: steps, batch"]),
         ("data.sise", 3, ["unknown parameter 'data.digits.sise' = 3; known here: name, size, train"]),
         ("teacher.schedule.step", 3, ["unknown parameter 'teacher.schedule.step' = 3; known here: steps, epochs"]),
-        ("methods", [{"name": "detrdistill", "gama": 1}], ["unknown parameter 'methods.0.gama' = 1; known here: name, logits"]),
+        (
+            "methods",
+            [{"name": "detrdistill", "gama": 1}],
+            ["unknown parameter 'methods.0.detrdistill.gama' = 1; known here: name, variant"],
+        ),
+        ("methods", [{"name": "fgd", "alpha": 1}], ["unknown parameter 'methods.0.fgd.alpha' = 1; known here: maps, name, foreground"]),
+        ("methods", [{"name": "detrdistill", "mask": "circle"}], ["'methods.0.detrdistill.mask' = 'circle'", "'quality', 'query'"]),
+        ("methods", [{"name": "detrdistill", "contrast": 0.2}], ["compares the pairs of matching='joint'"]),
+        ("methods", [{"name": "mgd", "masked": 2}], ["'methods.0.mgd.masked' = 2", "less than or equal to 1"]),
         ("schedule.lr", "fast", ["'schedule.lr' = 'fast'", "number"]),
         ("schedule.lr", -1e-4, ["'schedule.lr' = -0.0001", "greater than 0"]),
         ("schedule.lr", "nan", ["'schedule.lr' = 'nan'", "finite"]),
@@ -43,7 +52,7 @@ def refusal(**changes: Any) -> str:
         ("dropout", 1.5, ["'dropout' = 1.5", "less than or equal to 1"]),
         ("form", "three_stage", ["'form' = 'three_stage'", "'box_refine'"]),
         ("detector", "yolo", ["'detector' = 'yolo'", "deformable_detr"]),
-        ("methods", "fitnets", ["'fitnets'"]),
+        ("methods", "fitnets", ["'fitnets'", "'fitnet'"]),
         ("methods", ["detrdistill", "detrdistill"], ["names one method twice: detrdistill"]),
         ("methods", [], ["give both or neither"]),
         ("teacher", None, ["give both or neither"]),
@@ -55,8 +64,8 @@ def refusal(**changes: Any) -> str:
         ("backbone.blocks", [1, 1, 1], ["'backbone.blocks"]),
         ("data.size", 8, ["'data.digits.size' = 8"]),
         ("data.name", "imagenet", ["'data'", "'digits', 'folder'"]),
-        ("decoder_layers", 3, ["'decoder_layers' 3 must be the teacher's 2"]),
-        ("levels", 2, ["'levels' 2 must be the teacher's 3"]),
+        ("levels", 2, ["'levels' 2 must be the teacher's 3", "detrdistill compares level with level"]),
+        ("backbone.dilation", True, ["'backbone.dilation' must be the teacher's", "cell by cell"]),
         ("form", "two_stage", ["take a teacher of the same 'form'"]),
         ("schedule.lr.value", 3, ["'schedule.lr.value' has no part 'lr'"]),
         ("scedule.lr", 3, ["'scedule.lr' has no part 'scedule'"]),
@@ -165,3 +174,83 @@ def test_presets_know_their_runs():
         get_preset("qiuck")
     with pytest.raises(InputError, match="setting 'techer' is unknown; known: teacher, student"):
         smoke().recipe("techer")
+
+
+# A value for each switch of each method that is not its default.
+SWITCHES = {
+    "detrdistill": {
+        "logits": 2, "features": 0, "assignment": 0.5, "gamma": 0.25, "stages": "last", "matching": "positives", "normaliser": "pairs",
+        "mask": "ones", "maps": "neck", "mask_queries": "initial", "adapter": False, "pairing": "student", "references": "student",
+    },
+    "fitnet": {"weight": 1, "maps": "features"},
+    "fgd": {"foreground": 0, "background": 0, "attention": 0, "relation": 0, "temperature": 1, "maps": "features"},
+    "mgd": {"weight": 1, "masked": 0.5, "maps": "features"},
+    "fkd": {"feature": 0, "channel": 0, "spatial": 0, "relation": 0, "temperature": 1, "maps": "features"},
+    "fgfi": {"weight": 1, "threshold": 0.3, "scales": (4,), "ratios": (1,), "maps": "features"},
+    "pkd": {"weight": 6, "maps": "features"},
+    "cwd": {"weight": 1, "temperature": 2, "maps": "features"},
+    "kd_detr": {"form": "tprd", "specific": 0, "general": 0, "general_queries": 7, "temperature": 1, "stages": "grouped"},
+    "d3etr": {"adaptive": 0, "fixed": 0, "self_attention": 0, "cross_attention": 0, "stages": "first"},
+}  # fmt: skip
+
+
+def test_every_switch_has_another_value_here():
+    assert SWITCHES.keys() == METHODS.keys()
+    for name, method in METHODS.items():
+        assert SWITCHES[name].keys() == method.model_fields.keys() - {"name", "variant", "contrast"}
+
+
+@pytest.mark.parametrize(("name", "field"), [(name, field) for name, fields in SWITCHES.items() for field in fields])
+def test_every_switch_is_part_of_the_run_s_name(name, field):
+    plain, changed = (DISTILLED.replace(methods=[{"name": name} | fields]) for fields in ({}, {field: SWITCHES[name][field]}))
+    assert run_id(plain) != run_id(changed) and f"-{name}-" in run_id(plain)
+
+
+def test_variants_set_all_switches_together():
+    released = DETRDistill(variant="released")
+    same = {"name", "gamma", "stages", "mask_queries", "logits", "features", "assignment"}
+    assert {field for field in DETRDistill.model_fields if getattr(released, field) == getattr(DETRDistill(), field)} == same
+    stated = DETRDistill(variant="released", mask="ones", contrast=0)
+    assert stated.mask == "ones" and stated.contrast == 0 and stated.matching == "joint"
+    assert KDDETR(form="tprd").stages == "grouped" and KDDETR(form="tprd", stages="last").stages == "last"
+    read_again = DISTILLED.replace(methods=(stated,)).replace(seed=3).methods
+    assert read_again == (stated,)
+
+
+def test_methods_joined_in_a_setting():
+    both = smoke().recipe("fgd+detrdistill")
+    assert both.methods == (FGD(), smoke().method) and both.title == "deformable_detr-thin8-fgd+detrdistill-seed0"
+    assert both.replace(methods="fgd+detrdistill").methods == (FGD(), DETRDistill())
+    with pytest.raises(InputError, match="setting 'fgdd' is unknown; known: teacher, student, detrdistill, fitnet"):
+        smoke().recipe("detrdistill+fgdd")
+
+
+ADAMIXER, OTHER_WIDTH = smoke("adamixer").student, smoke("adamixer").student.replace(feature_dim=64)
+TWO_STAGE = STUDENT.replace(form="two_stage")
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "method", "reason"),
+    [
+        (ADAMIXER, TEACHER, {"name": "detrdistill"}, "features and queries of a deformable_detr mean something else to a adamixer"),
+        (ADAMIXER, TEACHER, {"name": "fgd"}, "take a teacher of the same detector"),
+        (ADAMIXER, TEACHER, {"name": "kd_detr"}, "take a teacher of the same detector"),
+        (ADAMIXER, TEACHER, {"name": "detrdistill", "features": 0, "assignment": 0}, None),
+        (STUDENT.replace(levels=2), TEACHER, {"name": "cwd"}, "cwd compares level with level"),
+        (STUDENT.replace(levels=2), TEACHER, {"name": "kd_detr"}, None),
+        (STUDENT.replace(levels=2), TEACHER, {"name": "d3etr"}, "d3etr compares level with level"),
+        (STUDENT.replace(levels=2), TEACHER, {"name": "d3etr", "cross_attention": 0}, None),
+        (TWO_STAGE, TEACHER, {"name": "kd_detr"}, "kd_detr cannot hand them on"),
+        (TWO_STAGE, TEACHER, {"name": "d3etr", "fixed": 0}, None),
+        (TWO_STAGE, TWO_STAGE, {"name": "detrdistill", "references": "student"}, "no layer that makes reference points"),
+        (ADAMIXER, OTHER_WIDTH, {"name": "detrdistill"}, "multiplies the teacher's features"),
+        (ADAMIXER, OTHER_WIDTH, {"name": "detrdistill", "mask": "boxes"}, None),
+        (STUDENT.replace(decoder_layers=1), TEACHER, {"name": "detrdistill"}, None),
+    ],
+)
+def test_teachers_that_cannot_teach_are_refused(student, teacher, method, reason):
+    if reason is None:
+        assert student.replace(methods=[method], teacher=teacher).methods[0].name == method["name"]
+        return
+    with pytest.raises(InputError, match=reason):
+        student.replace(methods=[method], teacher=teacher)

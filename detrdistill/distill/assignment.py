@@ -2,26 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from detrdistill.criterion import set_losses
+from detrdistill.criterion import set_losses, target_cost
 from detrdistill.matching import Pairs, Problem
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
 
 
-class AssignmentDistillation(nn.Module):
-    """The student decodes the teacher's queries as well, and each must find the object that the teacher's query i found.
+class QueryAdapter(nn.Module):
+    """The teacher's queries as a group that the student decodes, in the student's width.
 
     Args:
-        student_dim, teacher_dim: widths of the queries; where they differ, a learned linear map adapts the teacher's.
         position: whether the queries carry an embedding of their own beside content and reference.
 
-    No matching takes place: sigma^T, stage by stage, is given. The group starts at the teacher's reference points, shares the
-    student's memory, does not interact with the student's own queries, and exists in training only. Weights as in the detection
-    loss (2, 5, 2), divided by the number of objects. The released code computes the teacher's assignment and then matches anew
-    with the student's predictions, in a second pass through encoder and decoder.
+    Where the widths differ, learned linear maps adapt content and position; references are geometry and stay.
     """
 
     def __init__(self, student_dim: int, teacher_dim: int, position: bool = True) -> None:
@@ -30,16 +27,48 @@ class AssignmentDistillation(nn.Module):
         self.content = nn.Linear(teacher_dim, student_dim) if adapt else nn.Identity()
         self.position = nn.Linear(teacher_dim, student_dim) if adapt and position else nn.Identity()
 
+    def forward(self, queries: Queries) -> Queries:
+        position = None if queries.position is None else self.position(queries.position)
+        return replace(queries, content=self.content(queries.content), position=position, proposals=None)
+
+
+class AssignmentDistillation(nn.Module):
+    """The student decodes the teacher's queries as well, and each must find the object that the teacher's query i found.
+
+    Args:
+        student_dim, teacher_dim, position: as in `QueryAdapter`.
+        pairing: `teacher`: sigma^T, the teacher's own assignment, stage by stage (Eq. 10). `student`: the group is matched anew with
+            the student's predictions; the released code computes the teacher's assignment, but never hands it to this loss.
+        references: where the queries start: at the `teacher`'s reference points, or at those that the `student` makes of the
+            teacher's embedding, as in the released code.
+
+    The group shares the student's memory, does not interact with the student's own queries, and exists in training only. Weights
+    as in the detection loss (2, 5, 2), divided by the number of objects. The released code passes the encoder a second time for
+    this group, with the same result but for dropout.
+    """
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        position: bool = True,
+        pairing: Literal["teacher", "student"] = "teacher",
+        references: Literal["teacher", "student"] = "teacher",
+    ) -> None:
+        super().__init__()
+        self.adapter = QueryAdapter(student_dim, teacher_dim, position)
+        self.pairing, self.references = pairing, references
+
     def guests(self, teacher: DetectorOutput) -> Queries:
         """The group of queries that the student shall decode beside its own; its output is this loss's `student`."""
-        initial = teacher.initial
-        position = None if initial.position is None else self.position(initial.position)
-        return replace(initial, content=self.content(initial.content), position=position, proposals=None)
+        queries = self.adapter(teacher.initial)
+        return queries if self.references == "teacher" else replace(queries, reference=None)
 
     def problems(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, Problem]:
-        return {}
+        matched = teacher if self.pairing == "teacher" else student
+        return {"objects": Problem(target_cost(matched, targets), targets.counts)}
 
     def forward(
         self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]
     ) -> dict[str, Float[Tensor, " S"]]:
-        return set_losses(student, targets, pairs["teacher"])
+        return set_losses(student, targets, pairs["objects"])

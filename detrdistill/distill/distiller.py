@@ -7,22 +7,27 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from detrdistill.criterion import SetCriterion, target_cost
-from detrdistill.distill.assignment import AssignmentDistillation
-from detrdistill.distill.features import FeatureDistillation
-from detrdistill.distill.logits import LogitsDistillation
-from detrdistill.experiments.recipes import Recipe
+from detrdistill.criterion import SetCriterion
+from detrdistill.distill.stages import pair_stages
 from detrdistill.matching import Problem, match
+from detrdistill.models.attention import constants
 from detrdistill.models.outputs import DetectorOutput, Targets
 
 
 @dataclass(frozen=True)
 class Term:
-    """A distillation loss under its name in the log, and its weight (lambda)."""
+    """A distillation loss under its name in the log.
+
+    Attributes:
+        weight: lambda.
+        stages: how decoder stages are paired (`stages.pair_stages`): the loss sees student and teacher with as many stages as there
+            are pairs. None for a loss that sees both as they are.
+    """
 
     name: str
     weight: float
     loss: nn.Module
+    stages: str | None = None
 
 
 class Distiller(nn.Module):
@@ -30,10 +35,15 @@ class Distiller(nn.Module):
 
     Args:
         student: a detector with the contract of `models`.
-        terms: distillation losses. Each has `problems(student, teacher, targets)`, what must be matched, and is called with
-            `(student, teacher, targets, pairs)`, the pairs of all problems by name; "student" and "teacher" are the assignments of
-            either model to the ground truth. A loss with `guests(teacher) -> Queries` sees the output of that group as its
-            `student`; all groups pass the decoder together.
+        terms: distillation losses. Each has `problems(student, teacher, targets)`, what must be matched, by names of its own, and
+            is called with `(student, teacher, targets, pairs)`; it returns named scalars, or one value a pair of stages. Optional:
+
+            - `guests(teacher) -> Queries`: a group that the student decodes besides its own; the loss sees it as `student`.
+            - `probe(own) -> Queries`: a group made from the teacher's own queries that the teacher decodes besides; the loss sees it
+              as `teacher`.
+            - `attention = True`: outputs come with their attention maps.
+
+            All groups of a model pass its decoder together.
 
     The teacher is not part of this module: it gets into no optimizer, no checkpoint and no gradient.
     """
@@ -44,49 +54,93 @@ class Distiller(nn.Module):
         self.criterion = SetCriterion()
         self.terms = tuple(terms)
         self.losses = nn.ModuleDict({term.name: term.loss for term in terms})
+        self.attention = any(getattr(term.loss, "attention", False) for term in terms)
+
+    @torch.no_grad()
+    def ask(self, teacher: nn.Module, pixels: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"]) -> list[DetectorOutput]:
+        """What the teacher says, without gradient: to its own queries, and to the probes of the terms that have one, in their order.
+
+        (Not in inference mode, whose tensors cannot be saved for the student's backward pass.)
+        """
+        memory = teacher.encode(pixels, padding)
+        own = teacher.queries(memory)
+        probes = [term.loss.probe(own) for term in self.terms if hasattr(term.loss, "probe")]
+        return teacher.decode(memory, own, *probes, **self._with_attention())
 
     def forward(
         self,
         pixels: Float[Tensor, "B 3 H W"],
         padding: Bool[Tensor, "B H W"],
         targets: Targets,
-        teacher: DetectorOutput | None = None,
+        answers: Sequence[DetectorOutput] = (),
     ) -> dict[str, Tensor]:
         """Weighted loss parts by name, a scalar or one value a stage; their sum is the loss.
+
+        Args:
+            answers: the teacher's, from `ask`; not needed without terms.
 
         Raises:
             NonFiniteError: a prediction is NaN or infinite, found when it is matched.
         """
+        teachers = self._by_term("probe", answers)
         memory = self.student.encode(pixels, padding)
-        hosts = [term for term in self.terms if hasattr(term.loss, "guests")]
-        own, *visiting = self.student.decode(memory, self.student.queries(memory), *(term.loss.guests(teacher) for term in hosts))
-        seen = {term.name: full_precision(output) for term, output in zip(hosts, visiting, strict=True)}
-        own = full_precision(own)
+        guests = [term.loss.guests(teachers[term.name]) for term in self.terms if hasattr(term.loss, "guests")]
+        decoded = self.student.decode(memory, self.student.queries(memory), *guests, **self._with_attention())
 
         # Costs and losses are small and need more than bfloat16: everything from here on is in full precision.
         with torch.autocast(pixels.device.type, enabled=False):
+            own, *guests = [full_precision(output) for output in decoded]
+            students = self._by_term("guests", [own, *guests])
+            teachers = self._by_term("probe", [full_precision(output) for output in answers])
             problems = self.criterion.problems(own, targets)
-            if self.terms:
-                teacher = full_precision(teacher)
-                problems["teacher"] = Problem(target_cost(teacher, targets), targets.counts)
-                for term in self.terms:
-                    problems |= term.loss.problems(seen.get(term.name, own), teacher, targets)
+            views = {}
+            for term in self.terms:
+                views[term.name] = students[term.name], teachers[term.name], None
+                if term.stages:
+                    views[term.name] = align(students[term.name], teachers[term.name], term.stages)
+                problems |= scoped(term.name, term.loss.problems(*views[term.name][:2], targets))
             pairs = match(problems)
             parts = prefixed("detection", self.criterion(own, targets, pairs))
             for term in self.terms:
-                values = term.loss(seen.get(term.name, own), teacher, targets, pairs)
+                student, teacher, shares = views[term.name]
+                mine = {name.removeprefix(f"{term.name}: "): value for name, value in pairs.items() if name.startswith(f"{term.name}: ")}
+                values = term.loss(student, teacher, targets, mine)
+                if shares is not None:
+                    values = {name: value * shares for name, value in values.items()}
                 parts |= prefixed(term.name, {name: term.weight * value for name, value in values.items()})
         return parts
 
+    def _by_term(self, hook: str, outputs: Sequence[DetectorOutput]) -> dict[str, DetectorOutput]:
+        """For each term the output of its own group, if it has the `hook`, or the first one."""
+        first, *own = outputs or [None]
+        own = iter(own)
+        return {term.name: next(own) if hasattr(term.loss, hook) else first for term in self.terms}
+
+    def _with_attention(self) -> dict[str, bool]:
+        return {"attention": True} if self.attention else {}
+
+
+def align(student: DetectorOutput, teacher: DetectorOutput, strategy: str) -> tuple[DetectorOutput, DetectorOutput, Tensor | None]:
+    """Both with one stage for each pair of stages, and the pairs' weights (None: all 1)."""
+    pairs = pair_stages(len(student.logits), len(teacher.logits), strategy)
+    shares = None if all(weight == 1 for weight in pairs.weight) else constants(pairs.weight, student.boxes)
+    return student.at(pairs.student), teacher.at(pairs.teacher), shares
+
+
+def scoped(name: str, problems: Mapping[str, Problem]) -> dict[str, Problem]:
+    """The problems under names that no other loss has."""
+    inner = lambda other: other and f"{name}: {other}"  # noqa: E731
+    return {inner(key): replace(one, among=inner(one.among), besides=inner(one.besides)) for key, one in problems.items()}
+
 
 def full_precision(output: DetectorOutput) -> DetectorOutput:
-    """Predictions, queries and features in at least float32 (autocast leaves some in bfloat16)."""
+    """Predictions, queries and maps in at least float32 (autocast leaves some in bfloat16)."""
     raised = {}
     for field in fields(output):
         value = getattr(output, field.name)
         if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
             raised[field.name] = value.float()
-        elif field.name == "features":
+        elif field.name in ("features", "neck"):
             raised[field.name] = [level.float() if level.dtype == torch.bfloat16 else level for level in value]
     if output.initial is not None and output.initial.proposals is not None:
         raised["initial"] = replace(output.initial, proposals=full_precision(output.initial.proposals))
@@ -95,18 +149,3 @@ def full_precision(output: DetectorOutput) -> DetectorOutput:
 
 def prefixed(name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name if part == name else f"{name}/{part}": value for part, value in values.items()}
-
-
-def build_distiller(student: nn.Module, recipe: Recipe) -> Distiller:
-    """The student under the recipe's methods."""
-    terms: list[Term] = []
-    for method in recipe.methods:
-        widths = recipe.dim, recipe.teacher.dim
-        features = recipe.feature_width, recipe.teacher.feature_width
-        parts = (
-            ("logits", method.logits, lambda: LogitsDistillation()),
-            ("features", method.features, lambda: FeatureDistillation(*features, method.gamma)),  # noqa: B023
-            ("assignment", method.assignment, lambda: AssignmentDistillation(*widths, student.query_position)),  # noqa: B023
-        )
-        terms += [Term(name, weight, make()) for name, weight, make in parts if weight > 0]
-    return Distiller(student, terms)

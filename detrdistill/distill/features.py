@@ -1,34 +1,52 @@
 """Target-aware feature distillation: query masks (Eq. 7), quality scores (Eq. 8) and the weighted loss (Eq. 9)."""
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from detrdistill.boxes import cxcywh_to_xyxy, iou
 from detrdistill.matching import Pairs, Problem
 from detrdistill.models.outputs import DetectorOutput, Targets
 
+Mask = Literal["quality", "query", "boxes", "ones", "released"]
+
 
 class FeatureDistillation(nn.Module):
-    """The student's features follow the teacher's where the teacher's good queries look.
+    """The student's features follow the teacher's where a mask says so (Eq. 6).
 
     Args:
-        student_dim, teacher_dim: channels. Phi of Eq. 6 is a learned 1x1 convolution between them, also where they agree: with the
-            identity instead, a student can make the error small by letting its own features shrink to the teacher's mean.
+        student_dim, teacher_dim: channels.
         gamma: exponent of Eq. 8.
+        mask: `quality`: the masks of all queries, each weighted by its quality score (Eq. 9). `query`: their plain mean (Eq. 7), which
+            the paper found not to help. `boxes`: 1 inside the ground truth. `ones`: everywhere, FitNet's. `released`: see
+            `released_weights`.
+        maps: `features`, what the decoder attends to (Fig. 3: after the encoder), or `neck`, before the encoder, as released.
+        queries: Q_i of Eq. 7: the teacher's decoder outputs of every stage, over which the loss is summed; those of the last stage;
+            or the queries that its decoder starts from, content plus position, with the last stage's quality.
+        adapter: phi of Eq. 6 is a learned 1x1 convolution, also where the widths agree: with the identity instead, a student can
+            make the error small by letting its own features shrink to the teacher's mean. False: the identity where it fits, as
+            released.
 
-    Features are what the decoder attends to (Fig. 3: after the encoder), queries the teacher's decoder outputs of every stage,
-    M all queries. The loss is summed over stages and levels. Padding takes no part; H W counts the valid cells of each image.
-    The released code differs: no phi, features before the encoder, cosine instead of dot product, one mask clamped and divided by
-    its maximum, the 100 best query-class pairs, no gamma.
+    M is all queries. The loss is summed over levels. Padding takes no part; H W counts the valid cells of each image.
     """
 
-    def __init__(self, student_dim: int, teacher_dim: int, gamma: float) -> None:
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        gamma: float,
+        mask: Mask = "quality",
+        maps: Literal["neck", "features"] = "features",
+        queries: Literal["stages", "last", "initial"] = "stages",
+        adapter: bool = True,
+    ) -> None:
         super().__init__()
-        self.gamma = gamma
-        self.adapter = nn.Conv2d(student_dim, teacher_dim, 1)
+        self.gamma, self.mask, self.maps, self.queries = gamma, mask, maps, queries
+        self.adapter = nn.Conv2d(student_dim, teacher_dim, 1) if adapter or student_dim != teacher_dim else nn.Identity()
 
     def problems(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, Problem]:
         return {}
@@ -36,15 +54,33 @@ class FeatureDistillation(nn.Module):
     def forward(
         self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]
     ) -> dict[str, Float[Tensor, ""]]:
-        quality = quality_scores(teacher.logits, teacher.boxes, targets, self.gamma)
-        adapted = [self.adapter(level) for level in student.features]
-        weights = mask_weights(teacher.features, teacher.queries, quality)
+        adapted = [self.adapter(level) for level in getattr(student, self.maps)]
+        levels = zip(adapted, getattr(teacher, self.maps), self.weights(teacher, targets), teacher.padding, strict=True)
         total = adapted[0].new_zeros(())
-        for f_student, f_teacher, weight, padding in zip(adapted, teacher.features, weights, teacher.padding, strict=True):
+        for f_student, f_teacher, weight, padding in levels:
             error = (f_teacher - f_student).square().mean(1)  # 1/d of Eq. 9
             valid = (~padding).to(error.dtype)
             total = total + ((weight * error * valid).sum((1, 2)) / valid.sum((1, 2))).sum()
         return {"features": total / targets.step_images}
+
+    def weights(self, teacher: DetectorOutput, targets: Targets) -> list[Float[Tensor, "B _ _"]]:
+        """What the squared error of each cell is multiplied with, a map a level: the mask's square, or the sum of squares of Eq. 9."""
+        maps = getattr(teacher, self.maps)
+        if self.mask == "ones":
+            return [torch.ones_like(level[:, 0]) for level in maps]
+        if self.mask == "boxes":
+            return [box_mask(targets, padding).to(level.dtype) for level, padding in zip(maps, teacher.padding, strict=True)]
+        if self.queries != "stages":
+            teacher = teacher.at([len(teacher.logits) - 1])
+        queries = teacher.queries
+        if self.queries == "initial":
+            first = teacher.initial.content if teacher.initial.position is None else teacher.initial.content + teacher.initial.position
+            queries = first[None].expand(1, queries.shape[1], -1, -1)
+        if self.mask == "query":
+            return query_weights(maps, queries)
+        if self.mask == "released":
+            return released_weights(maps, teacher.padding, queries, teacher.logits, teacher.boxes, targets)
+        return quality_weights(maps, queries, quality_scores(teacher.logits, teacher.boxes, targets, self.gamma))
 
 
 def quality_scores(
@@ -56,12 +92,17 @@ def quality_scores(
     q = c, as in the released code.
     """
     score = logits.sigmoid().amax(-1)
-    if targets.boxes.shape[1] == 0:
-        return score
-    overlap, _ = iou(cxcywh_to_xyxy(boxes)[..., None, :], cxcywh_to_xyxy(targets.boxes)[None, :, None])
-    overlap = overlap.amax(-1)  # the padded boxes are empty: IoU 0
-    some = torch.tensor([count > 0 for count in targets.counts]).to(score.device, non_blocking=True)[None, :, None]  # without waiting
+    overlap, some = best_overlap(boxes, targets)
     return torch.where(some, score**gamma * overlap ** (1 - gamma), score)
+
+
+def best_overlap(boxes: Float[Tensor, "S B Q 4"], targets: Targets) -> tuple[Float[Tensor, "S B Q"], Bool[Tensor, "1 B 1"]]:
+    """Best IoU with any object of the image, and whether the image has any."""
+    some = torch.tensor([count > 0 for count in targets.counts]).to(boxes.device, non_blocking=True)[None, :, None]  # without waiting
+    if targets.boxes.shape[1] == 0:
+        return torch.zeros_like(boxes[..., 0]), some
+    overlap, _ = iou(cxcywh_to_xyxy(boxes)[..., None, :], cxcywh_to_xyxy(targets.boxes)[None, :, None])
+    return overlap.amax(-1), some  # the padded boxes are empty: IoU 0
 
 
 def query_masks(feature: Float[Tensor, "B D H W"], queries: Float[Tensor, "B Q D"]) -> Float[Tensor, "B Q H W"]:
@@ -69,13 +110,57 @@ def query_masks(feature: Float[Tensor, "B D H W"], queries: Float[Tensor, "B Q D
     return torch.einsum("bdhw,bqd->bqhw", feature, queries)
 
 
-def mask_weights(
+def quality_weights(
     features: Sequence[Float[Tensor, "B D _ _"]], queries: Float[Tensor, "S B Q D"], quality: Float[Tensor, "S B Q"]
 ) -> list[Float[Tensor, "B _ _"]]:
-    """What Eq. 9 multiplies the squared error of each cell with: sum over stages of 1/M sum_i q_i psi_i^2.
+    """Eq. 9: sum over stages of 1/M sum_i q_i psi_i^2.
 
     psi_i is a dot product, so the sum over queries is a quadratic form, F(x)^T (sum_i q_i Q_i Q_i^T) F(x): D x D numbers an image
     instead of a map a query and stage.
     """
     form = torch.einsum("sbq,sbqd,sbqe->bde", quality / queries.shape[2], queries, queries)
     return [torch.einsum("bdhw,bde,behw->bhw", feature, form, feature) for feature in features]
+
+
+def query_weights(features: Sequence[Float[Tensor, "B D _ _"]], queries: Float[Tensor, "S B Q D"]) -> list[Float[Tensor, "B _ _"]]:
+    """Eq. 7 in Eq. 6: sum over stages of psi^2 with psi = 1/M sum_i psi_i, the mask of the mean query."""
+    return [torch.einsum("bdhw,sbd->sbhw", feature, queries.mean(2)).square().sum(0) for feature in features]
+
+
+def released_weights(
+    features: Sequence[Float[Tensor, "B D _ _"]],
+    padding: Sequence[Bool[Tensor, "B _ _"]],
+    queries: Float[Tensor, "S B Q D"],
+    logits: Float[Tensor, "S B Q C"],
+    boxes: Float[Tensor, "S B Q 4"],
+    targets: Targets,
+    top: int = 100,
+) -> list[Float[Tensor, "B _ _"]]:
+    """The released code's mask, squared and summed over stages.
+
+    Of each stage the `top` best pairs of query and class (a query may come more than once) are weighted by score times IoU, without
+    gamma; masks are cosines instead of dot products, summed, kept above 0.01 and divided by their maximum on the image (there:
+    padding included).
+    """
+    overlap, some = best_overlap(boxes, targets)
+    quality = logits.sigmoid() * torch.where(some, overlap, 1.0)[..., None]
+    chosen = logits.flatten(2).topk(min(top, logits[0, 0].numel()), dim=-1).indices
+    weight = torch.zeros_like(quality).flatten(2).scatter(2, chosen, quality.flatten(2).gather(2, chosen)).view_as(quality).sum(-1)
+    # A sum of cosines with one map is the map's product with the weighted sum of unit queries.
+    mixed = torch.einsum("sbq,sbqd->sbd", weight, F.normalize(queries, dim=-1))
+    found = []
+    for feature, hidden in zip(features, padding, strict=True):
+        mask = torch.einsum("bdhw,sbd->sbhw", F.normalize(feature, dim=1), mixed).clamp(min=0.01).masked_fill(hidden, 0)
+        found.append((mask / mask.amax((2, 3), keepdim=True)).square().sum(0))
+    return found
+
+
+def box_mask(targets: Targets, padding: Bool[Tensor, "B H W"]) -> Bool[Tensor, "B H W"]:
+    """Which cells have their centre inside an object's box. Boxes are relative to the image without padding."""
+    rows, columns = (~padding[:, :, 0]).sum(1), (~padding[:, 0, :]).sum(1)
+    y = (torch.arange(padding.shape[1], device=padding.device) + 0.5) / rows[:, None]
+    x = (torch.arange(padding.shape[2], device=padding.device) + 0.5) / columns[:, None]
+    left, top, right, bottom = cxcywh_to_xyxy(targets.boxes).unbind(-1)  # [B N]; padded boxes are empty
+    across = (x[:, None] > left[..., None]) & (x[:, None] < right[..., None])
+    down = (y[:, None] > top[..., None]) & (y[:, None] < bottom[..., None])
+    return (down[..., :, None] & across[..., None, :]).any(1)

@@ -1,46 +1,87 @@
 """Hungarian-matching logits distillation: Eq. 3 (positives), Eq. 4 (negatives), summed over decoder stages (Eq. 5)."""
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from detrdistill.criterion import box_cost, box_losses
+from detrdistill.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
+from detrdistill.criterion import box_cost, box_losses, target_cost
+from detrdistill.distill.contrast import ContrastiveHead
 from detrdistill.matching import Pairs, Problem
 from detrdistill.models.outputs import DetectorOutput, Targets
 
 
 class LogitsDistillation(nn.Module):
-    """The teacher's predictions are the student's targets, stage k to stage k.
+    """The teacher's predictions are the student's targets, stage to stage.
 
-    Positives are the teacher queries that the teacher's own Hungarian assignment gives an object; the student is matched to them by
-    class and box (Eq. 3). All other teacher queries are negatives, matched and distilled by box alone, since their class is always
-    background (Eq. 4): without them some 7 boxes an image would be all that is distilled. The two matchings are independent.
+    Args:
+        matching: `split`: positives are the teacher queries that the teacher's own Hungarian assignment gives an object; the student
+            is matched to them by class and box (Eq. 3). All other teacher queries are negatives, matched and distilled by box alone,
+            since their class is always background (Eq. 4): without them some 7 boxes an image would be all that is distilled. The
+            two matchings are independent. `positives`: Eq. 3 alone. `joint`: the released code, which knows no split: all teacher
+            queries at once, class and box of each, their boxes cut at the border of the image.
+        normaliser: `queries`: everything is divided by the teacher's queries, since Eq. 3 and 4 together are one sum over all of
+            them. `pairs`: positives by the number of objects, negatives by the other queries, joint pairs by their number.
+        contrast: the released code's contrastive head, on the queries of joint pairs.
+        contrast_weight: of its loss (released: 0.2).
 
-    The paper's class term, normaliser and choice of positives were not found. Class term and normaliser are the released code's:
-    binary cross-entropy against the teacher's probabilities, summed over classes, and everything divided by the number of
-    teacher queries, since Eq. 3 and 4 together are one sum over all of them. The released code has no split: it matches all
-    queries at once and distils class and box of each.
+    The paper's class term, normaliser and choice of positives were not found. The class term is the released code's: binary
+    cross-entropy against the teacher's probabilities, summed over classes. Weights of class, L1 and GIoU are its 1, 5, 2. Numbers
+    of queries may differ: as many are matched as the smaller one has.
     """
 
+    def __init__(
+        self,
+        matching: Literal["split", "positives", "joint"] = "split",
+        normaliser: Literal["queries", "pairs"] = "queries",
+        contrast: ContrastiveHead | None = None,
+        contrast_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.matching, self.normaliser, self.contrast, self.contrast_weight = matching, normaliser, contrast, contrast_weight
+
     def problems(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, Problem]:
-        boxes = box_cost(student.boxes, teacher.boxes, student.l1)
-        return {
+        """The teacher's assignment to the ground truth, and student queries to teacher queries."""
+        boxes = box_cost(student.boxes, self._wanted(teacher), student.l1)
+        if self.matching == "joint":
+            return {"joint": Problem(boxes + class_cost(student.logits, teacher.logits))}
+        found = {
+            "teacher": Problem(target_cost(teacher, targets), targets.counts),
             "positive": Problem(boxes + class_cost(student.logits, teacher.logits), among="teacher"),
-            "negative": Problem(boxes, besides="teacher"),
         }
+        return found if self.matching == "positives" else found | {"negative": Problem(boxes, besides="teacher")}
 
     def forward(
         self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]
     ) -> dict[str, Float[Tensor, " S"]]:
-        positive, negative = pairs["positive"], pairs["negative"]
-        queries = targets.step_images * teacher.logits.shape[2]
-        losses = {"positive/class": class_loss(student.logits, teacher.logits, positive) / queries}
-        for name, matched in (("positive", positive), ("negative", negative)):
-            wanted = teacher.boxes[matched.stage, matched.image, matched.target]
-            losses |= {f"{name}/{part}": value / queries for part, value in box_losses(student.boxes, wanted, matched, student.l1).items()}
+        wanted, losses = self._wanted(teacher), {}
+        for name in ("joint",) if self.matching == "joint" else ("positive", "negative"):
+            if name not in pairs:
+                continue
+            matched, divisor = pairs[name], self._divisor(name, student, teacher, targets)
+            if name != "negative":
+                losses[f"{name}/class"] = class_loss(student.logits, teacher.logits, matched) / divisor
+            found = box_losses(student.boxes, wanted[matched.stage, matched.image, matched.target], matched, student.l1)
+            losses |= {f"{name}/{part}": value / divisor for part, value in found.items()}
+        if self.contrast is not None:
+            losses["contrast"] = self.contrast_weight * self.contrast(student, teacher, targets, pairs["joint"])
         return losses
+
+    def _wanted(self, teacher: DetectorOutput) -> Float[Tensor, "S B N 4"]:
+        """The teacher's boxes; the released code cuts them at the border of the image, within which cxcywh alone may reach out."""
+        return xyxy_to_cxcywh(cxcywh_to_xyxy(teacher.boxes).clamp(0, 1)) if self.matching == "joint" else teacher.boxes
+
+    def _divisor(self, name: str, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> float:
+        queries = teacher.logits.shape[2]
+        if self.normaliser == "queries":
+            return targets.step_images * queries
+        if name == "joint":
+            return targets.step_images * min(queries, student.logits.shape[2])
+        # Counted over the whole optimizer step, where an image with more objects than queries is as rare as it is harmless.
+        return targets.step_boxes if name == "positive" else max(targets.step_images * queries - targets.step_boxes, 1.0)
 
 
 def class_cost(student: Float[Tensor, "S B Q C"], teacher: Float[Tensor, "S B N C"]) -> Float[Tensor, "S B Q N"]:

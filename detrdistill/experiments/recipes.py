@@ -5,91 +5,14 @@ Whatever does not change the numbers (device, worker processes, where results li
 """
 
 import json
-from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from detrdistill.errors import InputError
-
-Fraction = Annotated[float, Field(ge=0, le=1)]
-M = TypeVar("M", bound="Strict")
-
-
-class Strict(BaseModel):
-    """Frozen, and refuses what it does not know."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @classmethod
-    def read(cls: type[M], values: Any, where: str = "") -> M:
-        """Validate `values`, turning pydantic's report into one line that names field, value and rule.
-
-        Raises:
-            InputError: an unknown field, a wrong type, or a value out of range.
-        """
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise InputError(f"{where or cls.__name__}: {explain(error, cls)}") from None
-
-    def replace(self: M, **changes: Any) -> M:
-        """A copy with `changes` applied and validated; nested fields by dotted name: `replace(**{"schedule.lr": 1e-4})`."""
-        values = self.model_dump()
-        for name, value in changes.items():
-            *parents, last = name.split(".")
-            node = values
-            for parent in parents:
-                node = node.get(parent) if isinstance(node, dict) else None
-                if not isinstance(node, dict):
-                    raise InputError(f"{type(self).__name__}: '{name}' has no part '{parent}' here; fields: {', '.join(values)}")
-            node[last] = value.model_dump() if isinstance(value, BaseModel) else value
-        return type(self).read(values)
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """All faults of a pydantic report on one line."""
-    faults = []
-    for fault in error.errors(include_url=False):
-        name = ".".join(str(part) for part in fault["loc"]) or "recipe"
-        if fault["type"] == "extra_forbidden":
-            known = ", ".join(_fields_beside(fault["loc"], model))
-            faults.append(f"unknown parameter '{name}' = {fault['input']!r}; known here: {known}")
-        else:
-            reason = fault["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(fault["input"], dict) else f" = {fault['input']!r}"
-            faults.append(f"'{name}'{given}: {reason}")
-    return "; ".join(faults)
-
-
-def _fields_beside(place: Sequence[str | int], model: type[BaseModel]) -> list[str]:
-    """Names of the fields that stand where `place` points to, in whichever models the annotations admit there."""
-    owners = [model]
-    for part in place[:-1]:
-        fields = [owner.model_fields[part] for owner in owners if part in owner.model_fields]
-        # Pydantic also puts indices and the tags of unions into a place.
-        tagged = [owner for owner in owners if "name" in owner.model_fields and owner.model_fields["name"].default == part]
-        owners = [inner for field in fields for inner in _models(field.annotation)] or tagged or owners
-    return list(dict.fromkeys(name for owner in owners for name in owner.model_fields))
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for part in get_args(annotation) for model in _models(part)]
+from detrdistill.experiments.methods import DETRDistill, Methods
+from detrdistill.experiments.strict import Fraction, Strict
 
 
 class CropTraining(Strict):
@@ -204,32 +127,6 @@ class Schedule(Strict):
         return self.steps or max(1, round(self.epochs * images / self.batch))
 
 
-class DETRDistill(Strict):
-    """Weights and constants of DETRDistill (ICCV 2023). 0 switches a part off, as in the component ablation (Table 7).
-
-    L = L_det + logits * Eq. 3-5 + features * Eq. 9 + assignment * Eq. 10. Neither the paper's lambdas nor its gamma were found in
-    any source we could reach; the values here are this kit's own.
-    """
-
-    name: Literal["detrdistill"] = "detrdistill"
-    logits: NonNegativeFloat = Field(1.0, description="lambda_1 (not found in any source)")
-    features: NonNegativeFloat = Field(1.0, description="lambda_2 (not found in any source)")
-    assignment: NonNegativeFloat = Field(1.0, description="lambda_3 (not found in any source)")
-    gamma: Fraction = Field(0.5, description="exponent of the quality score, Eq. 8 (not found in any source)")
-
-
-def _names_to_methods(value: Any) -> Any:
-    """Accept "none", "detrdistill", or a list of names as short forms."""
-    if isinstance(value, str):
-        value = [] if value == "none" else [value]
-    if isinstance(value, list | tuple):
-        return [{"name": item} if isinstance(item, str) else item for item in value]
-    return value
-
-
-Methods = Annotated[tuple[DETRDistill, ...], BeforeValidator(_names_to_methods)]
-
-
 # Fields that not every detector has, and whose they are.
 OWNERS = {
     "form": ("deformable_detr",),
@@ -300,29 +197,34 @@ class Recipe(Strict):
         return self
 
     def _teacher_fits(self, teacher: "Recipe") -> None:
-        for method in (method for method in self.methods if method.name == "detrdistill"):
-            if teacher.detector != self.detector and (method.features or method.assignment):
+        """Refuse what no loss could make sense of."""
+        same = teacher.detector == self.detector
+        for method in self.methods:
+            if not same and (method.compares_maps or method.shares_queries):
                 raise ValueError(
-                    f"features and queries of a {teacher.detector} mean something else to a {self.detector}; set 'features' and "
-                    "'assignment' to 0, or take a teacher of the same detector"
+                    f"features and queries of a {teacher.detector} mean something else to a {self.detector}; take a teacher of the same "
+                    "detector, or DETRDistill's logits alone ('features' and 'assignment' 0)"
                 )
-            if method.features and teacher.feature_width != teacher.dim:
+            if method.compares_maps and self.levels != teacher.levels:
+                raise ValueError(f"'levels' {self.levels} must be the teacher's {teacher.levels}: {method.name} compares level with level")
+            if method.compares_maps and self.backbone.dilation != teacher.backbone.dilation:
+                raise ValueError(f"'backbone.dilation' must be the teacher's: {method.name} compares the maps cell by cell")
+            if method.shares_queries and (self.form == "two_stage") != (teacher.form == "two_stage"):
                 raise ValueError(
-                    f"feature distillation multiplies the teacher's features ({teacher.feature_width} channels) with its queries "
-                    f"({teacher.dim}); it needs a teacher without 'feature_dim', or 'features' 0"
+                    f"queries of a two-stage detector start from boxes, those of other forms from points: {method.name} cannot hand them "
+                    "on; take a teacher of the same 'form' (or set DETRDistill's 'assignment' to 0)"
                 )
-            if self.decoder_layers != teacher.decoder_layers and (method.logits or method.assignment):
-                raise ValueError(
-                    f"'decoder_layers' {self.decoder_layers} must be the teacher's {teacher.decoder_layers}: "
-                    "logits and assignment are distilled stage to stage"
-                )
-            if self.levels != teacher.levels and method.features:
-                raise ValueError(f"'levels' {self.levels} must be the teacher's {teacher.levels}: features are distilled level to level")
-            if (self.form == "two_stage") != (teacher.form == "two_stage") and method.assignment:
-                raise ValueError(
-                    "queries of a two-stage detector start from boxes, those of other forms from points; take a teacher of the same "
-                    "'form', or set 'assignment' to 0"
-                )
+            if method.name == "detrdistill":
+                self._detrdistill_fits(method, teacher)
+
+    def _detrdistill_fits(self, method: DETRDistill, teacher: "Recipe") -> None:
+        if method.features and method.multiplies_queries and teacher.feature_width != teacher.dim:
+            raise ValueError(
+                f"feature distillation multiplies the teacher's features ({teacher.feature_width} channels) with its queries "
+                f"({teacher.dim}); it needs a teacher without 'feature_dim', mask='ones' or 'boxes', or 'features' 0"
+            )
+        if method.assignment and method.references == "student" and self.form == "two_stage":
+            raise ValueError("a two-stage detector has no layer that makes reference points; set 'references' to 'teacher'")
 
     @property
     def feature_width(self) -> int:

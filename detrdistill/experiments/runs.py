@@ -19,7 +19,7 @@ from torchvision import models
 from detrdistill.data.coco import CocoDataset, open_dataset, require_same_categories
 from detrdistill.data.layout import data_cache, data_hash, pinned
 from detrdistill.data.transforms import build_transform
-from detrdistill.distill.distiller import build_distiller
+from detrdistill.distill.build import build_distiller
 from detrdistill.errors import InputError
 from detrdistill.experiments.recipes import CropRecipe, Digits, Folder, Recipe, parents, run_id
 from detrdistill.experiments.store import Record, Store, commit, provenance

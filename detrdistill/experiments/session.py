@@ -8,8 +8,8 @@ from matplotlib.figure import Figure
 from pydantic import Field, NonNegativeInt, field_validator
 
 from detrdistill.experiments.presets import PRESETS, Preset, get_preset
-from detrdistill.experiments.recipes import Strict
 from detrdistill.experiments.store import Record, Store, open_store, provenance
+from detrdistill.experiments.strict import Strict
 from detrdistill.experiments.tables import TITLES, short_commit
 from detrdistill.figures.style import save
 

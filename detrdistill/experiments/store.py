@@ -16,7 +16,8 @@ from typing import Any
 from pydantic import Field
 
 from detrdistill.errors import InputError
-from detrdistill.experiments.recipes import CropRecipe, Recipe, Strict, run_id
+from detrdistill.experiments.recipes import CropRecipe, Recipe, run_id
+from detrdistill.experiments.strict import Strict
 from detrdistill.files import file_hash, make_folder, write_text, writing
 
 Numbers = dict[str, float | None]

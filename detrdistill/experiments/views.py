@@ -9,7 +9,7 @@ from torch import nn
 
 from detrdistill.boxes import cxcywh_to_xyxy
 from detrdistill.data.coco import CocoDataset, collate
-from detrdistill.distill.features import mask_weights, quality_scores, query_masks
+from detrdistill.distill.features import quality_scores, quality_weights, query_masks
 from detrdistill.figures.detections import Objects
 from detrdistill.models.outputs import DetectorOutput, Targets
 from detrdistill.training.evaluation import detections
@@ -82,8 +82,8 @@ def view_queries(detector: nn.Module, dataset: CocoDataset, index: int, *, gamma
         quality=quality[stage, 0].numpy(),
         names=[dataset.categories[label].name for label in scores.argmax(-1).tolist()],
         boxes=corners.numpy(),
-        weights=mask_weights([feature], output.queries, quality)[0][0].numpy(),
-        unweighted=mask_weights([feature], output.queries, torch.ones_like(quality))[0][0].numpy(),
+        weights=quality_weights([feature], output.queries, quality)[0][0].numpy(),
+        unweighted=quality_weights([feature], output.queries, torch.ones_like(quality))[0][0].numpy(),
     )
 
 

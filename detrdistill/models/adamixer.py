@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from detrdistill.boxes import cxcywh_to_xyxy
-from detrdistill.models.attention import constants, exact, level_padding, sine_code, within_groups
-from detrdistill.models.outputs import DetectorOutput, Queries
+from detrdistill.models.attention import constants, exact, level_padding, sampling_map, self_attention_map, sine_code, within_groups
+from detrdistill.models.outputs import AttentionMaps, DetectorOutput, Queries
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,17 @@ class Stage(nn.Module):
                 nn.init.uniform_(offsets[..., :2], -0.5, 0.5)
             offsets[..., 2] = -1  # an octave finer than the query's box
 
-    def forward(self, content, xyzr, sizes, maps, strides):  # [B Q D], [B Q 4]; `sizes` of the query groups
+    def forward(self, content, xyzr, sizes, maps, strides, padding=(), seen=None):  # [B Q D], [B Q 4]; `sizes` of the query groups
         # The position is part of the values and of what the attention is added to, as in the official code.
         placed = content + position_code(xyzr, content.shape[-1]).to(content.dtype)
-        mixed = within_groups(self.look_around, sizes, placed, to_boxes(xyzr))
+        boxes = to_boxes(xyzr)
+        mixed = within_groups(self.look_around, sizes, placed, boxes)
         content = self.attention_norm(placed + self.drop(mixed))
         points = sample_points(xyzr, exact(self.sampling_offset_generator, content))
+        if seen is not None:
+            groups = zip(placed.split(sizes, dim=1), boxes.split(sizes, dim=1), strict=True)
+            seen.among.append([self_attention_map(self.attention, x, self.preference(around)) for x, around in groups])
+            seen.across.append(map_3d(points, strides, padding))
         with torch.autocast(points.device.type, enabled=False):
             sampled = sample_3d(maps, strides, points, self.groups)
         content = self.mixing_norm(self.mixing(sampled, content))
@@ -122,9 +127,13 @@ class Stage(nn.Module):
 
     def look_around(self, placed: Float[Tensor, "B Q D"], boxes: Float[Tensor, "B Q 4"]) -> Float[Tensor, "B Q D"]:
         """Attention among queries; each head prefers, by a learned degree, boxes that cover the query's own."""
-        bias = self.iof_tau[:, None, None] * log_iof(boxes)[:, None]
-        mixed, _ = self.attention(placed, placed, placed, attn_mask=bias.flatten(0, 1).to(placed.dtype), need_weights=False)
+        bias = self.preference(boxes).flatten(0, 1).to(placed.dtype)
+        mixed, _ = self.attention(placed, placed, placed, attn_mask=bias, need_weights=False)
         return mixed
+
+    def preference(self, boxes: Float[Tensor, "B Q 4"]) -> Float[Tensor, "B heads Q Q"]:
+        """What is added to the scores of the attention among queries."""
+        return self.iof_tau[:, None, None] * log_iof(boxes)[:, None]
 
 
 class AdaMixer(nn.Module):
@@ -168,7 +177,8 @@ class AdaMixer(nn.Module):
     ) -> None:
         super().__init__()
         channels = channels or dim
-        self.backbone, self.top = backbone, queries  # as many detections an image as queries, in the official evaluation
+        self.backbone, self.levels = backbone, len(backbone.channels)
+        self.top = queries  # as many detections an image as queries, in the official evaluation
         self.neck = Neck(backbone.channels, channels)
         sizes = (dim, channels, heads, ffn, in_points, out_points, groups, classes, dropout)
         self.stages = nn.ModuleList(Stage(*sizes) for _ in range(decoder_layers))
@@ -202,25 +212,31 @@ class AdaMixer(nn.Module):
         content = self.init_content.weight[None]
         return Queries(F.layer_norm(content, content.shape[-1:]), None, self.init_boxes[None])
 
-    def decode(self, memory: Memory, *groups: Queries) -> list[DetectorOutput]:
+    def place(self, group: Queries) -> Queries:
+        """The group, starting from the whole image where it has no boxes."""
+        return group if group.reference is not None else replace(group, reference=self.init_boxes[None, :1].expand(1, len(group), 4))
+
+    def decode(self, memory: Memory, *groups: Queries, attention: bool = False) -> list[DetectorOutput]:
         """Decode all `groups` of queries in one pass; they share the image and do not see each other.
 
-        Without groups, the detector's own queries. The result has one output a group.
+        Without groups, the detector's own queries. The result has one output a group, with attention maps if `attention`.
         """
-        groups = groups or (self.queries(memory),)
+        maps = AttentionMaps() if attention else None
+        groups = [self.place(group) for group in groups] or [self.queries(memory)]
         sizes = [len(group) for group in groups]
         start = Queries.join(groups, len(memory.sizes))
         content, xyzr = start.content, to_xyzr(start.reference * memory.sizes)
         states, logits, boxes = [], [], []
         for stage in self.stages:
-            content, score, delta = stage(content, xyzr, sizes, memory.maps, self.backbone.strides)
+            content, score, delta = stage(content, xyzr, sizes, memory.maps, self.backbone.strides, memory.padding, maps)
             moved = refine(xyzr, delta)
             states.append(content)
             logits.append(score)
             boxes.append(to_boxes(moved) / memory.sizes)
             xyzr = moved.detach()
         predicted = (torch.stack(x) for x in (logits, boxes, states))
-        return DetectorOutput(*predicted, features=memory.maps, padding=memory.padding, l1="xyxy").split(groups)
+        output = DetectorOutput(*predicted, features=memory.maps, padding=memory.padding, l1="xyxy", neck=memory.maps)
+        return output.split(groups, maps)
 
 
 def to_xyzr(boxes: Float[Tensor, "*any 4"]) -> Float[Tensor, "*any 4"]:
@@ -284,3 +300,15 @@ def sample_3d(
         sampled = sampled * weight[:, None]
         total = sampled if total is None else total + sampled
     return total.unflatten(0, (-1, groups)).permute(0, 3, 1, 4, 2)
+
+
+def map_3d(points: Float[Tensor, "B Q P 3"], strides: Sequence[int], padding: Sequence[Bool[Tensor, "B _ _"]]) -> Float[Tensor, "B Q T"]:
+    """How much each cell of the maps counts in `sample_3d`, all points of a query counting the same.
+
+    Points on padding are sampled too, but not counted.
+    """
+    shapes = [(mask.shape[1], mask.shape[2]) for mask in padding]
+    extents = constants([(w * stride, h * stride) for (h, w), stride in zip(shapes, strides, strict=True)], points)
+    places = points[:, :, None, :, :2] / extents[:, None]  # B Q L P 2
+    weights = level_weights(points[..., 2], strides).transpose(2, 3) / points.shape[2]
+    return sampling_map(shapes, places[:, :, None], weights[:, :, None], torch.cat([mask.flatten(1) for mask in padding], dim=1))

@@ -5,7 +5,7 @@ All in plain PyTorch: nothing to compile, the same numbers on CPU and GPU.
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +89,24 @@ def attend(
     return mixed[..., :width].transpose(1, 2).flatten(2)
 
 
+def attention_map(
+    query: Float[Tensor, "B Q K"], key: Float[Tensor, "B T K"], heads: int, bias: Float[Tensor, "B #heads #Q T"] | None = None
+) -> Float[Tensor, "B Q T"]:
+    """How `attend` weighs the keys, averaged over heads; without dropout. `bias` is added to the scores."""
+    query, key = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key))
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    return (scores if bias is None else scores + bias).softmax(-1).mean(1)
+
+
+def self_attention_map(
+    attention: nn.MultiheadAttention, x: Float[Tensor, "B Q D"], bias: Float[Tensor, "B #heads Q Q"] | None = None
+) -> Float[Tensor, "B Q Q"]:
+    """The same for queries and keys that `attention` makes from `x`. (Its own report has gone through dropout.)"""
+    both = 2 * x.shape[-1]
+    query, key = F.linear(x, attention.in_proj_weight[:both], attention.in_proj_bias[:both]).chunk(2, dim=-1)
+    return attention_map(query, key, attention.num_heads, bias)
+
+
 def within_groups(
     attention: Callable[..., Float[Tensor, "B Q D"]], sizes: Sequence[int], *inputs: Float[Tensor, "B Q _"]
 ) -> Float[Tensor, "B Q D"]:
@@ -148,19 +166,37 @@ class DeformableAttention(nn.Module):
             padding: True on padding.
         """
         value = self.value_proj(tokens).masked_fill(padding[..., None], 0)
+        locations, weights = self.points_of(query, reference, shapes)
+        value = value.to(locations.dtype)
+        with torch.autocast(value.device.type, enabled=False):  # which would lower the weighted sum
+            sampled = sample_and_sum(value, shapes, locations, weights, self.heads)
+        return self.output_proj(sampled)
+
+    def map(
+        self,
+        query: Float[Tensor, "B Q D"],
+        reference: Float[Tensor, "B Q L P"],
+        shapes: Sequence[tuple[int, int]],
+        padding: Bool[Tensor, "B T"],
+    ) -> Float[Tensor, "B Q T"]:
+        """How much each token counts for each query, averaged over heads."""
+        locations, weights = self.points_of(query, reference, shapes)
+        return sampling_map(shapes, locations, weights / self.heads, padding)
+
+    def points_of(
+        self, query: Float[Tensor, "B Q D"], reference: Float[Tensor, "B Q L P"], shapes: Sequence[tuple[int, int]]
+    ) -> tuple[Float[Tensor, "B Q M L K 2"], Float[Tensor, "B Q M L K"]]:
+        """Where each query looks, in fractions of the level maps, and with which weights; those of a head sum to 1."""
         offsets = exact(self.sampling_offsets, query).unflatten(-1, (self.heads, self.levels, self.points, 2))
         weights = self.attention_weights(query).unflatten(-1, (self.heads, self.levels * self.points))
-        weights, value = (x.to(offsets.dtype) for x in (weights, value))
-        weights = weights.softmax(-1).unflatten(-1, (self.levels, self.points))
+        weights = weights.to(offsets.dtype).softmax(-1).unflatten(-1, (self.levels, self.points))
         reference = reference[:, :, None, :, None, :]
         if reference.shape[-1] == 2:
             sizes = constants([(w, h) for h, w in shapes], offsets)
             locations = reference + offsets / sizes[:, None, :]
         else:
             locations = reference[..., :2] + offsets / self.points * reference[..., 2:] * 0.5
-        with torch.autocast(value.device.type, enabled=False):  # which would lower the weighted sum
-            sampled = sample_and_sum(value, shapes, locations, weights, self.heads)
-        return self.output_proj(sampled)
+        return locations, weights
 
 
 def sample_and_sum(
@@ -182,3 +218,30 @@ def sample_and_sum(
         summed = torch.einsum("ndqk,nqk->ndq", sampled, weight)
         total = summed if total is None else total + summed
     return total.reshape(batch, -1, queries).transpose(1, 2)
+
+
+def sampling_map(
+    shapes: Sequence[tuple[int, int]],
+    locations: Float[Tensor, "B Q M L K 2"],
+    weights: Float[Tensor, "B Q M L K"],
+    padding: Bool[Tensor, "B T"],
+) -> Float[Tensor, "B Q T"]:
+    """How much each cell counts in bilinear samples at `locations` (fractions of their level's map) with `weights`.
+
+    A point's weight is shared out among the four cells that it is interpolated from. What falls outside of the map or on padding is
+    lost.
+    """
+    sizes = constants([(w, h) for h, w in shapes], locations)[:, None]  # L 1 2
+    starts = constants([0, *accumulate(h * w for h, w in shapes[:-1])], locations).long()[:, None, None, None]
+    place = (locations * sizes - 0.5).clamp(min=-1).minimum(sizes)  # far away is as good as just outside
+    low = place.floor()
+    cells = torch.stack((low, low + 1), dim=-1)  # B Q M L K 2 2, as the next: x and y, low and high
+    parts = torch.stack((low + 1 - place, place - low), dim=-1)
+    inside = (cells >= 0) & (cells < sizes[..., None])
+    x, y = torch.where(inside, cells, 0).long().unbind(-2)
+    share_x, share_y = (parts * inside).unbind(-2)
+    widths = sizes[..., :1, None].long()
+    tokens = (starts + y[..., :, None] * widths + x[..., None, :]).flatten(2)  # B Q and everything else
+    shares = (weights[..., None, None] * share_y[..., :, None] * share_x[..., None, :]).flatten(2)
+    shares = shares * (~padding).gather(1, tokens.flatten(1)).view_as(tokens)
+    return shares.new_zeros(*shares.shape[:2], padding.shape[1]).scatter_add_(2, tokens, shares)

@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from detrdistill.boxes import add_reference, inverse_sigmoid
-from detrdistill.models.attention import MLP, attend, exact, level_padding, sine_code, sine_position, within_groups
-from detrdistill.models.outputs import DetectorOutput, Queries
+from detrdistill.models.attention import MLP, attend, attention_map, exact, level_padding, sine_code, sine_position, within_groups
+from detrdistill.models.outputs import AttentionMaps, DetectorOutput, Queries
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class Memory:
         position: sine encoding of each token's place in the image without padding.
         padding: True where a token is padding.
         shape: height and width of the level.
+        neck: the level before the encoder.
     """
 
     tokens: Float[Tensor, "B T D"]
     position: Float[Tensor, "B T D"]
     padding: Bool[Tensor, "B T"]
     shape: tuple[int, int]
+    neck: Float[Tensor, "B D H W"]
 
 
 class EncoderLayer(nn.Module):
@@ -73,10 +75,13 @@ class DecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, t, position, code, sizes, memory):  # [B Q D], [B Q D], [B Q D]; `sizes` of the query groups
+    def forward(self, t, position, code, sizes, memory, maps=None):  # [B Q D], [B Q D], [B Q D]; `sizes` of the query groups
         dropout = self.drop.p if self.training else 0.0
         query = self.sa_qcontent_proj(t) + self.sa_qpos_proj(position)
         key = self.sa_kcontent_proj(t) + self.sa_kpos_proj(position)
+        if maps is not None:
+            groups = zip(query.split(sizes, dim=1), key.split(sizes, dim=1), strict=True)
+            maps.among.append([attention_map(*group, self.heads) for group in groups])
         mixed = within_groups(lambda q, k, v: attend(q, k, v, self.heads, dropout=dropout), sizes, query, key, self.sa_v_proj(t))
         t = self.norm1(t + self.drop(self.sa_out_proj(mixed)))
 
@@ -84,6 +89,9 @@ class DecoderLayer(nn.Module):
         if self.first:
             query, key = query + self.ca_qpos_proj(position), key + key_position
         query, key = self._beside(query, self.ca_qpos_sine_proj(code)), self._beside(key, key_position)
+        if maps is not None:
+            hidden = torch.zeros_like(memory.padding, dtype=query.dtype).masked_fill(memory.padding, -math.inf)
+            maps.across.append(attention_map(query, key, self.heads, hidden[:, None, None]))
         seen = attend(query, key, self.ca_v_proj(memory.tokens), self.heads, ~memory.padding[:, None, None], dropout)
         t = self.norm2(t + self.drop(self.ca_out_proj(seen)))
         return self.norm3(t + self.drop(self.linear2(self.drop(self.linear1(t).relu()))))
@@ -109,6 +117,7 @@ class ConditionalDETR(nn.Module):
     """
 
     query_position = True  # queries carry an embedding of their own
+    levels = 1  # maps in its outputs
     top = 100  # detections an image in the official evaluation
 
     def __init__(
@@ -159,7 +168,7 @@ class ConditionalDETR(nn.Module):
         mask = level_padding(padding, x.shape[-2:])
         position = sine_position(mask, self.dim // 2, shift=0.0).to(x.dtype)
         tokens, position = (y.flatten(2).transpose(1, 2) for y in (x, position))
-        memory = Memory(tokens, position, mask.flatten(1), (x.shape[-2], x.shape[-1]))
+        memory = Memory(tokens, position, mask.flatten(1), (x.shape[-2], x.shape[-1]), x)
         for layer in self.encoder:
             tokens = layer(tokens, position, memory.padding)
         return replace(memory, tokens=tokens)
@@ -167,14 +176,19 @@ class ConditionalDETR(nn.Module):
     def queries(self, memory: Memory) -> Queries:
         """The detector's own queries, the same for all images."""
         position = self.query_embed.weight[None]
-        return Queries(torch.zeros_like(position), position, exact(self.ref_point_head, position))
+        return self.place(Queries(torch.zeros_like(position), position, None))
 
-    def decode(self, memory: Memory, *groups: Queries) -> list[DetectorOutput]:
+    def place(self, group: Queries) -> Queries:
+        """The group, with reference points of this detector's own making where it has none."""
+        return group if group.reference is not None else replace(group, reference=exact(self.ref_point_head, group.position))
+
+    def decode(self, memory: Memory, *groups: Queries, attention: bool = False) -> list[DetectorOutput]:
         """Decode all `groups` of queries in one pass; they share the image and do not see each other.
 
-        Without groups, the detector's own queries. The result has one output a group.
+        Without groups, the detector's own queries. The result has one output a group, with attention maps if `attention`.
         """
-        groups = groups or (self.queries(memory),)
+        maps = AttentionMaps() if attention else None
+        groups = [self.place(group) for group in groups] or [self.queries(memory)]
         sizes = [len(group) for group in groups]
         start = Queries.join(groups, len(memory.tokens))
         t, point = start.content, start.reference.sigmoid()
@@ -182,10 +196,11 @@ class ConditionalDETR(nn.Module):
         code = sine_code(point.flip(-1) * (2 * math.pi), self.dim // 2).flatten(-2)
         states, logits, boxes = [], [], []
         for i, layer in enumerate(self.decoder):
-            t = layer(t, start.position, code if i == 0 else code * self.query_scale(t), sizes, memory)
+            t = layer(t, start.position, code if i == 0 else code * self.query_scale(t), sizes, memory, maps)
             states.append(self.norm(t))
             logits.append(self.class_embed(states[-1]))
             boxes.append(add_reference(exact(self.bbox_embed, states[-1]), inverse_sigmoid(point)).sigmoid())
         predicted = (torch.stack(x) for x in (logits, boxes, states))
         levels = [memory.tokens.transpose(1, 2).unflatten(2, memory.shape)]
-        return DetectorOutput(*predicted, features=levels, padding=[memory.padding.unflatten(1, memory.shape)]).split(groups)
+        padding = [memory.padding.unflatten(1, memory.shape)]
+        return DetectorOutput(*predicted, features=levels, padding=padding, neck=[memory.neck]).split(groups, maps)

@@ -14,12 +14,13 @@ from detrdistill.models.attention import (
     DeformableAttention,
     exact,
     level_padding,
+    self_attention_map,
     sine_code,
     sine_position,
     valid_ratio,
     within_groups,
 )
-from detrdistill.models.outputs import DetectorOutput, Queries
+from detrdistill.models.outputs import AttentionMaps, DetectorOutput, Queries
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,14 @@ class Memory:
         padding: True where a token is padding.
         shapes: height and width of each level.
         ratios: valid part (x, y) of each level map.
+        neck: the level maps before the encoder.
     """
 
     tokens: Float[Tensor, "B T D"]
     padding: Bool[Tensor, "B T"]
     shapes: list[tuple[int, int]]
     ratios: Float[Tensor, "B L 2"]
+    neck: list[Float[Tensor, "B D _ _"]]
 
     def maps(self) -> list[Float[Tensor, "B D H W"]]:
         """The tokens again as a map a level."""
@@ -82,9 +85,13 @@ class DecoderLayer(nn.Module):
         self.norm3 = nn.LayerNorm(dim)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, t, position, sizes, reference, memory):  # [B Q D], [B Q D], [B Q L P]; `sizes` of the query groups
+    def forward(self, t, position, sizes, reference, memory, maps=None):  # [B Q D], [B Q D], [B Q L P]; `sizes` of the query groups
+        if maps is not None:
+            maps.among.append([self_attention_map(self.self_attn, group) for group in (t + position).split(sizes, dim=1)])
         mixed = within_groups(lambda qk, v: self.self_attn(qk, qk, v, need_weights=False)[0], sizes, t + position, t)
         t = self.norm2(t + self.drop(mixed))
+        if maps is not None:
+            maps.across.append(self.cross_attn.map(t + position, reference, memory.shapes, memory.padding))
         seen = self.cross_attn(t + position, reference, memory.tokens, memory.shapes, memory.padding)
         t = self.norm1(t + self.drop(seen))
         return self.norm3(t + self.drop(self.linear2(self.drop(self.linear1(t).relu()))))
@@ -195,6 +202,7 @@ class DeformableDETR(nn.Module):
             padding=torch.cat([mask.flatten(1) for mask in masks], dim=1),
             shapes=shapes,
             ratios=torch.stack([valid_ratio(mask) for mask in masks], dim=1),
+            neck=maps,
         )
         reference = token_centres(memory)[:, :, None] * memory.ratios[:, None]
         for layer in self.encoder:
@@ -206,7 +214,11 @@ class DeformableDETR(nn.Module):
         if self.two_stage:
             return self.propose(memory)
         position, content = self.query_embed.weight[None].split(self.dim, dim=-1)
-        return Queries(content, position, exact(self.reference_points, position))
+        return self.place(Queries(content, position, None))
+
+    def place(self, group: Queries) -> Queries:
+        """The group, with reference points of this detector's own making where it has none (not in the two-stage form)."""
+        return group if group.reference is not None else replace(group, reference=exact(self.reference_points, group.position))
 
     def propose(self, memory: Memory) -> Queries:
         """First stage of the two-stage form: every token proposes a box, the best become queries."""
@@ -221,12 +233,13 @@ class DeformableDETR(nn.Module):
         proposals = DetectorOutput(logits[None], coordinates.sigmoid()[None], tokens[None], memory.maps(), memory.masks())
         return Queries(content, position, reference, proposals)
 
-    def decode(self, memory: Memory, *groups: Queries) -> list[DetectorOutput]:
+    def decode(self, memory: Memory, *groups: Queries, attention: bool = False) -> list[DetectorOutput]:
         """Decode all `groups` of queries in one pass; they share the image and do not see each other.
 
-        Without groups, the detector's own queries. The result has one output a group.
+        Without groups, the detector's own queries. The result has one output a group, with attention maps if `attention`.
         """
-        groups = groups or (self.queries(memory),)
+        maps = AttentionMaps() if attention else None
+        groups = [self.place(group) for group in groups] or [self.queries(memory)]
         sizes = [len(group) for group in groups]
         start = Queries.join(groups, len(memory.tokens))
         t, position, reference = start.content, start.position, start.reference  # logits of points or boxes
@@ -234,7 +247,7 @@ class DeformableDETR(nn.Module):
         for i, layer in enumerate(self.decoder):
             centre = reference.sigmoid()
             scale = memory.ratios if centre.shape[-1] == 2 else memory.ratios.repeat(1, 1, 2)
-            t = layer(t, position, sizes, centre[:, :, None] * scale[:, None], memory)
+            t = layer(t, position, sizes, centre[:, :, None] * scale[:, None], memory, maps)
             head = i if self.refine else 0
             # Boxes are kept in full precision: they are refined stage by stage and compared to the pixel.
             box = add_reference(exact(self.bbox_embed[head], t), inverse_sigmoid(centre))
@@ -244,7 +257,7 @@ class DeformableDETR(nn.Module):
             if self.refine:
                 reference = box.detach()
         predicted = (torch.stack(x) for x in (logits, boxes, states))
-        return DetectorOutput(*predicted, features=memory.maps(), padding=memory.masks()).split(groups)
+        return DetectorOutput(*predicted, features=memory.maps(), padding=memory.masks(), neck=memory.neck).split(groups, maps)
 
 
 def token_centres(memory: Memory) -> Float[Tensor, "B T 2"]:

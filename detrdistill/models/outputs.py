@@ -21,14 +21,14 @@ class Queries:
         content: first content vectors.
         position: the family's query embedding (query position in the DETRs); None where the decoder derives it from the boxes.
         reference: the family's first geometry: logits of reference points or boxes in the DETRs, boxes in AdaMixer, always relative
-            to the image without padding.
+            to the image without padding. None: the detector that decodes the group places it.
         proposals: first-stage predictions that two-stage queries were chosen from, as if one decoder stage with a query for
             every token; None for learned queries.
     """
 
     content: Float[Tensor, "B Q D"]
     position: Float[Tensor, "B Q D"] | None
-    reference: Float[Tensor, "B Q P"]
+    reference: Float[Tensor, "B Q P"] | None
     proposals: "DetectorOutput | None" = None
 
     def __len__(self) -> int:
@@ -55,6 +55,13 @@ class DetectorOutput:
         padding: True on padding, a mask a level.
         initial: the queries the decoder started from; a student takes its teacher's as a second group. None for proposals.
         l1: which form of the boxes the detector's L1 cost and loss compare.
+        neck: what the encoder starts from, the backbone's maps projected to E channels, a map a level of the same sizes as
+            `features`; the very `features` where there is no encoder. Methods made for convolutional detectors attach here.
+        self_attention: how much a query (row) takes from each query of its group, averaged over heads; rows sum to 1. None unless
+            `decode` was asked for `attention`, as the next.
+        cross_attention: how much a query takes from each cell of `features`, all levels flattened row by row and concatenated (T
+            cells), averaged over heads. Rows sum to 1, or to less where points are sampled: what falls outside of the maps or on
+            padding is lost.
     """
 
     logits: Float[Tensor, "S B Q C"]
@@ -64,12 +71,43 @@ class DetectorOutput:
     padding: Sequence[Bool[Tensor, "B _ _"]]
     initial: Queries | None = None
     l1: Literal["cxcywh", "xyxy"] = "cxcywh"
+    neck: Sequence[Float[Tensor, "B E _ _"]] = ()
+    self_attention: Float[Tensor, "S B Q Q"] | None = None
+    cross_attention: Float[Tensor, "S B Q T"] | None = None
 
-    def split(self, groups: Sequence[Queries]) -> "list[DetectorOutput]":
-        """One output for each of the `groups` that `Queries.join` put side by side."""
+    def split(self, groups: Sequence[Queries], maps: "AttentionMaps | None" = None) -> "list[DetectorOutput]":
+        """One output for each of the `groups` that `Queries.join` put side by side, with the attention that was recorded."""
         sizes = [len(group) for group in groups]
         parts = zip(groups, *(stacked.split(sizes, dim=2) for stacked in (self.logits, self.boxes, self.queries)), strict=True)
-        return [replace(self, logits=z, boxes=boxes, queries=t, initial=group) for group, z, boxes, t in parts]
+        found = [replace(self, logits=z, boxes=boxes, queries=t, initial=group) for group, z, boxes, t in parts]
+        if maps is None:
+            return found
+        among = (torch.stack(stages) for stages in zip(*maps.among, strict=True))
+        across = torch.stack(maps.across).split(sizes, dim=2)
+        return [replace(one, self_attention=a, cross_attention=b) for one, a, b in zip(found, among, across, strict=True)]
+
+    def at(self, stages: Sequence[int]) -> "DetectorOutput":
+        """The predictions of the given stages, in that order; a stage may come more than once."""
+        if list(stages) == list(range(len(self.logits))):
+            return self
+        stacked = {name: getattr(self, name) for name in ("logits", "boxes", "queries", "self_attention", "cross_attention")}
+        taken = {name: torch.stack([x[stage] for stage in stages]) for name, x in stacked.items() if x is not None}
+        return replace(self, **taken)
+
+
+@dataclass
+class AttentionMaps:
+    """Where queries look: what a decoder's layers write down, stage by stage, if they are asked to.
+
+    It is computed beside the layers' fast kernels, which do not tell, and without dropout; outputs are the same with and without.
+
+    Attributes:
+        among: self-attention, a map a group: groups do not see each other and may differ in size.
+        across: cross-attention of all groups' queries.
+    """
+
+    among: list[Sequence[Float[Tensor, "B _ _"]]] = field(default_factory=list)
+    across: list[Float[Tensor, "B Q T"]] = field(default_factory=list)
 
 
 @dataclass

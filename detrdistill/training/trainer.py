@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from detrdistill.data.coco import Batch, CocoDataset
 from detrdistill.distill.distiller import Distiller
 from detrdistill.errors import NonFiniteError
 from detrdistill.experiments.recipes import Recipe, Schedule
+from detrdistill.models.outputs import DetectorOutput
 from detrdistill.training.batches import Draws, micro_batches, mix
 from detrdistill.training.checkpointing import resume, save_checkpoint
 from detrdistill.training.logging import Log
@@ -51,6 +53,7 @@ def train(
     """
     schedule, total = recipe.schedule, recipe.schedule.total_steps(len(dataset))
     distiller.to(memory_format=torch.channels_last)
+    ask = None if teacher is None else partial(distiller.ask, teacher)
     module, optimizer = fabric.setup(distiller, make_optimizer(distiller, schedule))
     state = resume(folder / "checkpoint.pt", distiller, optimizer, total) or {"step": 0, "curve": [], "seconds": 0.0, "resumed": 0}
     commits = state.get("commits", [])
@@ -74,7 +77,7 @@ def train(
             module.train()
             images = [image for batch in batches for image in batch.image_ids]
             try:
-                parts = accumulate_gradients(fabric, module, teacher, batches, schedule)
+                parts = accumulate_gradients(fabric, module, ask, batches, schedule)
             except NonFiniteError as error:
                 raise NonFiniteError(f"step {step}, images {images}: {error}; {NO_STEP}") from None
             norm = nn.utils.clip_grad_norm_(distiller.parameters(), schedule.clip_norm or math.inf)
@@ -106,7 +109,11 @@ def train(
 
 
 def accumulate_gradients(
-    fabric: Fabric, module: nn.Module, teacher: nn.Module | None, batches: list[Batch], schedule: Schedule
+    fabric: Fabric,
+    module: nn.Module,
+    ask: Callable[[Tensor, Tensor], list[DetectorOutput]] | None,
+    batches: list[Batch],
+    schedule: Schedule,
 ) -> dict[str, Tensor]:
     """Losses and gradient of one optimizer step, as if all its micro-batches and processes were one batch."""
     boxes = float(sum(sum(batch.targets.counts) for batch in batches))
@@ -118,12 +125,12 @@ def accumulate_gradients(
         pixels = fabric.to_device(batch.pixels).contiguous(memory_format=torch.channels_last)
         padding = fabric.to_device(batch.padding)
         targets = replace(batch.targets.to(fabric.device), step_boxes=boxes, step_images=float(schedule.batch))
-        seen = None
-        if teacher is not None:
-            with torch.no_grad(), fabric.autocast():
-                (seen,) = teacher.decode(teacher.encode(pixels, padding))
+        answers = []
+        if ask is not None:
+            with fabric.autocast():
+                answers = ask(pixels, padding)
         with fabric.no_backward_sync(module, enabled=i < len(batches) - 1):
-            losses = module(pixels, padding, targets, seen)
+            losses = module(pixels, padding, targets, answers)
             # Processes average their gradients; the normalisers already count all of them.
             fabric.backward(torch.stack([value.sum() for value in losses.values()]).sum() * fabric.world_size)
         for name, value in losses.items():

@@ -8,9 +8,11 @@ from torch import nn
 
 from detrdistill import matching
 from detrdistill.distill import distiller as module
-from detrdistill.distill.distiller import Distiller, Term, build_distiller, full_precision, prefixed
+from detrdistill.distill.build import build_distiller
+from detrdistill.distill.distiller import Distiller, Term, full_precision, prefixed
+from detrdistill.experiments.methods import DETRDistill
 from detrdistill.experiments.presets import smoke
-from detrdistill.experiments.recipes import DETRDistill, Recipe
+from detrdistill.experiments.recipes import Recipe
 from detrdistill.models import build_detector
 from detrdistill.models.outputs import Targets
 from tests.examples import some_output, some_targets
@@ -53,9 +55,7 @@ def distilling(student: nn.Module, teacher: Recipe, **changes) -> Distiller:
 
 def losses(distiller: Distiller, teacher: nn.Module, wanted: Targets) -> dict[str, torch.Tensor]:
     pixels, padding = images()
-    with torch.no_grad():
-        (seen,) = teacher.decode(teacher.encode(pixels, padding))
-    return distiller(pixels, padding, wanted, seen)
+    return distiller(pixels, padding, wanted, distiller.ask(teacher, pixels, padding))
 
 
 def total(found: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -85,7 +85,7 @@ def test_the_teacher_is_no_part_of_the_module():
     adapted = distilling(detector(), recipe(dim=64))
     names = {name for name in adapted.state_dict() if not name.startswith("student.")}
     assert {name.rsplit(".", 1)[0] for name in names} == {
-        "losses.features.adapter", "losses.assignment.content", "losses.assignment.position",
+        "losses.features.adapter", "losses.assignment.adapter.content", "losses.assignment.adapter.position",
     }  # fmt: skip
 
 
@@ -138,7 +138,7 @@ def test_one_matching_and_one_transfer_a_step(monkeypatch):
     calls, transfer = [], matching._to_host
     monkeypatch.setattr(matching, "_to_host", lambda costs: calls.append(len(costs)) or transfer(costs))
     losses(distilling(detector(), recipe()), detector(seed=1), targets(2, 1))
-    assert calls == [4], "student, teacher, positive, negative"
+    assert calls == [5], "student; teacher, positive and negative of the logits; objects of the assignment"
 
 
 def test_images_are_encoded_once_and_decoded_once(monkeypatch):
@@ -199,9 +199,7 @@ def test_padding_more_changes_nothing():
         padding[:, :64, :64] = False
         for model in (student, teacher):
             model.backbone.forward = lambda _: maps
-        with torch.no_grad():
-            (seen,) = teacher.decode(teacher.encode(pixels, padding))
-        return total(distiller(pixels, padding, wanted, seen))
+        return total(distiller(pixels, padding, wanted, distiller.ask(teacher, pixels, padding)))
 
     # GroupNorm of the input projections averages over the whole map, padding included, as in the official code.
     for model in (student, teacher):

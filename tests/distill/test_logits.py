@@ -139,3 +139,53 @@ def test_gradients():
         return tuple(loss(replace(student, logits=logits, boxes=boxes), teacher, targets, pairs).values())
 
     assert gradcheck(value, (student.logits, student.boxes))
+
+
+def of(matching: str, normaliser: str = "queries") -> LogitsDistillation:
+    return LogitsDistillation(matching, normaliser)
+
+
+def run(chosen: LogitsDistillation, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, torch.Tensor]:
+    return chosen(student, teacher, targets, match(chosen.problems(student, teacher, targets)))
+
+
+def test_positives_alone_are_the_positive_half():
+    student, teacher, targets = some_output(), some_output(seed=5), some_targets(2, 1)
+    both, half = run(loss, student, teacher, targets), run(of("positives"), student, teacher, targets)
+    assert half.keys() == {"positive/class", "positive/l1", "positive/giou"}
+    for name, value in half.items():
+        torch.testing.assert_close(value, both[name])
+
+
+@pytest.mark.parametrize("student_queries", [4, 6, 9])
+@pytest.mark.parametrize("normaliser", ["queries", "pairs"])
+def test_joint_matching_of_the_released_code(student_queries, normaliser):
+    """All queries at once by class and box, the teacher's boxes cut at the border."""
+    student, teacher, targets = some_output(queries=student_queries), some_output(queries=6, seed=5), some_targets(2, 0)
+    teacher = replace(teacher, boxes=teacher.boxes + torch.tensor([0.3, 0.0, 0.1, 0.0]))
+    found = run(of("joint", normaliser), student, teacher, targets)
+    divisor = 2 * (6 if normaliser == "queries" else min(6, student_queries))
+    for stage in range(2):
+        wanted = {"joint/class": 0.0, "joint/l1": 0.0, "joint/giou": 0.0}
+        for image in range(2):
+            z, own, p = student.logits[stage, image], student.boxes[stage, image], teacher.logits[stage, image].sigmoid()
+            cut = box_convert(box_convert(teacher.boxes[stage, image], "cxcywh", "xyxy").clamp(0, 1), "xyxy", "cxcywh")
+            terms = torch.zeros(3, len(z), 6)
+            for j in range(len(z)):
+                for i in range(6):
+                    distance, overlap = (own[j] - cut[i]).abs().sum(), giou(own[j : j + 1], cut[i : i + 1])[0, 0]
+                    terms[:, j, i] = torch.stack((bce(z[j], p[i]), 5 * distance, 2 * (1 - overlap)))
+            for j, i in zip(*linear_sum_assignment(terms.sum(0)), strict=True):
+                for name, term in zip(wanted, terms[:, j, i], strict=True):
+                    wanted[name] += term.item() / divisor
+        assert wanted == {name: pytest.approx(value[stage].item(), rel=1e-5) for name, value in found.items()}
+
+
+def test_pairs_as_normaliser():
+    student, teacher, targets = some_output(), some_output(seed=5), some_targets(3, 1)
+    plain, found = run(loss, student, teacher, targets), run(of("split", "pairs"), student, teacher, targets)
+    for name, value in found.items():
+        pairs = 4 if name.startswith("positive") else 2 * 5 - 4
+        torch.testing.assert_close(value, plain[name] * 10 / pairs)
+    crowded = some_targets(7, 6)  # more objects than the teacher's ten queries: no negatives, and nothing to divide by
+    assert all(value.isfinite().all() for value in run(of("split", "pairs"), student, teacher, crowded).values())

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import detrdistill.distill
-from detrdistill.distill.distiller import build_distiller
-from detrdistill.experiments.recipes import DETRDistill
+from detrdistill.distill.build import build_distiller
+from detrdistill.experiments.methods import DETRDistill
 from detrdistill.models import (
     AdaMixer,
     ConditionalDETR,
@@ -158,9 +158,7 @@ def teach(kind: str, both: dict | None = None, **teacher_changes) -> tuple[nn.Mo
         [torch.tensor([0, 2]), torch.tensor([1])], [torch.tensor([[0.3, 0.4, 0.2, 0.2], [0.6, 0.6, 0.5, 0.3]]), torch.full((1, 4), 0.5)]
     )
     pixels, padding = batch((64, 96), (96, 50))
-    with torch.no_grad():
-        (seen,) = teacher.decode(teacher.encode(pixels, padding))
-    losses = distiller(pixels, padding, targets, seen)
+    losses = distiller(pixels, padding, targets, distiller.ask(teacher, pixels, padding))
     torch.stack([value.sum() for value in losses.values()]).sum().backward()
     return distiller, losses
 

