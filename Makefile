@@ -54,7 +54,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # One thread a process: more only fight for the cores, and sums then come out the same on every machine.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 # Snakemake's lock outlives a killed snakemake. Running without a lock would let two of them delete each other's unfinished files, so
 # the process id of the owner is kept, also when a signal ends it: a living owner is respected, a dead one's lock is removed. Its
