@@ -11,6 +11,7 @@ UNFINISHED := .setup-unfinished
 
 PRESET ?= quick
 SEEDS ?= 0
+TABLE ?=
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 DRY ?=
 JOBS ?= 2
@@ -22,7 +23,8 @@ help:
 	@echo "make setup        make .venv and install everything in the versions of constraints.txt (PYTHON=$(PYTHON))"
 	@echo "make test         run the tests (JOBS=$(JOBS) processes, ARGS=... for pytest)"
 	@echo "make reproduce    run what is missing of a preset: runs, tables, figures, notebooks, report"
-	@echo "                  (PRESET=$(PRESET) SEEDS=\"$(SEEDS)\" CORES=$(CORES); DRY=1 only lists it; ARGS=... for snakemake)"
+	@echo "                  (PRESET=$(PRESET) SEEDS=\"$(SEEDS)\" TABLE=\"components logits\" CORES=$(CORES); DRY=1 only lists it, with the"
+	@echo "                  time it is expected to take; ARGS=... for snakemake)"
 	@echo "make report       write tables and figures again from stored results, without training (PRESET=$(PRESET))"
 	@echo "make lab          open the notebooks in JupyterLab"
 	@echo "make lint         check style, and that source notebooks carry no outputs"
@@ -60,9 +62,10 @@ test: setup
 # the process id of the owner is kept, also when a signal ends it: a living owner is respected, a dead one's lock is removed. Its
 # command is looked at too, since ids are given anew after a restart, and a killed process keeps its id for a moment.
 OWNER := .snakemake/owner
-SNAKEMAKE := $(BIN)/snakemake --snakefile workflow/Snakefile --config preset=$(PRESET) seeds="$(SEEDS)"
+SNAKEMAKE := $(BIN)/snakemake --snakefile workflow/Snakefile --config preset=$(PRESET) seeds="$(SEEDS)" tables="$(TABLE)"
 
 reproduce: setup
+	$(if $(DRY),@$(BIN)/detrdistill plan --preset $(PRESET) --seeds $(SEEDS) $(if $(TABLE),--tables $(TABLE)))
 	@mkdir -p .snakemake; if [ -e $(OWNER) ]; then \
 	  if ps -o args= -p "$$(cat $(OWNER))" 2>/dev/null | grep -q workflow/Snakefile; then \
 	    echo "error: another 'make reproduce' is running here (process $$(cat $(OWNER))); wait for it, or end it" >&2; exit 1; fi; \
@@ -71,7 +74,7 @@ reproduce: setup
 	status=$$?; if [ $$status -lt 128 ]; then rm -f $(OWNER); fi; exit $$status
 
 report: setup
-	$(BIN)/detrdistill report --preset $(PRESET) --seeds $(SEEDS) $(ARGS)
+	$(BIN)/detrdistill report --preset $(PRESET) --seeds $(SEEDS) $(if $(TABLE),--tables $(TABLE)) $(ARGS)
 
 lab: setup
 	$(BIN)/jupyter lab notebooks
@@ -83,6 +86,7 @@ lint: setup
 benchmark: setup
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/benchmarks.py $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/detectors.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/distillation.py $(ARGS)
 
 # To move to newer versions: .venv/bin/pip install --upgrade -e '.[test]', run the tests, then this. What torch needs for CUDA comes
 # with torch, differs by platform, and is left out; so is the local part of a version (+cpu).

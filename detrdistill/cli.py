@@ -36,25 +36,30 @@ def train(
             cwd, kd_detr, d3etr; joined by + their losses add up.
         detector: deformable_detr, conditional_detr or adamixer, as far as the preset has recipes for it.
         seed: of the student.
-        set: a field of the recipe and its value, such as schedule.lr=1e-4; may be repeated. resize, data and precision are the
-            teacher's too; its other fields are teacher.schedule.lr and so on.
+        set: a field of the recipe and its value, such as schedule.lr=1e-4, or a switch of a method, such as detrdistill.variant=released
+            or fgd.maps=features; may be repeated. resize, data and precision are the teacher's too; its other fields are
+            teacher.schedule.lr and so on.
         data: folder of COCO json and images, instead of the preset's data.
         results: folder for runs instead of results/<preset>.
         device: auto, cpu or cuda.
         workers: processes that load images.
     """
-    from detrdistill.experiments.presets import get_preset
+    from detrdistill.experiments.paper_tables import TABLES, named_runs
+    from detrdistill.experiments.presets import get_preset, get_presets
     from detrdistill.experiments.store import Store, open_store
 
-    chosen = get_preset(preset, detector)
-    runs = chosen.runs((seed,))
-    if row not in runs and re.search("-[0-9a-f]{8}$", row):
-        runs |= chosen.pinned().runs((seed,))
-    recipe = runs.get(row) or chosen.recipe(row, seed)
+    recipe = None
+    if re.search("-[0-9a-f]{8}$", row):
+        presets = get_presets(preset)
+        recipe = named_runs(TABLES, presets, (seed,)).get(row)
+        recipe = recipe or named_runs(TABLES, [one.pinned() for one in presets], (seed,)).get(row)
+    recipe = recipe or get_preset(preset, detector).recipe(row, seed)
     if data is not None:
         recipe = on_other_data(recipe, data)
-    changes = shared_with_teacher(recipe, dict(assignment(text) for text in set))
-    recipe, store = recipe.replace(**changes), Store(results) if results else open_store(preset)
+    changes = dict(assignment(text) for text in set)
+    recipe = with_switches(recipe, changes)
+    recipe = recipe.replace(**shared_with_teacher(recipe, changes))
+    store = Store(results) if results else open_store(preset)
 
     from detrdistill.experiments.runs import run  # only now: torch takes seconds, a mistyped parameter should not
 
@@ -69,6 +74,24 @@ def on_other_data(recipe: "Recipe", data: Path) -> "Recipe":
     if getattr(recipe, "teacher", None) is not None:
         changes |= {"teacher": on_other_data(recipe.teacher, data), "teacher_floor": 0.0}
     return recipe.replace(**changes)
+
+
+def with_switches(recipe: "Recipe", changes: dict[str, str]) -> "Recipe":
+    """The recipe with the changes to its methods, which are taken out of `changes`.
+
+    Raises:
+        InputError: a change to a method that the recipe does not have, an unknown switch, or a wrong value.
+    """
+    from detrdistill.experiments.methods import METHODS
+
+    stated: dict[str, dict[str, str]] = {}
+    for name in [name for name in changes if name.split(".")[0] in METHODS]:
+        method, _, switch = name.partition(".")
+        stated.setdefault(method, {})[switch] = changes.pop(name)
+    held = {method.name: method for method in getattr(recipe, "methods", ())}
+    if strange := stated.keys() - held.keys():
+        raise InputError(f"'{min(strange)}' is no method of this row; its methods are: {', '.join(held) or 'none'}")
+    return recipe.replace(methods=[one.replace(**stated.get(name, {})) for name, one in held.items()]) if stated else recipe
 
 
 def shared_with_teacher(recipe: "Recipe", changes: dict[str, str]) -> dict[str, str]:
@@ -92,13 +115,32 @@ def check(folder: tyro.conf.Positional[Path], /) -> None:
         print(f"{split}: {counts}; {dataset.report.text()}")
 
 
-def report(preset: str = "quick", seeds: tuple[int, ...] = (0,)) -> None:
-    """Write tables and figures of a preset again, from its stored records; nothing is trained."""
+def report(preset: str = "quick", seeds: tuple[int, ...] = (0,), tables: tuple[str, ...] = ()) -> None:
+    """Write tables, figures and the page of a preset again, from its stored records; nothing is trained.
+
+    Args:
+        preset: smoke, quick or coco.
+        seeds: of the students.
+        tables: names of tables; without, those that are there already and the preset's usual ones.
+    """
     from detrdistill.experiments.report import write_report
     from detrdistill.experiments.store import open_store
 
-    for path in write_report(preset, seeds, open_store(preset).root):
+    for path in write_report(preset, seeds, open_store(preset).root, tables):
         print(path)
+
+
+def plan(preset: str = "quick", seeds: tuple[int, ...] = (0,), tables: tuple[str, ...] = ()) -> None:
+    """List the runs that tables still miss, with the time that they are expected to take; nothing is run.
+
+    Args:
+        preset: smoke, quick or coco.
+        seeds: of the students.
+        tables: names of tables; the preset's usual ones if none are named.
+    """
+    from detrdistill.experiments.plan import plan_text
+
+    print(plan_text(preset, seeds, tables))
 
 
 def notebook(
@@ -152,7 +194,7 @@ def assignment(text: str) -> tuple[str, str]:
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    commands = {"train": train, "check": check, "report": report, "notebook": notebook, "export": export}
+    commands = {"train": train, "check": check, "plan": plan, "report": report, "notebook": notebook, "export": export}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="detrdistill", description=__doc__)
     except (InputError, NonFiniteError) as error:

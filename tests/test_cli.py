@@ -204,6 +204,7 @@ def test_what_the_detectors_see_is_set_for_the_teacher_too(monkeypatch, tmp_path
 
 def test_runs_of_a_folder_are_called_by_the_names_that_the_batch_waits_for(monkeypatch, tmp_path, asked, refused):
     from detrdistill.experiments import presets
+    from detrdistill.experiments.paper_tables import named_runs
 
     root = write_folder(tmp_path / "mine")
     folder = {"data": Folder(path=root)}
@@ -213,8 +214,10 @@ def test_runs_of_a_folder_are_called_by_the_names_that_the_batch_waits_for(monke
         return dataclasses.replace(smoke, name="mine", teacher=smoke.teacher.replace(**folder), student=smoke.student.replace(**folder))
 
     monkeypatch.setitem(presets.PRESETS, "mine", mine)
-    waited = mine().pinned().runs((0, 3))
-    assert len(waited) == 6 and not waited.keys() & mine().runs((0, 3)).keys()
+    monkeypatch.setattr("detrdistill.experiments.presets.DETECTORS", ("deformable_detr",))
+    named = lambda preset: named_runs(["components"], [preset], (0, 3))  # noqa: E731
+    waited = named(mine().pinned())
+    assert len(waited) == 18 and not waited.keys() & named(mine()).keys()
     for name, recipe in waited.items():
         assert call(monkeypatch, "train", "mine", name, "--seed", getattr(recipe, "seed", 0)) == 0
     assert [run_id(recipe) for recipe in asked] == list(waited)
@@ -257,3 +260,31 @@ def test_control_c(monkeypatch):
 
     monkeypatch.setattr("detrdistill.experiments.presets.get_preset", interrupt)
     assert call(monkeypatch, "train", "smoke", "student") == 130
+
+
+def test_switches_of_methods(monkeypatch, tmp_path):
+    from detrdistill.experiments import runs
+    from detrdistill.experiments.methods import FGD, DETRDistill
+
+    seen = []
+    monkeypatch.setattr(runs, "run", lambda recipe, store, **_: seen.append(recipe) or 1 / 0)
+    words = ("train", "smoke", "fgd+detrdistill", "--detector", "adamixer", "--results", str(tmp_path))
+    with pytest.raises(ZeroDivisionError):
+        call(monkeypatch, *words, "--set", "detrdistill.variant=released", "--set", "fgd.maps=features", "--set", "schedule.steps=3")
+    (recipe,) = seen
+    assert recipe.detector == "adamixer" and recipe.schedule.steps == 3
+    assert recipe.methods == (FGD(maps="features"), DETRDistill(variant="released", features=0.1))
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "part"),
+    [
+        ("detrdistill", "fgd.maps=features", "'fgd' is no method of this row; its methods are: detrdistill"),
+        ("student", "fgd.maps=features", "its methods are: none"),
+        ("fgd", "fgd.mapps=features", "unknown parameter 'mapps' = 'features'; known here: maps, name"),
+        ("fgd", "fgd.maps=back", "'maps' = 'back'"),
+    ],
+)
+def test_wrong_switches_are_refused(monkeypatch, capsys, row, change, part):
+    assert call(monkeypatch, "train", "smoke", row, "--set", change) == 2
+    assert part in capsys.readouterr().err

@@ -9,7 +9,7 @@ import papermill
 import pytest
 
 from detrdistill.experiments.notebooks import execute
-from detrdistill.experiments.presets import SETTINGS, get_preset
+from detrdistill.experiments.presets import get_preset
 from detrdistill.experiments.store import Store
 
 ROOT = Path(__file__).parents[1]
@@ -27,7 +27,7 @@ def test_runs_and_shows_what_it_measured(path: Path, results: Path, monkeypatch:
     executed = results / path.name
     execute(path, executed, {"preset": "smoke", "seeds": "[0]", "progress": "False"}, timeout=280)
     store, preset = Store(results / "smoke"), get_preset("smoke")
-    records = [store.record(preset.recipe(setting)) for setting in SETTINGS]
+    records = [store.record(preset.recipe(setting)) for setting in preset.settings]
     assert all(records), "the notebook left no records"
     cells = [cell for cell in nbformat.read(executed, as_version=4).cells if cell.cell_type == "code"]
     outputs = [output for cell in cells for output in cell.outputs]

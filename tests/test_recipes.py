@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from detrdistill.errors import InputError
 from detrdistill.experiments.methods import FGD, KDDETR, METHODS, DETRDistill
-from detrdistill.experiments.presets import PRESETS, get_preset, smoke
+from detrdistill.experiments.paper_tables import TABLES, named_runs
+from detrdistill.experiments.presets import PRESETS, get_preset, get_presets, smoke
 from detrdistill.experiments.recipes import Backbone, CropTraining, Digits, Folder, Recipe, Resize, Schedule, parents, run_id
 
 STUDENT, TEACHER, DISTILLED = (smoke().recipe(setting) for setting in ("student", "teacher", "detrdistill"))
@@ -167,7 +168,7 @@ def test_a_moved_folder_keeps_the_name_and_other_content_does_not():
 
 def test_presets_know_their_runs():
     for name in PRESETS:
-        runs = get_preset(name).runs((0, 1))
+        runs = named_runs(TABLES, get_presets(name), (0, 1))
         assert all(run_id(recipe) == key for key, recipe in runs.items())
         assert all(run_id(parent) in runs for recipe in runs.values() for parent in parents(recipe).values())
     with pytest.raises(InputError, match="preset 'qiuck' is unknown; known: smoke, quick"):
@@ -208,11 +209,15 @@ def test_every_switch_is_part_of_the_run_s_name(name, field):
 
 def test_variants_set_all_switches_together():
     released = DETRDistill(variant="released")
-    same = {"name", "gamma", "stages", "mask_queries", "logits", "features", "assignment"}
+    same = {"name", "gamma", "mask_queries", "logits", "features", "assignment"}
     assert {field for field in DETRDistill.model_fields if getattr(released, field) == getattr(DETRDistill(), field)} == same
     stated = DETRDistill(variant="released", mask="ones", contrast=0)
     assert stated.mask == "ones" and stated.contrast == 0 and stated.matching == "joint"
     assert KDDETR(form="tprd").stages == "grouped" and KDDETR(form="tprd", stages="last").stages == "last"
+    for replaced in (DETRDistill(gamma=0.3, mask="ones").replace(variant="released"), DETRDistill(variant="released", gamma=0.3)):
+        assert replaced == released.replace(gamma=0.3) and replaced.mask == "released"
+    assert released.replace(variant="paper", mask="ones") == DETRDistill(mask="ones")
+    assert KDDETR().replace(form="tprd") == KDDETR(form="tprd")
     read_again = DISTILLED.replace(methods=(stated,)).replace(seed=3).methods
     assert read_again == (stated,)
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from detrdistill.errors import InputError
 from detrdistill.experiments import runs
+from detrdistill.experiments.paper_tables import named_runs
 from detrdistill.experiments.presets import coco, smoke
 from detrdistill.experiments.recipes import Folder, Recipe, parents, run_id
 from detrdistill.experiments.runs import load_detector, make_fabric, open_split, pinned, run, start_backbone
@@ -211,7 +212,8 @@ def test_a_batch_trains_the_runs_it_waits_for(tmp_path):
     store = Store(tmp_path / "results")
     for setting in ("teacher", "student", "detrdistill"):
         go(preset.recipe(setting), store)
-    assert {path.name for path in (store.root / "runs").iterdir()} == set(preset.pinned().runs((0,)))
+    named = named_runs(["main_results"], [replace(preset.pinned(), rivals=())], (0,))
+    assert {path.name for path in (store.root / "runs").iterdir()} == named.keys()
 
 
 def plan(folder: Path, **config: str) -> subprocess.CompletedProcess:

@@ -4,12 +4,14 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from detrdistill.errors import InputError
+from detrdistill.experiments.paper_tables import main_results, make_table
 from detrdistill.experiments.presets import get_preset
 from detrdistill.experiments.recipes import Digits, Folder, Recipe, run_id
 from detrdistill.experiments.report import write_report
@@ -19,7 +21,6 @@ from detrdistill.experiments.tables import (
     cells,
     collect,
     find,
-    main_results,
     mean_and_half,
     measured_on,
     provenance_line,
@@ -27,7 +28,7 @@ from detrdistill.experiments.tables import (
     write_table,
 )
 
-QUICK = get_preset("quick")
+QUICK, SMOKE = get_preset("quick"), [replace(get_preset("smoke"), rivals=())]
 
 
 def put(store: Store, recipe: Recipe, ap: float, *, data: str = "d" * 64, weights: str = "w" * 64, teacher: str = "w" * 64) -> Record:
@@ -58,20 +59,20 @@ def fill(store: Store, preset=QUICK, teacher: float | None = 57.0, student=(16.0
 
 
 def table_of(store: Store, preset=QUICK, seeds=(0, 1, 2)) -> tuple[pd.DataFrame, pd.DataFrame]:
-    table = main_results(preset, seeds)
+    table = main_results([preset], seeds)
     summary = summarise(table, collect(table, store))
     return summary.set_index("setting"), cells(summary).set_index("Setting")
 
 
 def test_the_teacher_is_one_run_for_all_seeds() -> None:
-    table = main_results(QUICK, [0, 1, 2])
+    table = main_results([QUICK], [0, 1, 2])
     assert [(row.setting, len(row.recipes)) for row in table.rows] == [("teacher", 1), ("student", 3), ("detrdistill", 3)]
     assert table.rows[2].recipes[1] == QUICK.recipe("detrdistill", 1)
 
 
 def test_no_seeds_are_refused() -> None:
     with pytest.raises(InputError, match="no seeds"):
-        main_results(QUICK, [])
+        make_table("main_results", [QUICK], [])
 
 
 def test_mean_and_interval() -> None:
@@ -137,7 +138,7 @@ def test_status_is_never_reproduced_off_coco(tmp_path: Path) -> None:
     ],
 )
 def test_status_on_coco(tmp_path: Path, teacher, student, distilled, statuses) -> None:
-    store, preset = Store(tmp_path), get_preset("coco")
+    store, preset = Store(tmp_path), replace(get_preset("coco"), rivals=())
     fill(store, preset, teacher, student, distilled)
     assert table_of(store, preset, range(len(student)))[0]["status"].tolist() == statuses
     assert measured_on(preset) == "folder coco, shorter side 800 px"
@@ -149,7 +150,7 @@ def test_missing_runs_are_said_to_be_missing(tmp_path: Path) -> None:
     _, text = table_of(store)
     assert text.loc["Student", ["AP", "APs", "Seeds", "Status"]].tolist() == ["not run", "not run", "0 of 3", "not run"]
     assert text.loc["DETRDistill", ["Gain", "Seeds", "Status"]].tolist() == ["student not run", "2 of 3", "measured"]
-    table = main_results(QUICK, [0, 1, 2])
+    table = main_results([QUICK], [0, 1, 2])
     csv, markdown, latex = (path.read_text() for path in write_table(table, collect(table, store), tmp_path / "tables"))
     assert ",," not in csv and "|  |" not in markdown and "&  &" not in latex
     back = pd.read_csv(tmp_path / "tables" / "main_results.csv", na_values=["not run", "n/a"], keep_default_na=False)
@@ -158,7 +159,7 @@ def test_missing_runs_are_said_to_be_missing(tmp_path: Path) -> None:
 
 
 def test_nothing_run_at_all(tmp_path: Path) -> None:
-    table = main_results(QUICK, [0])
+    table = main_results([QUICK], [0])
     frame = collect(table, Store(tmp_path))
     assert set(frame["status"]) == {"not run"} and provenance_line(frame).endswith("not run yet.")
     assert set(cells(summarise(table, frame))["Status"]) == {"not run"}
@@ -200,12 +201,12 @@ def test_a_retrained_teacher_is_noticed(tmp_path: Path) -> None:
 
 def test_other_presets_and_tables_are_refused(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    frame = collect(main_results(QUICK, [0]), store)
+    frame = collect(main_results([QUICK], [0]), store)
     with pytest.raises(InputError, match="preset smoke must not be mixed with main_results of preset quick"):
-        summarise(main_results(get_preset("smoke"), [0]), frame)
-    both = pd.concat([frame, collect(main_results(get_preset("smoke"), [0]), store)])
+        summarise(main_results(SMOKE, [0]), frame)
+    both = pd.concat([frame, collect(main_results(SMOKE, [0]), store)])
     with pytest.raises(InputError, match="must not be mixed"):
-        summarise(main_results(QUICK, [0]), both)
+        summarise(main_results([QUICK], [0]), both)
 
 
 def test_a_run_on_a_data_folder_is_found_without_the_folder(tmp_path: Path) -> None:
@@ -234,8 +235,8 @@ def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
     second = {path.relative_to(tmp_path): path.read_bytes() for path in write_report("quick", [0, 1, 2], tmp_path)}
     assert first == second
     assert {str(path) for path in first} == {f"tables/main_results.{suffix}" for suffix in ("csv", "md", "tex")} | {
-        f"figures/{name}.{suffix}" for name in ("convergence", "figure1", "loss_parts") for suffix in ("png", "pdf")
-    }
+        f"figures/{name}.{suffix}" for name in ("main_results", "convergence", "figure1", "loss_parts") for suffix in ("png", "pdf")
+    } | {"index.html"}
     markdown, latex = first[Path("tables/main_results.md")].decode(), first[Path("tables/main_results.tex")].decode()
     for text in (markdown, latex):
         assert "embedded digits, 96 px; not a COCO result; data dddddddd; commit 01234567; 3 seeds" in text
@@ -245,7 +246,7 @@ def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
 def test_report_of_an_empty_store_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from detrdistill.experiments.report import write_report; "
-        f"assert len(write_report('quick', [0], {str(tmp_path)!r})) == 9; assert 'torch' not in sys.modules"
+        f"assert len(write_report('quick', [0], {str(tmp_path)!r})) == 12; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert "not run" in (tmp_path / "tables" / "main_results.md").read_text()

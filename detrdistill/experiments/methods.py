@@ -3,6 +3,7 @@
 A recipe lists methods; listed together, their losses add up. What a loss computes is told where it is computed, in `distill/`.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
@@ -41,7 +42,7 @@ class MapMethod(Method):
 
 RELEASED = {
     "matching": "joint", "normaliser": "pairs", "mask": "released", "maps": "neck", "adapter": False, "pairing": "student",
-    "references": "student", "contrast": 0.2,
+    "references": "student", "contrast": 0.2, "stages": "first",
 }  # fmt: skip
 
 
@@ -85,6 +86,10 @@ class DETRDistill(Method):
     def _fill_in_variant(cls, values: Any) -> Any:
         released = isinstance(values, dict) and values.get("variant") == "released"
         return RELEASED | values if released else values
+
+    @classmethod
+    def decided_by(cls, changes: Mapping[str, Any]) -> set[str]:
+        return set(RELEASED) if "variant" in changes else set()
 
     @model_validator(mode="after")
     def _contrast_needs_pairs(self) -> "DETRDistill":
@@ -185,6 +190,10 @@ class KDDETR(Method):
     @classmethod
     def _fill_in_form(cls, values: Any) -> Any:
         return {"stages": "grouped"} | values if isinstance(values, dict) and values.get("form") == "tprd" else values
+
+    @classmethod
+    def decided_by(cls, changes: Mapping[str, Any]) -> set[str]:
+        return {"stages"} if "form" in changes else set()
 
     @property
     def shares_queries(self) -> bool:

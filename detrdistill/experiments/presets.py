@@ -3,7 +3,7 @@
 A preset is a teacher and a student; every row of every table is one of the two, or the student under a method.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -24,8 +24,8 @@ from detrdistill.experiments.recipes import (
     run_id,
 )
 
-SETTINGS = ("teacher", "student", "detrdistill")
-DEFORMABLE, CONDITIONAL, ADAMIXER = "deformable_detr", "conditional_detr", "adamixer"
+DEFORMABLE, CONDITIONAL, ADAMIXER = DETECTORS = "deformable_detr", "conditional_detr", "adamixer"
+RIVALS = ("fgd", "mgd", "fitnet")  # of Table 3
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Preset:
     Attributes:
         method: DETRDistill with the weights of this preset.
         floor: AP that the teacher must exceed.
+        rivals: methods that the main results compare with.
+        light: lighter backbones of students, as in Table 10.
     """
 
     name: str
@@ -42,6 +44,13 @@ class Preset:
     student: Recipe
     method: DETRDistill
     floor: float
+    rivals: tuple[str, ...] = ()
+    light: tuple[Backbone, ...] = ()
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Rows of the main results."""
+        return ("teacher", "student", *self.rivals, "detrdistill")
 
     def recipe(self, setting: str, seed: int = 0) -> Recipe:
         """The recipe of one row; the teacher is one and the same for all seeds.
@@ -70,15 +79,16 @@ class Preset:
         """
         return replace(self, teacher=pinned(self.teacher), student=pinned(self.student))
 
-    def runs(self, seeds: Sequence[int]) -> dict[str, Recipe | CropRecipe]:
-        """All runs of the tables by id, those that others depend on included."""
-        waiting: list[Recipe | CropRecipe] = [self.recipe(setting, seed) for setting in SETTINGS for seed in seeds]
-        found: dict[str, Recipe | CropRecipe] = {}
-        while waiting:
-            recipe = waiting.pop(0)
-            found[run_id(recipe)] = recipe
-            waiting += parents(recipe).values()
-        return found
+
+def all_runs(recipes: Iterable[Recipe]) -> dict[str, Recipe | CropRecipe]:
+    """The recipes by the names of their runs, and those of the runs that they depend on."""
+    waiting: list[Recipe | CropRecipe] = list(recipes)
+    found: dict[str, Recipe | CropRecipe] = {}
+    while waiting:
+        recipe = waiting.pop(0)
+        found[run_id(recipe)] = recipe
+        waiting += parents(recipe).values()
+    return found
 
 
 def thin(width: int, *blocks: int, steps: int) -> Backbone:
@@ -107,7 +117,7 @@ def quick(detector: str = DEFORMABLE) -> Preset:
     )
     teacher = student.replace(backbone=thin(24, 1, 1, 2, 1, steps=2000), **{"schedule.steps": 4000})
     # The raw dot products of Eq. 7 make Eq. 9 some fifteen times as large as the detection loss at first: log.jsonl.
-    return Preset("quick", teacher, student, DETRDistill(features=0.1), floor=45.0)
+    return Preset("quick", teacher, student, DETRDistill(features=0.1), floor=45.0, light=(thin(8, 1, 1, 1, 1, steps=1500),))
 
 
 def smoke(detector: str = DEFORMABLE) -> Preset:
@@ -130,7 +140,8 @@ def smoke(detector: str = DEFORMABLE) -> Preset:
         resize=Resize(train="jitter", short=64, long=64),
         schedule=Schedule(steps=6, batch=4, lr=1e-3, backbone_lr=1.0, decay="cosine", evaluations=2),
     ).replace(**own[detector])
-    return Preset("smoke", student.replace(seed=1), student, DETRDistill(features=0.1), floor=-1.0)
+    light = (Backbone(name="thin_resnet", width=4, weights="crops", crops=CropTraining(steps=4, batch=16)),)
+    return Preset("smoke", student.replace(seed=1), student, DETRDistill(features=0.1), floor=-1.0, rivals=RIVALS, light=light)
 
 
 def coco(detector: str = DEFORMABLE) -> Preset:
@@ -158,7 +169,9 @@ def coco(detector: str = DEFORMABLE) -> Preset:
     ).replace(**own[detector])
     # Two AP below the teachers of Table 3.
     floors = {DEFORMABLE: 43.0, CONDITIONAL: 40.0, ADAMIXER: 41.0}
-    return Preset("coco", student.replace(backbone=Backbone(name="resnet101")), student, DETRDistill(), floors[detector])
+    teacher = student.replace(backbone=Backbone(name="resnet101"))
+    light = (Backbone(name="resnet18"), Backbone(name="mobilenet_v2"))
+    return Preset("coco", teacher, student, DETRDistill(), floors[detector], RIVALS, light)
 
 
 def one_of(detector: str, preset: str, *known: str) -> str:
@@ -184,3 +197,14 @@ def get_preset(name: str, detector: str = DEFORMABLE) -> Preset:
     if name not in PRESETS:
         raise InputError(f"preset '{name}' is unknown; known: {', '.join(PRESETS)}")
     return PRESETS[name](detector)
+
+
+def get_presets(name: str, detectors: Sequence[str] = ()) -> list[Preset]:
+    """The preset called `name`, for each of the detectors; for all that it has recipes for if none are named.
+
+    Raises:
+        InputError: there is no such preset, or not for a detector that was named.
+    """
+    if detectors:
+        return [get_preset(name, detector) for detector in detectors]
+    return [get_preset(name, detector) for detector in (DETECTORS if name != "quick" else DETECTORS[:1])]

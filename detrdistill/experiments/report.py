@@ -1,48 +1,90 @@
-"""Tables and figures of a preset from whatever runs are stored; in seconds, without training and without torch."""
+"""Tables, figures and the page of a preset from whatever runs are stored; in seconds, without training and without torch."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from detrdistill.experiments.presets import get_preset
+import pandas as pd
+from matplotlib.figure import Figure
+
+from detrdistill.experiments.page import Section, write_page
+from detrdistill.experiments.paper_tables import TABLES, make_table, usual_tables
+from detrdistill.experiments.presets import get_presets
 from detrdistill.experiments.published import published
 from detrdistill.experiments.store import Store, open_store
-from detrdistill.experiments.tables import Row, collect, find, main_results, provenance_line, summarise, write_table
+from detrdistill.experiments.tables import NOTES, Row, Table, cells, collect, find, provenance_line, summarise, write_table
 from detrdistill.figures import style
 from detrdistill.figures.bars import bars
+from detrdistill.figures.comparison import comparison
 from detrdistill.figures.convergence import convergence
 from detrdistill.figures.loss_parts import loss_parts
 from detrdistill.training.logging import read_log
 
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
-def write_report(preset_name: str, seeds: Sequence[int], store_root: Path | str | None = None) -> list[Path]:
-    """Write all tables to `tables/` and figures to `figures/` of the preset's results; what is missing is shown as "not run".
+
+def write_report(preset_name: str, seeds: Sequence[int], store_root: Path | str | None = None, tables: Sequence[str] = ()) -> list[Path]:
+    """Write tables to `tables/`, figures to `figures/` and a page with everything, `index.html`; what is missing is "not run".
 
     Args:
         store_root: the preset's results folder; by default that of `store.open_store`.
+        tables: those to write; by default the preset's usual ones. Tables that are there already are written again.
 
     Returns:
         The files written, the same bytes for the same records.
 
     Raises:
-        InputError: an unknown preset, no seeds, or records that were edited or do not belong together.
+        InputError: an unknown preset or table, no seeds, or records that were edited or do not belong together.
     """
-    preset = get_preset(preset_name)
+    presets = get_presets(preset_name)
     store = open_store(preset_name) if store_root is None else Store(store_root)
-    table = main_results(preset, seeds)
-    frame = collect(table, store)
-    note = provenance_line(frame)
-    paths = write_table(table, frame, store.root / "tables")
+    wanted = {name: make_table(name, presets, seeds) for name in tables or usual_tables(preset_name)}
+    there = {name for name in TABLES if (store.root / "tables" / f"{name}.csv").exists()}
+    paths, sections = [], []
+    for name in TABLES:
+        if name in wanted or name in there:
+            table = wanted.get(name) or make_table(name, presets, seeds)
+            written, section = write_one(table, store)
+            paths += written
+            sections.append(section)
+    about = f"Preset {preset_name}, {sections[0].note}" if sections else ""
+    return [*paths, write_page(store.root, f"detrdistill: {preset_name}", about, sections)]
 
-    rows = {row.setting: row for row in table.rows}
-    log, title = _first_log(rows["detrdistill"], store)
-    figures = {
-        "convergence": convergence({setting: _curves(row, store) for setting, row in rows.items()}, note),
-        "figure1": bars(published("figure1"), summarise(table, frame), note),
-        "loss_parts": loss_parts(log, title, provenance_line(frame[frame["run"] == title]) if log else note),
-    }
-    for name, figure in figures.items():
-        paths += style.save(figure, store.root / "figures" / name)
-    return paths
+
+def write_one(table: Table, store: Store) -> tuple[list[Path], Section]:
+    """One table with its figures, and its part of the page."""
+    frame = collect(table, store)
+    summary, note = summarise(table, frame), provenance_line(frame)
+    files = write_table(table, frame, store.root / "tables")
+    figures = {table.name: comparison(frame, summary, note)}
+    if table.name == "main_results":
+        figures |= main_figures(table, frame, summary, store)
+    drawn = {name: style.save(figure, store.root / "figures" / name) for name, figure in figures.items()}
+    inside = lambda path: path.relative_to(store.root).as_posix()  # noqa: E731
+    section = Section(
+        name=table.name,
+        title=f"{table.title} ({table.published.replace('table', 'Table ')})" if table.published else table.title,
+        table=cells(summary),
+        note=f"{note} {NOTES}",
+        figures=[inside(path) for made in drawn.values() for path in made if path.suffix == ".png"],
+        notebooks=[f"notebooks/{path.name}" for path in sorted(NOTEBOOKS.glob(f"[0-9]*_{table.name}.ipynb"))],
+        files=[inside(path) for path in files],
+    )
+    return [*files, *(path for made in drawn.values() for path in made)], section
+
+
+def main_figures(table: Table, frame: pd.DataFrame, summary: pd.DataFrame, store: Store) -> dict[str, Figure]:
+    """AP while training, the paper's Figure 1 beside ours, and the parts of a distilled student's loss."""
+    found = {"figure1": bars(published("figure1"), summary, provenance_line(frame))}
+    detectors = list(dict.fromkeys(row.detector for row in table.rows))
+    for detector in detectors:
+        rows = {row.setting: row for row in table.rows if row.detector == detector}
+        suffix = "" if len(detectors) == 1 else f"_{next(iter(rows['student'].recipes.values())).detector}"
+        note = provenance_line(frame[frame["detector"] == detector])
+        log, title = _first_log(rows["detrdistill"], store)
+        about_run = provenance_line(frame[frame["run"] == title]) if log else note
+        found[f"convergence{suffix}"] = convergence({setting: _curves(row, store) for setting, row in rows.items()}, note)
+        found[f"loss_parts{suffix}"] = loss_parts(log, title, about_run)
+    return found
 
 
 def _curves(row: Row, store: Store) -> list[list[dict[str, float | None]]]:

@@ -1,16 +1,21 @@
 """What every notebook starts with: its parameters checked, its preset and store opened, and provenance for its figures."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import pandas as pd
 from matplotlib.figure import Figure
 from pydantic import Field, NonNegativeInt, field_validator
 
-from detrdistill.experiments.presets import PRESETS, Preset, get_preset
+from detrdistill.errors import InputError
+from detrdistill.experiments.paper_tables import make_table
+from detrdistill.experiments.presets import DEFORMABLE, PRESETS, Preset, get_preset
+from detrdistill.experiments.recipes import Digits, Folder, run_id
 from detrdistill.experiments.store import Record, Store, open_store, provenance
 from detrdistill.experiments.strict import Strict
-from detrdistill.experiments.tables import TITLES, short_commit
+from detrdistill.experiments.tables import DETECTORS, TITLES, Table, short_commit
 from detrdistill.figures.style import save
 
 if TYPE_CHECKING:
@@ -19,14 +24,37 @@ if TYPE_CHECKING:
     from detrdistill.data.coco import CocoDataset
 
 
+SHARED = ("resize", "data", "precision")  # what images a detector sees and how it computes: a student's are its teacher's too
+
+
 class Parameters(Strict):
-    """The parameters that notebooks share. YAML's text numbers are accepted, and one seed where a list is meant."""
+    """The parameters that notebooks share, and below `progress` those that only some have.
+
+    YAML's text numbers are accepted, and a single one where a list is meant.
+
+    Attributes:
+        detector, detectors: one, or several; none: all that the preset has recipes for.
+        setting: whose weights are looked at: teacher, student, or methods joined by "+".
+        image: number of a validation image, or the path of an image file.
+        images: numbers of validation images.
+        interactive: sliders where they are of use.
+        data: folder of COCO json and images; empty: the preset's data.
+        results: folder of runs; empty: the preset's.
+    """
 
     preset: str
     seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
     changes: dict[str, Any] = Field(default_factory=dict)
     device: Literal["auto", "cpu", "cuda"]
     progress: bool
+    detector: str = DEFORMABLE
+    detectors: tuple[str, ...] | None = None
+    setting: str = "teacher"
+    image: NonNegativeInt | Path = 0
+    images: tuple[NonNegativeInt, ...] = ()
+    interactive: bool = False
+    data: str = ""
+    results: str = ""
 
     @field_validator("preset")
     @classmethod
@@ -35,29 +63,93 @@ class Parameters(Strict):
             raise ValueError(f"unknown preset; known: {', '.join(PRESETS)}")
         return value
 
-    @field_validator("seeds", mode="before")
+    @field_validator("seeds", "images", "detectors", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         if isinstance(value, str):
             value = value.replace(",", " ").split()
-        return value if isinstance(value, list | tuple) else [value]
+        return value if isinstance(value, list | tuple | None) else [value]
+
+    @field_validator("image", mode="before")
+    @classmethod
+    def _number_or_file(cls, value: object) -> object:
+        if isinstance(value, bool) or not isinstance(value, int | str | Path):
+            raise ValueError("give the number of a validation image, or the path of an image file")
+        try:
+            return int(value)
+        except (TypeError, ValueError):
+            path = Path(value).expanduser()
+        if not path.is_file():
+            raise ValueError(f"no such file (looked in {Path.cwd()}); give the number of a validation image, or the path of an image file")
+        return path
+
+    @field_validator("data")
+    @classmethod
+    def _folder(cls, value: str) -> str:
+        if value and not Path(value).expanduser().is_dir():
+            raise ValueError(f"no such folder (looked in {Path.cwd()}); give one with COCO json and images, or nothing")
+        return value
 
 
 @dataclass(frozen=True)
 class Session:
-    """A notebook's checked parameters, with its preset and store."""
+    """A notebook's checked parameters, with its preset and store.
+
+    Attributes:
+        presets: by detector, where a notebook looks at several; `preset` is the first.
+        setting, image, images, interactive: as in `Parameters`.
+    """
 
     preset: Preset
     store: Store
     seeds: tuple[int, ...]
     device: str
     progress: bool
+    presets: Mapping[str, Preset]
+    setting: str = "teacher"
+    image: int | Path = 0
+    images: tuple[int, ...] = ()
+    interactive: bool = False
+
+    def each(self) -> dict[str, Self]:
+        """A session a detector, by the detector's name in words."""
+        return {DETECTORS[name]: replace(self, preset=preset) for name, preset in self.presets.items()}
+
+    def on_data(self, folder: Path) -> Self:
+        """The same recipes on another data folder.
+
+        A floor stated for the preset's data means nothing there: a teacher must find something, and that is all.
+        """
+        data = Folder(path=folder)
+        preset = replace(
+            self.preset,
+            teacher=self.preset.teacher.replace(data=data),
+            student=self.preset.student.replace(data=data),
+            floor=min(self.preset.floor, 0.0),
+        )
+        return replace(self, preset=preset, presets={preset.student.detector: preset})
 
     def run(self, setting: str, seed: int = 0) -> Record:
         """Train a row of the preset, or return what is stored."""
         from detrdistill.experiments.runs import run  # torch, which tables and figures do without
 
         return run(self.preset.recipe(setting, seed), self.store, device=self.device, progress=self.progress)
+
+    def table(self, name: str) -> Table:
+        """The runs of one of `paper_tables.TABLES`, for the detectors and seeds asked for."""
+        return make_table(name, list(self.presets.values()), self.seeds)
+
+    def run_table(self, table: Table) -> None:
+        """Train every run of a table that is not stored yet."""
+        from detrdistill.experiments.runs import run
+
+        for recipe in {run_id(recipe): recipe for recipe in table.recipes()}.values():
+            run(recipe, self.store, device=self.device, progress=self.progress)
+
+    def curves(self, table: Table) -> dict[str, list[list[dict[str, float | None]]]]:
+        """AP while training of the table's rows at the end of the schedule, by title; of its first detector."""
+        rows = [row for row in table.rows if row.at == 1 and row.detector == table.rows[0].detector]
+        return {row.title.partition(", whole")[0]: [self.store.record(one).curve for one in row.recipes.values()] for row in rows}
 
     def detector(self, record: Record, dataset: "CocoDataset") -> "nn.Module":
         """The detector that a run trained, ready to use."""
@@ -89,17 +181,76 @@ class Session:
 def validate(**parameters: object) -> Session:
     """Check a notebook's parameters.
 
-    `changes` are fields of the students' recipe by dotted name, or of the method as "method.gamma"; the teacher stays as it is.
+    `changes` are fields of the students' recipe by dotted name, of the method as "method.gamma", or of the teacher as
+    "teacher.schedule.steps"; else the teacher stays as it is, but for `SHARED`, as on the command line.
 
     Raises:
-        InputError: an unknown preset or field, a wrong type, a value out of range; names the parameter and what is allowed.
+        InputError: an unknown preset, detector, setting or field, a wrong type, a value out of range, a file or folder that is not
+            there; names the parameter and what is allowed.
     """
     read = Parameters.read(parameters, where="parameters")
-    preset = get_preset(read.preset)
-    of_method = {name.removeprefix("method."): value for name, value in read.changes.items() if name.startswith("method.")}
-    of_student = {name: value for name, value in read.changes.items() if not name.startswith("method.")}
-    preset = replace(preset, student=preset.student.replace(**of_student), method=preset.method.replace(**of_method))
-    return Session(preset, open_store(read.preset), read.seeds, read.device, read.progress)
+    names = _detectors(read)
+    presets = {name: _changed(get_preset(read.preset, name), read.changes) for name in names}
+    session = Session(
+        presets[names[0]],
+        _store(read.results) if read.results else open_store(read.preset),
+        read.seeds,
+        read.device,
+        read.progress,
+        presets,
+        read.setting,
+        read.image,
+        read.images,
+        read.interactive,
+    )
+    try:
+        session.preset.recipe(read.setting)
+    except InputError as error:
+        raise InputError(f"parameters: 'setting' = {read.setting!r}: {error}") from None
+    if read.data:
+        session = session.on_data(Path(read.data).expanduser())
+    data = session.preset.student.data
+    for name, value in (("image", read.image), *(("images", one) for one in read.images)):
+        if isinstance(data, Digits) and isinstance(value, int) and value >= data.val:
+            raise InputError(
+                f"parameters: '{name}' = {value}: the validation images of preset {read.preset} are numbered 0 to {data.val - 1}"
+            )
+    return session
+
+
+def _detectors(read: Parameters) -> list[str]:
+    """The detectors a notebook asks for; without any, all that the preset has recipes for."""
+    name, wanted = ("detector", (read.detector,)) if read.detectors is None else ("detectors", read.detectors)
+    known, refused = [], {}
+    for detector in wanted or DETECTORS:
+        try:
+            get_preset(read.preset, detector)
+            known.append(detector)
+        except InputError as error:
+            refused[detector] = error
+    for detector, error in refused.items():
+        if wanted:
+            raise InputError(f"parameters: '{name}' = {detector!r}: {error}") from None
+    return known
+
+
+def _changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
+    """The preset with a user's changes to student, method and teacher."""
+    own = lambda part: {name.removeprefix(part): value for name, value in changes.items() if name.startswith(part)}  # noqa: E731
+    of_student = {name: value for name, value in changes.items() if not name.startswith(("method.", "teacher."))}
+    shared = {name: value for name, value in of_student.items() if name.split(".")[0] in SHARED}
+    return replace(
+        preset,
+        student=preset.student.replace(**of_student),
+        teacher=preset.teacher.replace(**(shared | own("teacher."))),
+        method=preset.method.replace(**own("method.")),
+    )
+
+
+def _store(folder: str) -> Store:
+    """The store of a stated folder; "results/own" is the folder `own` where all results lie, wherever the notebook runs."""
+    path = Path(folder).expanduser()
+    return open_store(str(Path(*path.parts[1:]))) if path.parts[0] == "results" and len(path.parts) > 1 else Store(path)
 
 
 def versions() -> pd.DataFrame:

@@ -1,6 +1,6 @@
 """The base of all that a user states: frozen, unknown keys refused, faults told on one line."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -30,7 +30,7 @@ class Strict(BaseModel):
 
     def replace(self: M, **changes: Any) -> M:
         """A copy with `changes` applied and validated; nested fields by dotted name: `replace(**{"schedule.lr": 1e-4})`."""
-        values = self.model_dump()
+        values = self.model_dump(exclude=self.decided_by(changes))
         for name, value in changes.items():
             *parents, last = name.split(".")
             node = values
@@ -40,6 +40,11 @@ class Strict(BaseModel):
                     raise InputError(f"{type(self).__name__}: '{name}' has no part '{parent}' here; fields: {', '.join(values)}")
             node[last] = value.model_dump() if isinstance(value, BaseModel) else value
         return type(self).read(values)
+
+    @classmethod
+    def decided_by(cls, changes: Mapping[str, Any]) -> set[str]:
+        """Fields that `changes` decide together, such as the switches of a variant: a copy does not keep them."""
+        return set()
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

@@ -1,4 +1,4 @@
-"""Which runs make which table, and the tables themselves: pure functions of stored records. No torch here.
+"""Tables: pure functions of stored records. Which runs make which table stands in `paper_tables.py`. No torch here.
 
 A table is made in three steps: `collect` reads a line a run, `summarise` turns these into a line a row (means, intervals, gains,
 status), `cells` into text. A run without a record is "not run" in every form, never blank and never zero.
@@ -14,15 +14,17 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from detrdistill.errors import InputError
-from detrdistill.experiments.presets import SETTINGS, Preset
+from detrdistill.experiments.presets import Preset
 from detrdistill.experiments.published import published, published_value
 from detrdistill.experiments.recipes import Digits, Folder, Recipe, run_id
 from detrdistill.experiments.store import Record, Store, read_record
 from detrdistill.files import write_text
 
 DETECTORS = {"deformable_detr": "Deformable DETR", "conditional_detr": "Conditional DETR", "adamixer": "AdaMixer"}
-TITLES = {"teacher": "Teacher", "student": "Student", "detrdistill": "DETRDistill"}
-IN_PAPER = TITLES | {"detrdistill": "Ours"}
+TITLES = {
+    "teacher": "Teacher", "student": "Student", "detrdistill": "DETRDistill", "fitnet": "FitNet", "fgd": "FGD", "mgd": "MGD", "fkd": "FKD",
+    "fgfi": "FGFI", "pkd": "PKD", "cwd": "CWD", "kd_detr": "KD-DETR", "d3etr": "D3ETR",
+}  # fmt: skip
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 NOT_RUN, NO_OBJECTS = "not run", "n/a"
 REPRODUCED_WITHIN = 0.5  # AP
@@ -30,11 +32,26 @@ REPRODUCED_WITHIN = 0.5  # AP
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: the same setting under several seeds."""
+    """One line of a table: the same setting under several seeds.
+
+    Attributes:
+        detector: its name in words.
+        setting: the row's name, unique for a detector.
+        title: what the table calls it.
+        baseline: the setting whose AP of the same seed the gain is over; "" for a row that is no method.
+        published: the row's name in the published table; "" where there is none.
+        column: the column there; its gain is called the same with "gain" for "AP".
+        at: the part of the schedule after which AP is read off the curve; 1 is the end, and has all numbers.
+    """
 
     detector: str
     setting: str
     recipes: Mapping[int, Recipe]
+    title: str
+    baseline: str = ""
+    published: str = ""
+    column: str = "AP"
+    at: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,31 +59,22 @@ class Table:
     """Runs to compare.
 
     Attributes:
-        published: the paper's table that these rows stand beside.
+        name: of the files, and of the notebook.
+        published: the paper's table that these rows stand beside, such as "table3"; "" where there is none.
+        title: what is compared, in words.
         measured_on: data and image size, in words.
     """
 
     name: str
     preset: str
     published: str
+    title: str
     measured_on: str
     rows: tuple[Row, ...]
 
-
-def main_results(preset: Preset, seeds: Sequence[int]) -> Table:
-    """Table 3: teacher, student and distilled students with equally many stages.
-
-    Raises:
-        InputError: no seeds.
-    """
-    if not seeds:
-        raise InputError("no seeds given; name at least one, such as 0")
-    rows = []
-    for setting in SETTINGS:
-        recipes = [preset.recipe(setting, seed) for seed in seeds]
-        # By the recipe's own seed: the teacher is one and the same for all seeds, so it is one run.
-        rows.append(Row(DETECTORS[recipes[0].detector], setting, {recipe.seed: recipe for recipe in recipes}))
-    return Table("main_results", preset.name, "table3", measured_on(preset), tuple(rows))
+    def recipes(self) -> list[Recipe]:
+        """All runs of the table."""
+        return [recipe for row in self.rows for recipe in row.recipes.values()]
 
 
 def measured_on(preset: Preset) -> str:
@@ -91,7 +99,7 @@ def collect(table: Table, store: Store) -> pd.DataFrame:
             record = find(store, recipe)
             line = {"table": table.name, "preset": table.preset, "detector": row.detector, "setting": row.setting, "seed": seed}
             line |= {"run": record.id if record else run_id(recipe)}
-            line |= {name: _nan(record and record.metrics[name]) for name in METRICS}
+            line |= {name: _nan(value) for name, value in _metrics(record, row.at).items()}
             line |= {"status": "measured" if record else NOT_RUN}
             about = record.provenance if record else {}
             records += [record] if record else []
@@ -99,6 +107,14 @@ def collect(table: Table, store: Store) -> pd.DataFrame:
             lines.append(line)
     refuse_mixed(records)
     return pd.DataFrame(lines)
+
+
+def _metrics(record: Record | None, at: float) -> dict[str, float | None]:
+    """The twelve numbers, or the AP of the last evaluation up to a part of the schedule."""
+    if record is None or at == 1:
+        return record.metrics if record else dict.fromkeys(METRICS)
+    until = [point["AP"] for point in record.curve if point["step"] <= round(at * record.cost["steps"])]
+    return dict.fromkeys(METRICS) | {"AP": until[-1] if until else None}
 
 
 def find(store: Store, recipe: Recipe) -> Record | None:
@@ -161,19 +177,21 @@ def summarise(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
     ours, held = f"{table.name} of preset {table.preset}", set(frame["table"] + " of preset " + frame["preset"])
     if held != {ours}:
         raise InputError(f"table {ours} must not be mixed with {', '.join(sorted(held - {ours}))}")
-    paper = published(table.published)
+    paper = published(table.published) if table.published else None
     lines = []
     for row in table.rows:
         of_detector = frame[frame["detector"] == row.detector].set_index("seed")
         runs = of_detector[of_detector["setting"] == row.setting]
-        plain = of_detector[of_detector["setting"] == "student"]
-        distilled = row.setting not in ("teacher", "student")
         ap, ap_half = mean_and_half(runs["AP"])
-        gain, gain_half = mean_and_half(runs["AP"] - plain["AP"]) if distilled else (math.nan, math.nan)
-        name = f"{row.detector} / {IN_PAPER[row.setting]}"
-        line = {"detector": row.detector, "setting": row.setting, "AP": ap, "AP_half": ap_half, "gain": gain, "gain_half": gain_half}
+        gain, gain_half = math.nan, math.nan
+        if row.baseline:
+            gain, gain_half = mean_and_half(runs["AP"] - of_detector.loc[of_detector["setting"] == row.baseline, "AP"])
+        line = {"detector": row.detector, "setting": row.setting, "title": row.title, "baseline": row.baseline}
+        line |= {"AP": ap, "AP_half": ap_half, "gain": gain, "gain_half": gain_half}
         line |= {size: mean_and_half(runs[size])[0] for size in ("APs", "APm", "APl")}
-        line |= {"published_AP": published_value(paper, name, "AP"), "published_gain": published_value(paper, name, "gain")}
+        for name in ("AP", "gain"):
+            stated = row.published and published_value(paper, row.published, row.column.replace("AP", name))
+            line[f"published_{name}"] = stated if row.published else math.nan
         line |= {"measured_on": table.measured_on, "seeds": int(runs["AP"].notna().sum()), "seeds_wanted": len(row.recipes)}
         lines.append(line | {"status": status(line, coco=table.preset == "coco")})
     return pd.DataFrame(lines)
@@ -199,10 +217,10 @@ def status(line: Mapping[str, float | str], *, coco: bool) -> str:
     away = abs(line["AP"] - line["published_AP"])
     if coco and away <= REPRODUCED_WITHIN + 1e-9:
         return "reproduced"
-    if line["setting"] in ("teacher", "student"):
+    if not line["baseline"]:
         if coco and not math.isnan(away):
             return "differs"
-        return "one seed" if line["setting"] == "student" and line["seeds"] == 1 else "measured"
+        return "one seed" if line["setting"] != "teacher" and line["seeds"] == 1 else "measured"
     if math.isnan(line["gain_half"]):
         return "one seed" if line["seeds"] == 1 or not math.isnan(line["gain"]) else "measured"
     if abs(line["gain"]) <= line["gain_half"]:
@@ -216,11 +234,11 @@ def cells(summary: pd.DataFrame) -> pd.DataFrame:
     """The table as text, in the order of the paper's columns, ours and theirs apart."""
     lines = []
     for line in summary.to_dict("records"):
-        distilled, empty = line["setting"] not in ("teacher", "student"), NO_OBJECTS if line["seeds"] else NOT_RUN
+        distilled, empty = bool(line["baseline"]), NO_OBJECTS if line["seeds"] else NOT_RUN
         lines.append(
             {
                 "Detector": line["detector"],
-                "Setting": TITLES[line["setting"]],
+                "Setting": line["title"],
                 "AP": _number(line["AP"], empty, half=line["AP_half"]),
                 "Gain": _gain(line) if distilled else "-",
                 "APs": _number(line["APs"], empty),
@@ -280,8 +298,8 @@ NOTES = (
 def write_table(table: Table, frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Write `<name>.csv` (a line a run), `<name>.md` and `<name>.tex` (a line a row); the same bytes for the same records."""
     text = cells(summarise(table, frame))
-    beside = table.published.replace("table", "Table ")
-    title = f"{table.name.replace('_', ' ').capitalize()}, preset {table.preset}, beside the paper's {beside}"
+    beside = f", beside the paper's {table.published.replace('table', 'Table ')}" if table.published else ""
+    title = f"{table.title}, preset {table.preset}{beside}"
     provenance = f"{provenance_line(frame)} {NOTES}"
     forms = {"csv": to_csv(frame), "md": to_markdown(text, title, provenance), "tex": to_latex(text, title, provenance)}
     paths = []

@@ -8,10 +8,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from detrdistill.experiments.published import published_value
-from detrdistill.experiments.tables import IN_PAPER, TITLES
+from detrdistill.experiments.tables import TITLES
 from detrdistill.figures import style
 
 ORDER = ("student", "detrdistill", "teacher")
+IN_PAPER = {"student": "Student", "detrdistill": "Ours", "teacher": "Teacher"}
 DETECTORS = ("Conditional DETR", "Deformable DETR", "AdaMixer")
 
 

@@ -26,7 +26,7 @@ class FGFI(nn.Module):
         maps: which maps: what the encoder starts from, or what the decoder attends to.
         threshold: I is 1 on the cells that have an anchor whose IoU with an object is above this part of the best IoU that any
             anchor has with that object (published: 0.5).
-        scales: sides of the anchors in cells.
+        scales: sides of the anchors in cells. The recipe's 2, 4, 8 on every level are ours; officially 4, 8, 16, 32 on the only one.
         ratios: their height over width.
 
     The mask is made of a detector's own anchors, which a DETR has not: here the same anchors are laid on every cell of every level,

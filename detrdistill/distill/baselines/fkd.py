@@ -24,9 +24,10 @@ class FKD(nn.Module):
         reduction, pool: as in `NonLocal`.
 
     The authors' repository holds no code; this is mmrazor's FBKD, and so are the recipe's weights (7e-5, 4e-3, 4e-3, 7e-5) and
-    temperature (0.5). Norms are not squared and span the whole batch, hence `share_of_step`. The attention over channels, which
-    mmrazor computes but does not use, is left out. There, student and teacher are equally wide; here, f, g and h lead from one
-    width to the other. Padding takes no part (there: as any other cell).
+    temperature (0.5). Its configs pool the maps (`pool`), most of all the largest; here that is not needed (`NonLocal`). Norms are
+    not squared and span the whole batch, hence `share_of_step`. The attention over channels, which mmrazor computes but does not
+    use, is left out. There, student and teacher are equally wide; here, f, g and h lead from one width to the other. Padding takes
+    no part (there: as any other cell).
     """
 
     def __init__(

@@ -1,0 +1,52 @@
+"""Where methods and detectors put their weight on an image, side by side, as the paper's Figure 2."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from detrdistill.figures import style
+from detrdistill.figures.detections import Objects, show_image
+from detrdistill.figures.masks import overlay
+from detrdistill.figures.quality import outline
+
+
+def active_regions(
+    images: Sequence[np.ndarray],
+    truths: Sequence[Objects],
+    maps: Mapping[str, Sequence[np.ndarray]],
+    inside: Mapping[str, Sequence[float]],
+    note: str = "",
+) -> Figure:
+    """A row an image, a column a map; below each map the part of its weight that lies inside the boxes.
+
+    Args:
+        images: [H W 3], uint8.
+        truths: annotated objects, drawn on every panel.
+        maps: by column title, for every image a map [h w] without negative numbers.
+        inside: by the same titles, for every image that part, between 0 and 1; NaN where a map has no weight.
+    """
+    with style.paper():
+        columns = len(maps) + 1
+        side = (style.WIDTH - 0.6) / columns
+        high = side * max(image.shape[0] / image.shape[1] for image in images)
+        figure = style.Picture(figsize=(style.WIDTH, len(images) * (high + 0.2) + 0.55))
+        grid = figure.subplots(len(images), columns, squeeze=False)
+        figure.get_layout_engine().set(wspace=0.02, hspace=0.01, w_pad=0.01, h_pad=0.02)
+        heat = None
+        for row, (image, truth) in enumerate(zip(images, truths, strict=True)):
+            show_image(grid[row, 0], image)
+            outline(grid[row, 0], truth.boxes, width=0.8)
+            for axes, (title, shown) in zip(grid[row, 1:], maps.items(), strict=True):
+                heat = overlay(axes, image, shown[row])
+                outline(axes, truth.boxes, width=0.8)
+                share = inside[title][row]
+                axes.set_xlabel("no weight" if np.isnan(share) else f"{100 * share:.0f} % inside", labelpad=2, fontsize=7.5)
+        for axes, title in zip(grid[0], ("ground truth", *maps), strict=True):
+            axes.set_title(title, fontsize=8, fontweight="bold", pad=4)
+        if heat is not None:
+            bar = figure.colorbar(heat, ax=grid.ravel().tolist(), fraction=0.015, pad=0.01, aspect=40, ticks=[0, 0.5, 1])
+            bar.set_label("weight / its maximum")
+            bar.outline.set_visible(False)
+        style.note(figure, note)
+    return figure

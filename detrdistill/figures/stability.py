@@ -1,0 +1,69 @@
+"""How often queries change their object from one decoder stage to the next, as the paper's Figure 7."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from detrdistill.experiments.tables import TITLES
+from detrdistill.figures import style
+
+Runs = Sequence[np.ndarray]
+
+
+def instability(queries: Mapping[str, Runs], objects: Mapping[str, Runs], note: str = "") -> Figure:
+    """Changed queries and changed objects an image, a group of bars a step between stages: lower is more stable.
+
+    Bars are means over images and seeds. Whiskers: 95 % interval over the images of one run, or, with several seeds, a dot a seed.
+
+    Args:
+        queries: for every setting a list over seeds of counts [images, steps]; an empty list is shown as "not run".
+        objects: the same for objects.
+    """
+    with style.paper():
+        figure = style.Picture(figsize=(style.WIDTH, 2.9))
+        panels = figure.subplots(1, 2)
+        figure.get_layout_engine().set(wspace=0.06)
+        several = any(len(runs) > 1 for runs in queries.values())
+        for axes, scores, title in zip(panels, (queries, objects), ("queries", "objects"), strict=True):
+            _panel(axes, scores)
+            axes.set_title(f"{title.capitalize()} that change", loc="left")
+            axes.set_ylabel(f"{title} an image")
+        handles = [Patch(color=style.COLOURS.get(name, style.GREY), label=TITLES.get(name, name)) for name in queries]
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), handlelength=1, columnspacing=1.5)
+        how = "Dots: seeds." if several else "Whiskers: 95 % interval over images."
+        style.note(figure, f"{note} {how}".strip())
+    return figure
+
+
+def _panel(axes: Axes, scores: Mapping[str, Runs]) -> None:
+    steps = max((run.shape[1] for runs in scores.values() for run in runs), default=0)
+    if steps == 0:
+        style.not_run(axes, "not run" if not any(scores.values()) else "one decoder stage: nothing can change")
+        return
+    wide = 0.8 / len(scores)
+    for place, (setting, runs) in enumerate(scores.items()):
+        shift = wide * (place - (len(scores) - 1) / 2)
+        colour = style.COLOURS.get(setting, style.GREY)
+        if not runs:
+            axes.annotate("not run", (shift, 0), (0, 4), textcoords="offset points", rotation=90, ha="center", color=style.FAINT)
+            continue
+        means = np.stack([run.mean(0) for run in runs])
+        x = np.arange(means.shape[1]) + shift
+        axes.bar(x, means.mean(0), width=0.92 * wide, color=colour)
+        tops = means.max(0)
+        if len(runs) > 1:
+            axes.plot(np.tile(x, (len(runs), 1)).ravel(), means.ravel(), ".", color=style.TEXT, markersize=5)
+        elif len(runs[0]) > 1:
+            half = 1.96 * runs[0].std(0, ddof=1) / len(runs[0]) ** 0.5
+            axes.errorbar(x, means[0], half, fmt="none", color=style.TEXT, linewidth=1, capsize=2.5)
+            tops = tops + half
+        for at, mean, top in zip(x, means.mean(0), tops, strict=True):
+            axes.annotate(f"{mean:.2f}", (at, top), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7.5)
+    axes.set(xticks=range(steps), xticklabels=[f"stage {k + 1} to {k + 2}" for k in range(steps)])
+    axes.margins(x=0.06, y=0.12)
+    axes.set_ylim(0, None if axes.dataLim.y1 > 0 else 1)
+    axes.grid(False, axis="x")
+    axes.tick_params(axis="x", length=0)
