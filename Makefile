@@ -12,6 +12,8 @@ UNFINISHED := .setup-unfinished
 PRESET ?= quick
 SEEDS ?= 0
 TABLE ?=
+DETECTORS ?=
+GPUS ?=
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 DRY ?=
 JOBS ?= 2
@@ -23,8 +25,8 @@ help:
 	@echo "make setup        make .venv and install everything in the versions of constraints.txt (PYTHON=$(PYTHON))"
 	@echo "make test         run the tests (JOBS=$(JOBS) processes, ARGS=... for pytest)"
 	@echo "make reproduce    run what is missing of a preset: runs, tables, figures, notebooks, report"
-	@echo "                  (PRESET=$(PRESET) SEEDS=\"$(SEEDS)\" TABLE=\"components logits\" CORES=$(CORES); DRY=1 only lists it, with the"
-	@echo "                  time it is expected to take; ARGS=... for snakemake)"
+	@echo "                  (PRESET=$(PRESET) SEEDS=\"$(SEEDS)\" TABLE=\"components logits\" DETECTORS=... CORES=$(CORES)"
+	@echo "                  GPUS=... a run; DRY=1 only lists it, with the time it is expected to take; ARGS=... for snakemake)"
 	@echo "make report       write tables and figures again from stored results, without training (PRESET=$(PRESET))"
 	@echo "make lab          open the notebooks in JupyterLab"
 	@echo "make lint         check style, and that source notebooks carry no outputs"
@@ -62,10 +64,12 @@ test: setup
 # the process id of the owner is kept, also when a signal ends it: a living owner is respected, a dead one's lock is removed. Its
 # command is looked at too, since ids are given anew after a restart, and a killed process keeps its id for a moment.
 OWNER := .snakemake/owner
-SNAKEMAKE := $(BIN)/snakemake --snakefile workflow/Snakefile --config preset=$(PRESET) seeds="$(SEEDS)" tables="$(TABLE)"
+SNAKEMAKE := $(BIN)/snakemake --snakefile workflow/Snakefile --config preset=$(PRESET) seeds="$(SEEDS)" tables="$(TABLE)" detectors="$(DETECTORS)" $(if $(GPUS),gpus=$(GPUS))
+
+WHICH = --preset $(PRESET) --seeds $(SEEDS) $(if $(TABLE),--tables $(TABLE)) $(if $(DETECTORS),--detectors $(DETECTORS))
 
 reproduce: setup
-	$(if $(DRY),@$(BIN)/detrdistill plan --preset $(PRESET) --seeds $(SEEDS) $(if $(TABLE),--tables $(TABLE)))
+	$(if $(DRY),@$(BIN)/detrdistill plan $(WHICH))
 	@mkdir -p .snakemake; if [ -e $(OWNER) ]; then \
 	  if ps -o args= -p "$$(cat $(OWNER))" 2>/dev/null | grep -q workflow/Snakefile; then \
 	    echo "error: another 'make reproduce' is running here (process $$(cat $(OWNER))); wait for it, or end it" >&2; exit 1; fi; \
@@ -74,7 +78,7 @@ reproduce: setup
 	status=$$?; if [ $$status -lt 128 ]; then rm -f $(OWNER); fi; exit $$status
 
 report: setup
-	$(BIN)/detrdistill report --preset $(PRESET) --seeds $(SEEDS) $(if $(TABLE),--tables $(TABLE)) $(ARGS)
+	$(BIN)/detrdistill report $(WHICH) $(ARGS)
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -2,8 +2,9 @@
 
 R101 teaches R50, as in the paper, with random weights: 6/6 layers, 300 queries, 2 images (one padded in half) of 7 objects, float32.
 A step is what the trainer does between batch and optimizer: teacher, losses, backward. It is held against a step of the student alone
-plus the teacher's forward pass, timed right before or after it. Two more comparisons: with the passes and the matching of the authors'
-released code, and of the matching alone. Times in turn within one process, one CPU thread or a GPU.
+plus the teacher's forward pass, at most two steps before or after it. Two more comparisons: with the passes and the matching of the
+authors' released code, and of the matching alone. All in turn within one process, on a GPU or on one CPU thread. Of the latter it is
+the time that the process had a core, which other work on the machine changes little; with more threads it is the clock on the wall.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from unittest.mock import patch
 
 import numpy as np
@@ -53,15 +54,20 @@ Batch = tuple[Tensor, Tensor, Targets]
 
 
 class Clock:
-    """Seconds by part; on a GPU it waits until all work is done, before and after."""
+    """Seconds by part. On a GPU it waits until all work is done, before and after; on a CPU it counts what this process used.
 
-    def __init__(self, device: str) -> None:
+    Args:
+        wall: on a CPU too, count the time that passes.
+    """
+
+    def __init__(self, device: str, wall: bool = False) -> None:
         self.device, self.spent = torch.device(device), {}
+        self.read = process_time if self.device.type == "cpu" and not wall else perf_counter
 
     def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return perf_counter()
+        return self.read()
 
     def wrap(self, part: str, call: Callable) -> Callable:
         """The same call, its time added to a part."""
@@ -144,7 +150,7 @@ def measure(distiller: Distiller, teacher: nn.Module, batch: Batch, device: str)
 
 
 def compare(detector: str, methods: Sequence[str], side: int, repeats: int, device: str) -> list[dict[str, object]]:
-    """All methods on one pair of detectors; a step of the student alone comes between each two of them."""
+    """All methods on one pair of detectors; a step of the student alone comes amid each four of them."""
     torch.manual_seed(0)
     taught_by, recipe = recipes(detector)
     teacher, student, batch = build(taught_by, device).eval().requires_grad_(False), build(recipe, device), make_batch(side, device)
@@ -160,8 +166,9 @@ def compare(detector: str, methods: Sequence[str], side: int, repeats: int, devi
 
     found: dict[str, list[dict[str, float]]] = {name: [] for name in distillers}
     for _ in range(repeats):
-        for i in range(0, len(methods), 2):
-            of = {name: measure(distillers[name], teacher, batch, device) for name in (methods[i], "plain", *methods[i + 1 : i + 2])}
+        for i in range(0, len(methods), 4):
+            turn = (*methods[i : i + 2], "plain", *methods[i + 2 : i + 4])
+            of = {name: measure(distillers[name], teacher, batch, device) for name in turn}
             plain = of["plain"]
             for name, parts in of.items():
                 more = distillers[name].attention or any(hasattr(term.loss, "guests") for term in distillers[name].terms)
@@ -321,7 +328,7 @@ def prediction(logits: Tensor, boxes: Tensor, device: str) -> DetectorOutput:
 
 def in_turn(ours: tuple[Callable, int], theirs: tuple[Callable, int], repeats: int, device: str) -> list[tuple[float, float]]:
     """Seconds of both, each with its number of threads, after a warm-up of ours (theirs is long)."""
-    clock, before = Clock(device), torch.get_num_threads()
+    clock, before = Clock(device, wall=max(ours[1], theirs[1]) > 1), torch.get_num_threads()
 
     def seconds(action: Callable[[], None], threads: int) -> float:
         torch.set_num_threads(threads)

@@ -115,32 +115,34 @@ def check(folder: tyro.conf.Positional[Path], /) -> None:
         print(f"{split}: {counts}; {dataset.report.text()}")
 
 
-def report(preset: str = "quick", seeds: tuple[int, ...] = (0,), tables: tuple[str, ...] = ()) -> None:
+def report(preset: str = "quick", seeds: tuple[int, ...] = (0,), tables: tuple[str, ...] = (), detectors: tuple[str, ...] = ()) -> None:
     """Write tables, figures and the page of a preset again, from its stored records; nothing is trained.
 
     Args:
         preset: smoke, quick or coco.
         seeds: of the students.
         tables: names of tables; without, those that are there already and the preset's usual ones.
+        detectors: names of detectors; without, all that the preset has recipes for.
     """
     from detrdistill.experiments.report import write_report
     from detrdistill.experiments.store import open_store
 
-    for path in write_report(preset, seeds, open_store(preset).root, tables):
+    for path in write_report(preset, seeds, open_store(preset).root, tables, detectors):
         print(path)
 
 
-def plan(preset: str = "quick", seeds: tuple[int, ...] = (0,), tables: tuple[str, ...] = ()) -> None:
+def plan(preset: str = "quick", seeds: tuple[int, ...] = (0,), tables: tuple[str, ...] = (), detectors: tuple[str, ...] = ()) -> None:
     """List the runs that tables still miss, with the time that they are expected to take; nothing is run.
 
     Args:
         preset: smoke, quick or coco.
         seeds: of the students.
         tables: names of tables; the preset's usual ones if none are named.
+        detectors: names of detectors; all that the preset has recipes for if none are named.
     """
     from detrdistill.experiments.plan import plan_text
 
-    print(plan_text(preset, seeds, tables))
+    print(plan_text(preset, seeds, tables, detectors))
 
 
 def notebook(

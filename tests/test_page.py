@@ -133,9 +133,19 @@ def test_numbers_stand_right_and_words_left(folder: Path) -> None:
     page, _ = read(folder, section(table=cells))
     heads = [attributes.get("class") for tag, attributes in page.seen if tag == "th"]
     assert heads == [None, None, "number", "number", "number", "number", None, None, None]
-    cell_classes = [attributes.get("class") for tag, attributes in page.seen if tag == "td"]
-    assert cell_classes == heads * 2
+    classes = [attributes.get("class") for tag, attributes in page.seen if tag == "td"]
+    shared = lambda *places: ["shared" if i in places else kind for i, kind in enumerate(heads)]  # noqa: E731
+    assert classes == shared(0, 7) + [kind for i, kind in enumerate(heads) if i not in (0, 7)]
     assert page.all("span", "class").count("empty") >= 4
+
+
+def test_equal_neighbours_are_written_once(folder: Path) -> None:
+    cells = table("measured", "measured", "measured", Where=["digits"] * 3).assign(Detector=["A", "A", "B"])
+    page, _ = read(folder, section(table=cells, figures=[], notebooks=[], files=[]))
+    assert page.all("td", "rowspan") == ["2", "3", "1"]
+    assert [word for word in page.words if word in ("A", "B", "digits")] == ["A", "digits", "B"]
+    assert page.all("tr", "class") == ["group"]
+    assert sum(int(attributes.get("rowspan") or 1) for tag, attributes in page.seen if tag == "td") == cells.size
 
 
 def test_the_page_stands_alone_and_repeats_itself(folder: Path) -> None:

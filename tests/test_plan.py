@@ -38,12 +38,12 @@ def test_time_is_judged_by_the_most_similar_runs(tmp_path):
 
 
 def test_text(tmp_path):
-    text = plan_text("quick", [0, 1], ["components"], Store(tmp_path))
+    text = plan_text("quick", [0, 1], ["components"], store=Store(tmp_path))
     lines = text.splitlines()
     assert len(lines) == 16 + 3 + 1 and lines[-1].startswith("19 runs are missing: ")
     assert "-plain-seed1-" in text and lines[0].endswith((" s", " min"))
     with pytest.raises(InputError, match="table 'tabel7' is unknown; known: main_results, prior_methods"):
-        plan_text("quick", [0], ["tabel7"], Store(tmp_path))
+        plan_text("quick", [0], ["tabel7"], store=Store(tmp_path))
 
 
 def test_durations():

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from urllib.parse import quote
 
@@ -28,12 +29,12 @@ NUMBER = re.compile(r"[+-]?\d+(\.\d+)?( ± \d+(\.\d+)?)?( \(one seed\))?|\d+ of 
 STYLE = """
 :root {
   color-scheme: light dark;
-  --paper: #ffffff; --text: #222222; --faint: #6a6a6a; --line: #d9d9d9; --band: #f5f5f5; --link: #0b5fa5;
+  --paper: #ffffff; --text: #222222; --faint: #6a6a6a; --line: #d9d9d9; --link: #0b5fa5;
   --good: #0173b2; --fair: #8a5a00; --bad: #b04a00; --idle: #6a6a6a;
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --paper: #16181b; --text: #e4e4e4; --faint: #a0a0a0; --line: #3a3d42; --band: #1f2226; --link: #7fc1f5;
+    --paper: #16181b; --text: #e4e4e4; --faint: #a0a0a0; --line: #3a3d42; --link: #7fc1f5;
     --good: #6db8ee; --fair: #e8b04a; --bad: #f39a5b; --idle: #a0a0a0;
   }
 }
@@ -57,21 +58,23 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.25rem 0.8rem;
 dd { margin: 0; color: var(--faint); }
 .table { overflow-x: auto; margin: 0.8rem 0; }
 table { border-collapse: collapse; font-size: 0.85rem; border-top: 2px solid var(--text); border-bottom: 2px solid var(--text); }
-th, td { padding: 0.25rem 0.5rem; text-align: left; vertical-align: top; }
+th, td { padding: 0.25rem 0.4rem; text-align: left; vertical-align: top; }
 thead th { border-bottom: 1px solid var(--text); vertical-align: bottom; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
 td.number { white-space: nowrap; }
-tbody tr:nth-child(even) { background: var(--band); }
-tbody tr.group > * { border-top: 1px solid var(--line); }
+tbody tr + tr > * { border-top: 1px solid var(--line); }
+tbody tr.group > * { border-top-color: var(--text); }
+.shared { width: 6rem; }
 .empty { color: var(--faint); font-style: italic; white-space: nowrap; }
 .note, .files, figcaption { font-size: 0.85rem; color: var(--faint); }
 figure { margin: 1.2rem 0; }
 figure img { display: block; width: 100%; max-width: 52rem; height: auto; background: #ffffff; border-radius: 4px; }
 @media print {
-  :root { --paper: #ffffff; --text: #000000; --faint: #444444; --line: #bbbbbb; --band: #f5f5f5; --link: #000000;
+  :root { --paper: #ffffff; --text: #000000; --faint: #444444; --line: #bbbbbb; --link: #000000;
     --good: #01507c; --fair: #6b4600; --bad: #8a3a00; --idle: #444444; }
   body { padding: 0; max-width: none; font-size: 9pt; }
   .table { overflow: visible; }
+  .shared { width: auto; }
   table { font-size: 6.5pt; }
   th, td { padding: 1pt 3pt; }
   .chip { font-size: 6.5pt; padding: 0 3pt; }
@@ -174,18 +177,40 @@ def _section(folder: Path, section: Section) -> list[str]:
 
 def _table(table: pd.DataFrame, title: str) -> list[str]:
     right = {column for column in table if column != STATUS and _is_numeric(table[column])}
+    # What is the same for many rows is written once: the detector, and what all rows were measured on.
+    spans = {
+        column: _spans(table[column]) for i, column in enumerate(table) if column not in (STATUS, *right) and _merged(table[column], i)
+    }
     kind = lambda column: ' class="number"' if column in right else ""  # noqa: E731
     # Wide tables scroll by themselves, also with the keyboard.
     lines = [f'<div class="table" tabindex="0" role="region" aria-label="{escape(title)}">', "<table>", "<thead><tr>"]
     lines += [f'<th scope="col"{kind(column)}>{escape(str(column))}</th>' for column in table]
     lines += ["</tr></thead>", "<tbody>"]
     before = None
-    for values in table.itertuples(index=False, name=None):
-        cells = [f"<td{kind(column)}>{_cell(column, str(value))}</td>" for column, value in zip(table, values, strict=True)]
+    for i, values in enumerate(table.itertuples(index=False, name=None)):
         group = ' class="group"' if before not in (None, values[0]) else ""
-        lines.append(f"<tr{group}>{''.join(cells)}</tr>")
         before = values[0]
+        lines.append(f"<tr{group}>")
+        for column, value in zip(table, values, strict=True):
+            if column not in spans:
+                lines.append(f"<td{kind(column)}>{_cell(column, str(value))}</td>")
+            elif rows := spans[column][i]:
+                lines.append(f'<td class="shared" rowspan="{rows}">{_cell(column, str(value))}</td>')
+        lines.append("</tr>")
     return [*lines, "</tbody>", "</table>", "</div>"]
+
+
+def _merged(values: pd.Series, place: int) -> bool:
+    return place == 0 or (len(values) > 1 and values.nunique() == 1)
+
+
+def _spans(values: Iterable[str]) -> list[int]:
+    """At the first of equal neighbours how many they are, 0 at the others."""
+    spans: list[int] = []
+    for _, equal in groupby(values):
+        count = len(list(equal))
+        spans += [count] + [0] * (count - 1)
+    return spans
 
 
 def _is_numeric(values: Iterable[str]) -> bool:

@@ -13,6 +13,7 @@ from detrdistill.experiments.presets import ADAMIXER, CONDITIONAL, Preset, all_r
 from detrdistill.experiments.recipes import CropRecipe, Recipe
 from detrdistill.experiments.tables import DETECTORS, TITLES, Row, Table, measured_on
 
+GAP = "not found"  # stands in the paper, but not in any source we could reach
 Presets = Sequence[Preset]
 Seeds = Sequence[int]
 
@@ -39,9 +40,10 @@ def prior_methods(presets: Presets, seeds: Seeds) -> Table:
     for epochs, part, words in ((4, 1 / 3, "1/3"), (8, 2 / 3, "2/3"), (12, 1.0, "whole")):
         for setting in ("student", "fgd", "fkd", "mgd", "fgfi", "fitnet", "detrdistill"):
             paper = "Baseline w/o KD" if setting == "student" else IN_PAPER[setting]
-            found = row(preset, seeds, setting, f"{setting} at {words}", f"{TITLES[setting]}, {words} schedule", f"student at {words}")
-            about = {} if setting == "detrdistill" else {"published": f"AdaMixer / {paper}", "column": f"AP {epochs} epochs"}
-            rows.append(replace(found, at=part, **about))
+            stated = "" if setting == "detrdistill" else f"AdaMixer / {paper}"
+            title = f"{TITLES[setting]}, {words} schedule"
+            found = row(preset, seeds, setting, f"{setting} at {words}", title, f"student at {words}", stated)
+            rows.append(replace(found, at=part, column=f"AP {epochs} epochs"))
     return table("prior_methods", [preset], "table1", "Prior methods", rows)
 
 
@@ -68,8 +70,8 @@ def stage_mapping(presets: Presets, seeds: Seeds) -> Table:
     """Table 5 and Figure 5: which teacher stages teach a student with half of them. The paper's values were not found."""
     preset = best(presets, CONDITIONAL)
     preset = replace(preset, student=preset.student.replace(decoder_layers=half(preset.student.decoder_layers)))
-    rows = [row(preset, seeds, setting, setting) for setting in ("teacher", "student")]
-    rows += [variant(preset, seeds, name, title, {"stages": name}) for name, title in STRATEGIES.items()]
+    rows = [row(preset, seeds, setting, setting, published=GAP) for setting in ("teacher", "student")]
+    rows += [variant(preset, seeds, name, title, {"stages": name}, GAP) for name, title in STRATEGIES.items()]
     return table("stage_mapping", [preset], "table5", "Mapping of decoder stages", rows)
 
 
@@ -82,7 +84,7 @@ def self_distillation(presets: Presets, seeds: Seeds) -> Table:
     for preset in presets:
         teacher = preset.teacher.replace(backbone=preset.student.backbone)
         same = replace(preset, teacher=teacher, floor=min(preset.floor, 0.0))
-        rows += [row(same, seeds, setting, setting) for setting in ("teacher", "student", "detrdistill")]
+        rows += [row(same, seeds, setting, setting, published=GAP) for setting in ("teacher", "student", "detrdistill")]
     return table("self_distillation", presets, "table6", "Self-distillation", rows)
 
 
@@ -95,7 +97,7 @@ def components(presets: Presets, seeds: Seeds) -> Table:
     for kept in sets:
         off = {part: 0.0 for part in parts if part not in kept}
         name = " + ".join(kept)
-        stated = "" if kept in (("logits", "assignment"), parts[1:]) else f"AdaMixer / {name}"
+        stated = GAP if kept in (("logits", "assignment"), parts[1:]) else f"AdaMixer / {name}"
         rows.append(variant(preset, seeds, name, name.capitalize(), off, stated))
     return table("components", [preset], "table7", "Components", rows)
 
@@ -112,8 +114,10 @@ def logits(presets: Presets, seeds: Seeds) -> Table:
         "each divided by its own pairs": {"normaliser": "pairs"},
         "joint matching (released code)": {"matching": "joint", "normaliser": "pairs"},
     }
-    rows = [row(preset, seeds, "student", "student")]
-    rows += [variant(preset, seeds, name, name.capitalize(), alone | changes) for name, changes in variants.items()]
+    rows = [row(preset, seeds, "student", "student", published=GAP)]
+    for name, changes in variants.items():
+        ours = "normaliser" in changes
+        rows.append(variant(preset, seeds, name, name.capitalize(), alone | changes, "" if ours else GAP))
     return table("logits", [preset], "table8", "Logits distillation", rows)
 
 
@@ -131,8 +135,10 @@ def feature_masks(presets: Presets, seeds: Seeds) -> Table:
         "query masks by quality (Eq. 9)": {},
         "the released form": {"mask": "released", "features": 1.0},
     }
-    rows = [row(preset, seeds, "student", "student")]
-    rows += [variant(preset, seeds, name, name[0].upper() + name[1:], alone | changes) for name, changes in variants.items()]
+    rows = [row(preset, seeds, "student", "student", published=GAP)]
+    for name, changes in variants.items():
+        stated = "" if changes.get("mask") == "released" else GAP
+        rows.append(variant(preset, seeds, name, name[0].upper() + name[1:], alone | changes, stated))
     return table("feature_masks", [preset], "table9", "Feature masks", rows)
 
 
@@ -220,7 +226,10 @@ def row(preset: Preset, seeds: Seeds, setting: str, name: str, title: str = "", 
     plain = setting in ("teacher", "student")
     # By the recipe's own seed: the teacher is one and the same for all seeds, so it is one run.
     by_seed = {recipe.seed: recipe for recipe in recipes}
-    return Row(DETECTORS[preset.student.detector], name, by_seed, title or TITLES[setting], "" if plain else baseline, published)
+    detector = DETECTORS[preset.student.detector]
+    if published != GAP and not published.startswith(detector):
+        published = ""  # what the paper measured with another detector does not belong beside this one
+    return Row(detector, name, by_seed, title or TITLES[setting], "" if plain else baseline, published)
 
 
 def variant(preset: Preset, seeds: Seeds, name: str, title: str, changes: Mapping[str, object] | Method, published: str = "") -> Row:

@@ -11,14 +11,16 @@ from detrdistill.experiments.store import Record, Store, open_store, read_record
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
 
 
-def plan_text(preset: str, seeds: Sequence[int], tables: Sequence[str] = (), store: Store | None = None) -> str:
+def plan_text(
+    preset: str, seeds: Sequence[int], tables: Sequence[str] = (), detectors: Sequence[str] = (), store: Store | None = None
+) -> str:
     """A line a missing run, and their sum.
 
     Raises:
         InputError: an unknown preset or table, no seeds, or a record that was edited.
     """
     store = store or open_store(preset)
-    presets = [one.pinned() for one in get_presets(preset)]
+    presets = [one.pinned() for one in get_presets(preset, detectors)]
     wanted = [recipe for name in tables or usual_tables(preset) for recipe in make_table(name, presets, seeds).recipes()]
     missing = missing_runs(wanted, store)
     known = list(records((store.root, REFERENCE / preset)))

@@ -138,7 +138,7 @@ def smoke(detector: str = DEFORMABLE) -> Preset:
         dropout=0.0,
         data=Digits(size=64, train=32, val=8),
         resize=Resize(train="jitter", short=64, long=64),
-        schedule=Schedule(steps=6, batch=4, lr=1e-3, backbone_lr=1.0, decay="cosine", evaluations=2),
+        schedule=Schedule(steps=6, batch=4, lr=1e-3, backbone_lr=1.0, decay="cosine", evaluations=3),
     ).replace(**own[detector])
     light = (Backbone(name="thin_resnet", width=4, weights="crops", crops=CropTraining(steps=4, batch=16)),)
     return Preset("smoke", student.replace(seed=1), student, DETRDistill(features=0.1), floor=-1.0, rivals=RIVALS, light=light)

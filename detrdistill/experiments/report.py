@@ -22,12 +22,19 @@ from detrdistill.training.logging import read_log
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 
-def write_report(preset_name: str, seeds: Sequence[int], store_root: Path | str | None = None, tables: Sequence[str] = ()) -> list[Path]:
+def write_report(
+    preset_name: str,
+    seeds: Sequence[int],
+    store_root: Path | str | None = None,
+    tables: Sequence[str] = (),
+    detectors: Sequence[str] = (),
+) -> list[Path]:
     """Write tables to `tables/`, figures to `figures/` and a page with everything, `index.html`; what is missing is "not run".
 
     Args:
         store_root: the preset's results folder; by default that of `store.open_store`.
         tables: those to write; by default the preset's usual ones. Tables that are there already are written again.
+        detectors: those to compare; by default all that the preset has.
 
     Returns:
         The files written, the same bytes for the same records.
@@ -35,7 +42,7 @@ def write_report(preset_name: str, seeds: Sequence[int], store_root: Path | str 
     Raises:
         InputError: an unknown preset or table, no seeds, or records that were edited or do not belong together.
     """
-    presets = get_presets(preset_name)
+    presets = get_presets(preset_name, detectors)
     store = open_store(preset_name) if store_root is None else Store(store_root)
     wanted = {name: make_table(name, presets, seeds) for name in tables or usual_tables(preset_name)}
     there = {name for name in TABLES if (store.root / "tables" / f"{name}.csv").exists()}
@@ -46,7 +53,7 @@ def write_report(preset_name: str, seeds: Sequence[int], store_root: Path | str 
             written, section = write_one(table, store)
             paths += written
             sections.append(section)
-    about = f"Preset {preset_name}, {sections[0].note}" if sections else ""
+    about = f"Preset {preset_name}. {sections[0].note}" if sections else ""
     return [*paths, write_page(store.root, f"detrdistill: {preset_name}", about, sections)]
 
 

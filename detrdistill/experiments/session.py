@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from pydantic import Field, NonNegativeInt, field_validator
 
+from detrdistill.data.layout import data_cache, layout
 from detrdistill.errors import InputError
 from detrdistill.experiments.paper_tables import make_table
 from detrdistill.experiments.presets import DEFORMABLE, PRESETS, Preset, get_preset
@@ -128,6 +129,11 @@ class Session:
             floor=min(self.preset.floor, 0.0),
         )
         return replace(self, preset=preset, presets={preset.student.detector: preset})
+
+    def on_folder(self) -> Self:
+        """The same on a folder in any case: the embedded digits are taken as the COCO folder that they are on disk."""
+        data = self.preset.student.data
+        return self if isinstance(data, Folder) else self.on_data(layout(data, "train", data_cache())[0].parent)
 
     def run(self, setting: str, seed: int = 0) -> Record:
         """Train a row of the preset, or return what is stored."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pandas.io.formats.style import Styler
 from scipy.special import stdtrit
 
 from detrdistill.errors import InputError
@@ -39,7 +40,7 @@ class Row:
         setting: the row's name, unique for a detector.
         title: what the table calls it.
         baseline: the setting whose AP of the same seed the gain is over; "" for a row that is no method.
-        published: the row's name in the published table; "" where there is none.
+        published: the row's name in the published table; "" where the paper has no such row, or has it for another detector.
         column: the column there; its gain is called the same with "gain" for "AP".
         at: the part of the schedule after which AP is read off the curve; 1 is the end, and has all numbers.
     """
@@ -187,6 +188,7 @@ def summarise(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
         if row.baseline:
             gain, gain_half = mean_and_half(runs["AP"] - of_detector.loc[of_detector["setting"] == row.baseline, "AP"])
         line = {"detector": row.detector, "setting": row.setting, "title": row.title, "baseline": row.baseline}
+        line |= {"published": row.published, "at": row.at}
         line |= {"AP": ap, "AP_half": ap_half, "gain": gain, "gain_half": gain_half}
         line |= {size: mean_and_half(runs[size])[0] for size in ("APs", "APm", "APl")}
         for name in ("AP", "gain"):
@@ -234,7 +236,8 @@ def cells(summary: pd.DataFrame) -> pd.DataFrame:
     """The table as text, in the order of the paper's columns, ours and theirs apart."""
     lines = []
     for line in summary.to_dict("records"):
-        distilled, empty = bool(line["baseline"]), NO_OBJECTS if line["seeds"] else NOT_RUN
+        distilled, unknown = bool(line["baseline"]), "not found" if line["published"] else "-"
+        empty = NOT_RUN if not line["seeds"] else NO_OBJECTS if line["at"] == 1 else "-"
         lines.append(
             {
                 "Detector": line["detector"],
@@ -244,14 +247,22 @@ def cells(summary: pd.DataFrame) -> pd.DataFrame:
                 "APs": _number(line["APs"], empty),
                 "APm": _number(line["APm"], empty),
                 "APl": _number(line["APl"], empty),
-                "Published AP": _number(line["published_AP"], "not found"),
-                "Published gain": _number(line["published_gain"], "not found", "+.1f") if distilled else "-",
+                "Published AP": _number(line["published_AP"], unknown),
+                "Published gain": _number(line["published_gain"], unknown, "+.1f") if distilled else "-",
                 "Measured on": line["measured_on"],
                 "Seeds": f"{line['seeds']} of {line['seeds_wanted']}",
                 "Status": line["status"],
             }
         )
     return pd.DataFrame(lines)
+
+
+def styled(summary: pd.DataFrame, frame: pd.DataFrame) -> Styler:
+    """The table for a notebook, with its provenance as caption."""
+    text = cells(summary).drop(columns="Measured on")
+    caption = {"selector": "caption", "props": "text-align: left; caption-side: bottom"}
+    left = [{"selector": "th, td", "props": "text-align: left"}, caption]
+    return text.style.hide(axis="index").set_caption(f"{provenance_line(frame)} {NOTES}").set_table_styles(left)
 
 
 def _number(value: float, empty: str, form: str = ".1f", half: float = math.nan) -> str:
@@ -279,7 +290,7 @@ def provenance_line(frame: pd.DataFrame) -> str:
     parts.append(f"data {ran['data_sha256'].iloc[0][:8]}")
     parts.append(f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}")
     seeds = ran.loc[ran["setting"] != "teacher", "seed"].nunique()
-    parts.append(f"{seeds} seed{'s' * (seeds != 1)}")
+    parts += [f"{seeds} seed{'s' * (seeds != 1)}"] if seeds else []
     return "; ".join(parts) + "."
 
 
@@ -290,9 +301,7 @@ def short_commit(commit: str | None) -> str:
     return ", ".join(name[:8] + plus + changes for name, plus, changes in parts)
 
 
-NOTES = (
-    "± is half of the 95 % t-interval over seeds; gains are over the student of the same seed; n/a: the data has no objects of that size."
-)
+NOTES = "± is half of the 95 % t-interval over seeds; gains are over the plain student of the same seed; n/a: the data has no objects of that size."
 
 
 def write_table(table: Table, frame: pd.DataFrame, folder: Path) -> list[Path]:
@@ -310,11 +319,15 @@ def write_table(table: Table, frame: pd.DataFrame, folder: Path) -> list[Path]:
 
 
 def to_csv(frame: pd.DataFrame) -> str:
-    """Words instead of blanks; pandas reads numbers back with `na_values=["not run", "n/a"]`. Each line carries its own provenance."""
+    """Words instead of blanks; pandas reads numbers back with `na_values=["not run", "n/a", "not stored"]`.
+
+    Each line carries its own provenance.
+    """
     filled = frame.astype(object)
     ran = frame["status"] != NOT_RUN
+    whole = frame["AP50"].notna() | ~ran  # what is read off a curve has AP alone
     for column in (*METRICS, "data_sha256", "commit"):
-        empty = NO_OBJECTS if column in METRICS else "unknown"
+        empty = np.where(whole, NO_OBJECTS, "not stored") if column in METRICS else "unknown"
         filled[column] = np.where(frame[column].notna(), filled[column], np.where(ran, empty, NOT_RUN))
     return filled.to_csv(index=False, lineterminator="\n")
 

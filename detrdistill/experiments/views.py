@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -22,6 +24,7 @@ from detrdistill.distill.baselines.fkd import spatial_attention
 from detrdistill.distill.features import quality_scores, quality_weights, query_masks
 from detrdistill.errors import InputError
 from detrdistill.experiments.methods import FGD, FGFI
+from detrdistill.experiments.tables import TITLES
 from detrdistill.figures.detections import Objects
 from detrdistill.figures.quality import Mask
 from detrdistill.matching import Problem, match
@@ -254,12 +257,13 @@ def quality_of(detector: nn.Module, dataset: CocoDataset, indices: Sequence[int]
     return torch.cat(found, dim=1).numpy()
 
 
-def coverage(boxes: np.ndarray, shape: tuple[int, int], times: int = 8) -> np.ndarray:
-    """Which part of each cell of a map [h w] lies in any of the boxes; a cell is looked at in `times` x `times` points.
+def coverage(boxes: np.ndarray, shape: tuple[int, int], points: int = 256) -> np.ndarray:
+    """Which part of each cell of a map [h w] lies in any of the boxes, looked at in at least `points` x `points` points of the image.
 
     Args:
         boxes: [N 4], x0 y0 x1 y1, relative to the image, which the map covers.
     """
+    times = -(-points // min(shape))
     y, x = ((np.arange(side * times) + 0.5) / (side * times) for side in shape)
     across = (x > boxes[:, 0, None]) & (x < boxes[:, 2, None])
     down = (y > boxes[:, 1, None]) & (y < boxes[:, 3, None])
@@ -275,6 +279,11 @@ REGIONS = {
     "gradient": "gradient of\ndetection loss",
     "queries": "query masks\n(Eq. 9)",
 }
+
+
+def plain_names() -> dict[str, str]:
+    """The same names for a table's columns, and that of `shares`' last."""
+    return {name: title.replace("-\n", "-").replace("\n", " ") for name, title in REGIONS.items()} | {"area": "area of the boxes"}
 
 
 def where_to_look(detector: nn.Module, dataset: CocoDataset, index: int, *, gamma: float) -> dict[str, np.ndarray]:
@@ -341,6 +350,16 @@ def shares(detector: nn.Module, dataset: CocoDataset, indices: Sequence[int], *,
     return {name: float(np.nanmean([one[name] for one in found])) if found else float("nan") for name in (*REGIONS, "area")}
 
 
+def regions(
+    detector: nn.Module, dataset: CocoDataset, indices: Sequence[int], *, gamma: float
+) -> tuple[dict[str, list[np.ndarray]], dict[str, list[float]]]:
+    """The maps of `where_to_look` and their shares inside boxes, an image each, by the titles that `REGIONS` gives them."""
+    maps = [where_to_look(detector, dataset, index, gamma=gamma) for index in indices]
+    seen = list(zip(maps, ground_truth(dataset, indices), pictures(dataset, indices), strict=True))
+    by_title = {title: [one[name] for one in maps] for name, title in REGIONS.items()}
+    return by_title, {title: [share_inside(one[name], truth, image) for one, truth, image in seen] for name, title in REGIONS.items()}
+
+
 def assigned(output: DetectorOutput, targets: Targets) -> np.ndarray:
     """The object that each query is matched with at each stage, by the price of the detection loss; -1 for none. [S B Q]."""
     pairs = match({"objects": Problem(target_cost(output, targets), targets.counts)})["objects"]
@@ -371,6 +390,44 @@ def instability(assigned: np.ndarray) -> dict[str, np.ndarray]:
         "queries": (assigned[1:] != assigned[:-1]).sum(-1).T,
         "objects": (holder[:, 1:] != holder[:, :-1]).sum(0).T,
     }
+
+
+def instability_table(
+    scores: Mapping[str, Sequence[Mapping[str, np.ndarray]]], dataset: CocoDataset, indices: Sequence[int]
+) -> pd.DataFrame:
+    """A line a setting, means over seeds: changed queries and objects an image over all steps, and the part of objects a step.
+
+    Args:
+        scores: for every setting a list over seeds of `instability` on the images `indices`.
+    """
+    objects, lines = sum(len(truth.boxes) for truth in ground_truth(dataset, indices)), []
+    for setting, runs in scores.items():
+        means = {f"{name} an image": np.mean([run[name].sum(1).mean() for run in runs]) for name in ("queries", "objects")}
+        part = np.mean([run["objects"].sum() / max(objects * run["objects"].shape[1], 1) for run in runs])
+        lines.append({"changed": TITLES.get(setting, setting), "seeds": len(runs), **means, "percent of objects a step": 100 * part})
+    return pd.DataFrame(lines).set_index("changed").round(2)
+
+
+def detect_with_transformers(folder: Path, images: Sequence[np.ndarray]) -> list[Objects] | None:
+    """What a folder written by `export_hugging_face` sees on images [H W 3], by transformers' own code; every detection, best first.
+
+    None where there is no such folder, or transformers is not installed.
+    """
+    if not (folder / "config.json").is_file() or find_spec("transformers") is None:
+        return None
+    from transformers import AutoImageProcessor, AutoModelForObjectDetection
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    processor, model = AutoImageProcessor.from_pretrained(folder), AutoModelForObjectDetection.from_pretrained(folder)
+    found = []
+    for image in images:
+        with torch.no_grad():
+            output = model.eval()(**processor(Image.fromarray(image), return_tensors="pt"))
+        (seen,) = processor.post_process_object_detection(output, threshold=0.0, target_sizes=[image.shape[:2]])
+        labels = [model.config.id2label[label] for label in seen["labels"].tolist()]
+        found.append(Objects(seen["boxes"].numpy(), labels, seen["scores"].numpy()))
+    return found
 
 
 def explore(detector: nn.Module, dataset: CocoDataset, image: int | Path, *, gamma: float, note: str = "") -> None:

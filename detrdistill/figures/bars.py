@@ -41,7 +41,12 @@ def bars(published: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Figu
         right.set_title(f"Measured here{count}\n{where}", loc="left")
         for axes, names, span in zip((left, right), (DETECTORS, ours), spans, strict=True):
             middle = (len(names) - 1) / 2
-            axes.set(xticks=range(len(names)), xticklabels=names, ylabel="AP (percent)", xlim=(middle - span / 2, middle + span / 2))
+            axes.set(
+                xticks=range(len(names)),
+                xticklabels=[name.replace(" ", "\n") for name in names],
+                ylabel="AP (percent)",
+                xlim=(middle - span / 2, middle + span / 2),
+            )
             if axes.patches:
                 axes.set_ylim(0, 1.1 * axes.dataLim.y1)
             else:

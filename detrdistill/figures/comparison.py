@@ -19,6 +19,7 @@ from detrdistill.experiments.tables import NOT_RUN
 from detrdistill.figures import style
 
 Line = Mapping[str, Any]
+Mark = tuple[Line, float, str]  # a line, the height it is drawn at, and its colour
 
 NEUTRAL, BAND = "#5a5a5a", "#f5f5f5"
 HEAD, SIZE, SMALL, TINY = 8.5, 8, 7.5, 6.5  # points: detectors, titles of rows, numbers, notes
@@ -56,7 +57,8 @@ def comparison(frame: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Fi
     Args:
         frame: a line a run, of `tables.collect`.
         summary: a line a row of the table: detector, setting, title, baseline (the setting that the gain is over, "" for none), AP,
-            AP_half, gain, gain_half, published_AP, published_gain, seeds, seeds_wanted, status, measured_on.
+            AP_half, gain, gain_half, published (its name in the paper, "" if it has no such row), published_AP, published_gain,
+            seeds, seeds_wanted, status, measured_on.
     """
     lines = [line for detector in summary["detector"].unique() for line in summary[summary["detector"] == detector].to_dict("records")]
     ran = {(line["detector"], line["setting"]) for line in lines if line["seeds"]}
@@ -71,20 +73,21 @@ def comparison(frame: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Fi
         columns.append(Column("gain", "AP points", "published_gain", _published, 0.7))
         where.append((PUBLISHED, 2, 2))
     else:
-        note = f"{PUBLISHED}: no gain found for any of these rows\n{note}"
+        why = "no gain found for any of these rows" if (summary["published"] != "").any() else "no such rows"
+        note = f"{PUBLISHED}: {why}\n{note}"
     if any(not math.isnan(line[half]) for line in lines for half in ("AP_half", "gain_half")):
         note += " Large dots and bars: mean and 95 % t-interval over seeds; small dots: seeds."
 
     with style.paper():
         # Widths, from the left: titles of rows, counts of seeds, and for each column a panel with words right of it.
-        titles = [_title(str(line["title"])) for line in lines]
+        titles = [_even(str(line["title"]), TITLES_AT_MOST, SIZE) for line in lines]
         counts = [f"{line['seeds']}/{line['seeds_wanted']}" for line in lines]
         left = MARGIN + INDENT + max(_width(text, SIZE) for title in titles for text in title) + 0.1
         left += max(_width(text, SMALL) for text in [*counts, "seeds"])
         left = max(left, MARGIN + min(TITLES_AT_MOST, max(_width(line["detector"], HEAD, "bold") for line in lines)))
         edges = _edges(columns, lines, left)
         heads = [(edges[first][0], edges[last][2], text) for text, first, last in where]
-        heads = [(start, end, _wrap(text, end - start + 0.01, SMALL)) for start, end, text in heads]
+        heads = [(start, end, _even(text, end - start + 0.01, SMALL)) for start, end, text in heads]
         groups = [_wrap(line["detector"], left - MARGIN + 0.01, HEAD, "bold") for line in lines]
         notes = [text for part in note.split("\n") for text in _wrap(part.strip(), style.WIDTH - 2 * MARGIN, TINY)]
 
@@ -124,20 +127,8 @@ def comparison(frame: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Fi
                 _write(sheet, far, at, [text], ha="right", color=style.TEXT if number else style.FAINT)
             axes = figure.add_axes((start / style.WIDTH, 1 - bottom / height, (end - start) / style.WIDTH, (bottom - top) / height))
             axes.set(facecolor="none", ylim=(bottom, top), yticks=[], label=column.title)
-            axes.spines["left"].set_visible(False)
-            shown = [
-                (line, at, colour) for line, at, colour in zip(lines, places, colours, strict=True) if not math.isnan(line[column.value])
-            ]
-            if not shown:
-                axes.set_axis_off()
-                continue
-            if column.value == "published_gain":
-                _draw_published(axes, shown)
-            else:
-                _draw_measured(axes, shown, column.value, frame)
-            axes.set_xlabel(column.unit, labelpad=2)
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=max(2, int((end - start) / 0.3)), steps=[1, 2, 5, 10], min_n_ticks=2))
-            axes.tick_params(axis="x", length=2.5)
+            shown = [mark for mark in zip(lines, places, colours, strict=True) if not math.isnan(mark[0][column.value])]
+            _panel(axes, column, shown, frame, end - start)
         _write(sheet, MARGIN, below, notes, 0.115, fontsize=TINY, color=style.FAINT)
     return figure
 
@@ -154,6 +145,20 @@ def _edges(columns: Sequence[Column], lines: Sequence[Line], left: float) -> lis
         wide[:2] = (room - wide[2]) * shares[:2] / shares[:2].sum()
     ends = left + np.cumsum(wide + beside + GAP)
     return [(end - words - panel, end - words, end) for end, words, panel in zip(ends.tolist(), beside, wide.tolist(), strict=True)]
+
+
+def _panel(axes: Axes, column: Column, shown: Sequence[Mark], frame: pd.DataFrame, width: float) -> None:
+    axes.spines["left"].set_visible(False)
+    if not shown:
+        axes.set_axis_off()
+        return
+    if column.value == "published_gain":
+        _draw_published(axes, shown)
+    else:
+        _draw_measured(axes, shown, column.value, frame)
+    axes.set_xlabel(column.unit, labelpad=2)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=max(2, int(width / 0.3)), steps=[1, 2, 5, 10], min_n_ticks=2))
+    axes.tick_params(axis="x", length=2.5)
 
 
 def _write(sheet: Axes, x: float, y: float, lines: Sequence[str], leading: float = LEADING, **look: Any) -> None:
@@ -179,7 +184,7 @@ def _gain(line: Line, ran: set[tuple[str, str]], baselines: set[tuple[str, str]]
 
 def _published(line: Line) -> tuple[str, bool]:
     if math.isnan(line["published_gain"]):
-        return ("not found" if line["baseline"] else "-"), False
+        return ("not found" if line["baseline"] and line["published"] else "-"), False
     return _number(line["published_gain"], "+.1f"), True
 
 
@@ -193,7 +198,7 @@ def _colour(line: Line, baselines: set[tuple[str, str]]) -> str:
     return style.COLOURS.get(family, style.BLUE if (line["detector"], line["setting"]) in baselines else NEUTRAL)
 
 
-def _draw_measured(axes: Axes, shown: Sequence[tuple[Line, float, str]], name: str, frame: pd.DataFrame) -> None:
+def _draw_measured(axes: Axes, shown: Sequence[Mark], name: str, frame: pd.DataFrame) -> None:
     """Means with intervals, AP also with its seeds; an interval so wide that it would squeeze all others ends in an arrow."""
     seeds = [_seeds(frame, line) if name == "AP" else [] for line, _, _ in shown]
     points = [line[name] for line, _, _ in shown] + [value for values in seeds for value in values] + [0.0] * (name == "gain")
@@ -215,7 +220,7 @@ def _draw_measured(axes: Axes, shown: Sequence[tuple[Line, float, str]], name: s
         axes.plot([line[name]], [at], "o", color=colour, markersize=4.6, markeredgewidth=0, label="mean")
 
 
-def _draw_published(axes: Axes, shown: Sequence[tuple[Line, float, str]]) -> None:
+def _draw_published(axes: Axes, shown: Sequence[Mark]) -> None:
     """Open diamonds: nobody measured these here."""
     values = [0.0, *(line["published_gain"] for line, _, _ in shown)]
     pad = 0.1 * max(max(values) - min(values), 0.5)
@@ -232,7 +237,7 @@ def _seeds(frame: pd.DataFrame, line: Line) -> list[float]:
 
 def _width(text: str, size: float, weight: str = "normal") -> float:
     """Width of a line of text in inches, a little generously, since a screen rounds letters to pixels."""
-    return 1.05 * text_to_path.get_text_width_height_descent(text, FontProperties(size=size, weight=weight), ismath=False)[0] / 72
+    return 1.03 * text_to_path.get_text_width_height_descent(text, FontProperties(size=size, weight=weight), ismath=False)[0] / 72
 
 
 def _wrap(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
@@ -244,11 +249,11 @@ def _wrap(text: str, width: float, size: float, weight: str = "normal") -> list[
     return []
 
 
-def _title(text: str) -> list[str]:
-    """A row's title in as few lines as possible, of about equal length: no last word alone."""
-    wrapped = _wrap(text, TITLES_AT_MOST, SIZE)
+def _even(text: str, width: float, size: float) -> list[str]:
+    """As few lines as possible, of about equal length: no last word alone."""
+    wrapped = _wrap(text, width, size)
     for letters in range(1, len(text)):
         even = textwrap.wrap(text, letters, break_long_words=False)
-        if len(even) == len(wrapped) and all(_width(line, SIZE) <= TITLES_AT_MOST for line in even):
+        if len(even) == len(wrapped) and all(_width(line, size) <= width for line in even):
             return even
     return wrapped

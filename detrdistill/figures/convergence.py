@@ -25,9 +25,9 @@ def convergence(curves: Mapping[str, Sequence[Curve]], note: str = "") -> Figure
         figure = style.Picture(figsize=(style.WIDTH, 3.4))
         axes = figure.subplots()
         ran = {setting: [_series(curve) for curve in runs] for setting, runs in curves.items() if runs}
-        ends = []
+        ends, colours = [], style.colours(list(ran))
         for setting, runs in ran.items():
-            colour, title = style.COLOURS.get(setting, style.GREY), TITLES.get(setting, setting)
+            colour, title = colours[setting], TITLES.get(setting, setting)
             mean = pd.concat(runs).groupby(level=0).mean()
             final, half = mean_and_half(pd.Series([run.iloc[-1] for run in runs]))
             text = f"{title} {final:.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")

@@ -9,7 +9,7 @@ from detrdistill.figures import style
 from detrdistill.figures.detections import Objects, draw
 
 
-def gallery(images: Sequence[np.ndarray], truths: Sequence[Objects], note: str = "", *, columns: int = 4) -> Figure:
+def gallery(images: Sequence[np.ndarray], truths: Sequence[Objects], note: str = "", *, columns: int = 3) -> Figure:
     """Images with boxes and class names.
 
     Args:

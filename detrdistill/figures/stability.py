@@ -34,7 +34,7 @@ def instability(queries: Mapping[str, Runs], objects: Mapping[str, Runs], note: 
         handles = [Patch(color=style.COLOURS.get(name, style.GREY), label=TITLES.get(name, name)) for name in queries]
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), handlelength=1, columnspacing=1.5)
         how = "Dots: seeds." if several else "Whiskers: 95 % interval over images."
-        style.note(figure, f"{note} {how}".strip())
+        style.note(figure, f"{how}\n{note}".strip())
     return figure
 
 

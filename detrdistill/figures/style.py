@@ -3,12 +3,15 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
+from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import PlaceHolderLayoutEngine
 
 from detrdistill.files import atomic
 
@@ -24,6 +27,7 @@ COLOURS = {
     "teacher": GREEN,
     "ground truth": "#222222",
 }
+OTHERS = (PINK, BROWN, SKY, "#7a5195", "#5d7a1f", GREY, ROSE, "#3b5b92")  # for settings without a colour of their own, in order
 TEXT, FAINT = "#222222", "#6f6f6f"
 
 STYLE = {
@@ -55,6 +59,11 @@ STYLE = {
 class Picture(Figure):
     """A figure that a notebook shows when it is a cell's value. pyplot is not involved, so nothing is shown twice or kept open."""
 
+    def __init__(self, *args: Any, layout: Any = None, **kwargs: Any) -> None:
+        # Saving a figure sets its layout engine again, and where there is none, the style's: what was laid out by hand would be laid
+        # out anew at the second saving. This one does nothing and stays.
+        super().__init__(*args, layout=PlaceHolderLayoutEngine(True, True) if layout == "none" else layout, **kwargs)
+
     def _repr_png_(self) -> bytes:
         buffer = BytesIO()
         with paper():
@@ -69,6 +78,13 @@ def paper() -> Iterator[None]:
         matplotlib.rcParams.update({key: value for key, value in matplotlib.rcParamsDefault.items() if key != "backend"})
         matplotlib.rcParams.update(STYLE)
         yield
+
+
+def colours(settings: Sequence[str]) -> dict[str, str]:
+    """A colour for each setting, known by its name or its title; the others take theirs in order."""
+    known = {name: colour for name, colour in COLOURS.items()} | {"Student": BLUE, "DETRDistill": RED, "Teacher": GREEN}
+    others = [setting for setting in settings if setting not in known]
+    return {**{name: known[name] for name in settings if name in known}, **dict(zip(others, cycle(OTHERS), strict=False))}
 
 
 def save(figure: Figure, stem: Path | str) -> list[Path]:
