@@ -301,7 +301,10 @@ def short_commit(commit: str | None) -> str:
     return ", ".join(name[:8] + plus + changes for name, plus, changes in parts)
 
 
-NOTES = "± is half of the 95 % t-interval over seeds; gains are over the plain student of the same seed; n/a: the data has no objects of that size."
+NOTES = (
+    "± is half of the 95 % t-interval over seeds; gains are over the plain student of the same seed; "
+    "n/a: the data has no objects of that size."
+)
 
 
 def write_table(table: Table, frame: pd.DataFrame, folder: Path) -> list[Path]:
