@@ -100,7 +100,7 @@ def _solve(name: str, problem: Problem, cost: np.ndarray, solved: Mapping[str, n
         columns = np.flatnonzero(usable[stage, image])
         if not len(columns):
             return np.empty((4, 0), dtype=np.int64)
-        block = cost[stage, image][:, columns]
+        block = cost[stage, image] if len(columns) == width else cost[stage, image][:, columns]
         if not np.isfinite(block).all():
             raise NonFiniteError(f"matching '{name}': the cost at stage {stage + 1}, image {image} of the batch is NaN or infinite")
         rows, chosen = linear_sum_assignment(block)

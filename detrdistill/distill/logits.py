@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from detrdistill.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from detrdistill.criterion import box_cost, box_losses, target_cost
+from detrdistill.criterion import box_cost, box_losses, in_cache, pairwise_box_cost, target_cost
 from detrdistill.distill.contrast import ContrastiveHead
 from detrdistill.matching import Pairs, Problem
 from detrdistill.models.outputs import DetectorOutput, Targets
@@ -45,9 +45,9 @@ class LogitsDistillation(nn.Module):
 
     def problems(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, Problem]:
         """The teacher's assignment to the ground truth, and student queries to teacher queries."""
-        boxes = box_cost(student.boxes, self._wanted(teacher), student.l1)
         if self.matching == "joint":
-            return {"joint": Problem(boxes + class_cost(student.logits, teacher.logits))}
+            return {"joint": Problem(joint_cost(student, teacher, self._wanted(teacher)))}
+        boxes = box_cost(student.boxes, teacher.boxes, student.l1)
         found = {
             "teacher": Problem(target_cost(teacher, targets), targets.counts),
             "positive": Problem(boxes + class_cost(student.logits, teacher.logits), among="teacher"),
@@ -84,7 +84,16 @@ class LogitsDistillation(nn.Module):
         return targets.step_boxes if name == "positive" else max(targets.step_images * queries - targets.step_boxes, 1.0)
 
 
-def class_cost(student: Float[Tensor, "S B Q C"], teacher: Float[Tensor, "S B N C"]) -> Float[Tensor, "S B Q N"]:
+def joint_cost(student: DetectorOutput, teacher: DetectorOutput, wanted: Float[Tensor, "S B N 4"]) -> Float[Tensor, "S B Q N"]:
+    """Price of every student query for every teacher query, by class and box."""
+
+    def cost(logits: Tensor, taught: Tensor, boxes: Tensor, wanted: Tensor) -> Tensor:
+        return pairwise_box_cost(boxes, wanted, student.l1).add_(class_cost(logits, taught))
+
+    return in_cache(cost, student.logits.shape[2] * teacher.logits.shape[2], student.logits, teacher.logits, student.boxes, wanted)
+
+
+def class_cost(student: Float[Tensor, "*any Q C"], teacher: Float[Tensor, "*any N C"]) -> Float[Tensor, "*any Q N"]:
     """Binary cross-entropy of every student query against every teacher query's probabilities, summed over classes."""
     z, p = student.detach().float(), teacher.detach().float().sigmoid()
     return F.softplus(z).sum(-1, keepdim=True) - z @ p.transpose(-1, -2)

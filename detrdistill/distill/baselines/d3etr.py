@@ -15,9 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from detrdistill.criterion import box_cost, box_losses
+from detrdistill.criterion import box_losses
 from detrdistill.distill.assignment import QueryAdapter
-from detrdistill.distill.logits import class_cost, class_loss
+from detrdistill.distill.logits import class_loss, joint_cost
 from detrdistill.matching import Pairs, Problem
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
 
@@ -70,7 +70,7 @@ class AdaptiveMatching(OneToOne):
     """
 
     def problems(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, Problem]:
-        return {"queries": Problem(box_cost(student.boxes, teacher.boxes, student.l1) + class_cost(student.logits, teacher.logits))}
+        return {"queries": Problem(joint_cost(student, teacher, teacher.boxes))}
 
     def forward(
         self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]
