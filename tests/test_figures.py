@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch
 
+from detrdistill.distill.stages import pair_stages
 from detrdistill.experiments.published import published
 from detrdistill.figures import style
 from detrdistill.figures.bars import bars
@@ -16,6 +18,8 @@ from detrdistill.figures.convergence import convergence
 from detrdistill.figures.detections import Objects, compare, hits
 from detrdistill.figures.loss_parts import loss_parts
 from detrdistill.figures.masks import query_masks
+from detrdistill.figures.stage_pairs import stage_pairs
+from detrdistill.figures.style import save
 
 
 def curve(*values: float) -> list[dict[str, float]]:
@@ -177,3 +181,21 @@ def test_palette_is_seaborns_colour_blind_one() -> None:
 
     ours = [style.BLUE, style.AMBER, style.GREEN, style.RED, style.PINK, style.BROWN, style.ROSE, style.GREY, style.YELLOW, style.SKY]
     assert ours == list(color_palette("colorblind").as_hex())
+
+
+def test_stage_pairs_draw_an_arrow_a_pair(tmp_path: Path) -> None:
+    pairs = {name: pair_stages(3, 6, name) for name in ("grouped", "last_only", "last_to_all", "uniform")}
+    figure = stage_pairs(pairs, 3, 6)
+    panels = [axes for axes in figure.axes if axes.get_title(loc="left")]
+    arrows = [[patch for patch in axes.patches if isinstance(patch, FancyArrowPatch)] for axes in panels]
+    assert [axes.get_title(loc="left") for axes in panels] == list(pairs) and [len(found) for found in arrows] == [6, 1, 3, 3]
+    assert arrows[0][0].get_linewidth() < arrows[1][0].get_linewidth(), "a pair that shares its student stage counts less"
+    first, second = (save(stage_pairs(pairs, 3, 6), tmp_path / name) for name in ("one", "two"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+
+
+def test_every_setting_has_a_colour_of_its_own() -> None:
+    names = ["Teacher", "student", "detrdistill", *(f"variant {i}" for i in range(8))]
+    colours = style.colours(names)
+    assert sorted(colours) == sorted(names) and len(set(colours.values())) == len(names)
+    assert colours["student"] == style.COLOURS["student"] and colours["Teacher"] == style.COLOURS["teacher"]
