@@ -115,7 +115,7 @@ OTHER = {
     "queries": 7, "levels": 2, "points": 2, "dropout": 0.1, "teacher_floor": 3.0, "data.size": 32, "data.train": 31, "data.val": 9,
     "data.seed": 1, "resize.train": "flip", "resize.short": 63, "resize.long": 65, "schedule.steps": 7, "schedule.batch": 8,
     "schedule.accumulate": 2, "schedule.lr": 2e-3, "schedule.backbone_lr": 0.1, "schedule.sampling_lr": 0.1, "schedule.weight_decay": 0.0,
-    "schedule.clip_norm": 0.5, "schedule.warmup": 1, "schedule.decay": "step", "schedule.drops": (0.5,), "schedule.evaluations": 3,
+    "schedule.clip_norm": 0.5, "schedule.warmup": 1, "schedule.decay": "step", "schedule.drops": (0.5,), "schedule.evaluations": 2,
     "precision": "bf16", "seed": 5,
 }  # fmt: skip
 BACKBONE = {name for name in OTHER if name.startswith(("backbone.", "data."))} - {"backbone.weights"}
@@ -207,6 +207,12 @@ def test_every_switch_is_part_of_the_run_s_name(name, field):
     assert run_id(plain) != run_id(changed) and f"-{name}-" in run_id(plain)
 
 
+def test_lists_may_be_text():
+    assert DISTILLED.replace(methods=[{"name": "fgfi", "scales": "2, 4"}]).methods[0].scales == (2.0, 4.0)
+    with pytest.raises(InputError, match=r"'methods.0.fgfi.ratios' = .*at least 1"):
+        DISTILLED.replace(methods=[{"name": "fgfi", "ratios": []}])
+
+
 def test_variants_set_all_switches_together():
     released = DETRDistill(variant="released")
     same = {"name", "gamma", "mask_queries", "logits", "features", "assignment"}
@@ -237,7 +243,7 @@ TWO_STAGE = STUDENT.replace(form="two_stage")
 @pytest.mark.parametrize(
     ("student", "teacher", "method", "reason"),
     [
-        (ADAMIXER, TEACHER, {"name": "detrdistill"}, "features and queries of a deformable_detr mean something else to a adamixer"),
+        (ADAMIXER, TEACHER, {"name": "detrdistill"}, "features and queries of detector deformable_detr mean something else to adamixer"),
         (ADAMIXER, TEACHER, {"name": "fgd"}, "take a teacher of the same detector"),
         (ADAMIXER, TEACHER, {"name": "kd_detr"}, "take a teacher of the same detector"),
         (ADAMIXER, TEACHER, {"name": "detrdistill", "features": 0, "assignment": 0}, None),

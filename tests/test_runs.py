@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from detrdistill.distill.distiller import Distiller
 from detrdistill.errors import InputError
 from detrdistill.experiments import runs
 from detrdistill.experiments.paper_tables import named_runs
@@ -57,7 +58,7 @@ def test_a_record_says_what_was_done(finished):
     store = Store(finished)
     record = store.record(DISTILLED)
     assert tuple(record.metrics) == METRICS and record.id == run_id(DISTILLED) and record.recipe == DISTILLED
-    assert [point["step"] for point in record.curve] == [3, 6] and record.curve[-1]["AP"] == record.metrics["AP"]
+    assert [point["step"] for point in record.curve] == [2, 4, 6] and record.curve[-1]["AP"] == record.metrics["AP"]
     assert record.cost["steps"] == 6 and record.cost["peak_memory_mib"] > 0
     for name, parent in parents(DISTILLED).items():
         assert record.parents[name]["run"] == run_id(parent)
@@ -477,3 +478,25 @@ def test_files_of_a_run_are_for_everybody_to_read(finished):
     os.umask(umask)
     for path in Store(finished).folder(DISTILLED).glob("[!.]*"):
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_bfloat16_leaves_ground_truth_and_the_teacher_s_answers_alone(monkeypatch, tmp_path):
+    """What a step compares with is not rounded to 8 bits on the way to the losses."""
+    asked, seen, ask, forward = [], [], Distiller.ask, Distiller.forward
+
+    def answer(self, *inputs):
+        asked.append(ask(self, *inputs))
+        return asked[-1]
+
+    def watch(self, pixels, padding, targets, answers=()):
+        seen.append((pixels, targets, answers))
+        return forward(self, pixels, padding, targets, answers)
+
+    monkeypatch.setattr(Distiller, "ask", answer)
+    monkeypatch.setattr(Distiller, "forward", watch)
+    changes = {"precision": "bf16", "schedule.steps": 1, "schedule.evaluations": 1, "teacher.schedule.steps": 1}
+    changes |= {"teacher.schedule.evaluations": 1, "methods": [{"name": "detrdistill", "mask_queries": "initial"}]}
+    go(DISTILLED.replace(**changes), Store(tmp_path))
+    pixels, targets, answers = seen[-1]
+    assert pixels.dtype == targets.boxes.dtype == answers[0].boxes.dtype == torch.float32
+    assert torch.equal(answers[0].boxes, asked[-1][0].boxes) and not torch.equal(targets.boxes, targets.boxes.bfloat16().float())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from detrdistill.criterion import SetCriterion
 from detrdistill.data.coco import CocoDataset, collate
 from detrdistill.errors import InputError
-from detrdistill.experiments import views
+from detrdistill.experiments import query_views, region_views, stability, views
 from detrdistill.experiments.presets import DETECTORS, get_preset
 from detrdistill.experiments.recipes import Folder
 from detrdistill.experiments.runs import load_detector, open_split
@@ -45,8 +45,8 @@ def untrained(request: pytest.FixtureRequest) -> nn.Module:
 
 def test_coverage_is_the_covered_part_of_cells() -> None:
     boxes = np.array([[0, 0, 0.5, 1.0], [0.25, 0, 0.625, 0.5]])
-    assert views.coverage(boxes, (2, 4)) == pytest.approx(np.array([[1, 1, 0.5, 0], [1, 1, 0, 0]]))
-    assert (views.coverage(boxes[:0], (3, 3)) == 0).all()
+    assert region_views.coverage(boxes, (2, 4)) == pytest.approx(np.array([[1, 1, 0.5, 0], [1, 1, 0, 0]]))
+    assert (region_views.coverage(boxes[:0], (3, 3)) == 0).all()
 
 
 def test_coarse_levels_keep_their_weight() -> None:
@@ -54,25 +54,25 @@ def test_coarse_levels_keep_their_weight() -> None:
     fine[3, 3] = 1
     expected = np.zeros((4, 4))
     expected[:2, :2], expected[3, 3] = 3 / 16, 1 / 4
-    assert views.spread([fine.flatten(), coarse], [(4, 4), (2, 2)]) == pytest.approx(expected)
-    odd = views.spread([torch.zeros(5, 7), torch.rand(3, 4)], [(5, 7), (3, 4)])
+    assert region_views.spread([fine.flatten(), coarse], [(4, 4), (2, 2)]) == pytest.approx(expected)
+    odd = region_views.spread([torch.zeros(5, 7), torch.rand(3, 4)], [(5, 7), (3, 4)])
     assert odd.sum() == pytest.approx(1)
-    assert (views.spread([torch.zeros(2, 2)], [(2, 2)]) == 0).all()
+    assert (region_views.spread([torch.zeros(2, 2)], [(2, 2)]) == 0).all()
 
 
 def test_share_inside_boxes() -> None:
     image, truth = np.zeros((40, 80, 3), np.uint8), Objects(np.array([[0.0, 0, 40, 40]]), ["a"])
-    assert views.share_inside(np.array([[1.0, 3.0]]), truth, image) == pytest.approx(0.25)
-    assert np.isnan(views.share_inside(np.zeros((2, 2)), truth, image))
+    assert region_views.share_inside(np.array([[1.0, 3.0]]), truth, image) == pytest.approx(0.25)
+    assert np.isnan(region_views.share_inside(np.zeros((2, 2)), truth, image))
 
 
 def test_queries_are_chosen_as_defined() -> None:
     masks = np.zeros((3, 2, 2))
     masks[0, 0, 0], masks[1, 0], masks[2] = 4, 2, -1  # on object 0; on both; nowhere
     parts = [np.array([[1.0, 0], [0, 0]]), np.array([[0, 1.0], [0, 0]])]
-    response = views._response(masks, parts)
+    response = query_views.mask_response(masks, parts)
     assert response == pytest.approx(np.array([[4, 0], [2, 2], [0, 0]]))
-    seen = views.QueryView(
+    seen = query_views.QueryView(
         masks, np.array([0.9, 0.2, 0.5]), ["a"] * 3, np.zeros((3, 4)), masks[0], masks[0],
         np.array([0.1, 0.4, 0.6]), np.zeros((3, 2)), np.array([1, -1, 0]), response,
     )  # fmt: skip
@@ -88,17 +88,17 @@ def test_instability_against_counting() -> None:
     for stage, image in np.ndindex(4, 6):
         queries = random.permutation(5)[: image % 4]  # also images without objects
         assigned[stage, image, queries] = np.arange(len(queries))
-    found = views.instability(assigned)
+    found = stability.instability(assigned)
     for image, step in np.ndindex(6, 3):
         before, after = assigned[step, image].tolist(), assigned[step + 1, image].tolist()
         assert found["queries"][image, step] == sum(a != b for a, b in zip(before, after, strict=True))
         assert found["objects"][image, step] == sum(before.index(n) != after.index(n) for n in range(image % 4))
-    assert views.instability(assigned[:1])["queries"].shape == (6, 0)
-    assert (views.instability(np.full((2, 3, 4), -1))["objects"] == 0).all()
+    assert stability.instability(assigned[:1])["queries"].shape == (6, 0)
+    assert (stability.instability(np.full((2, 3, 4), -1))["objects"] == 0).all()
 
 
 def test_assignments_are_those_of_the_detection_loss(teacher: nn.Module, val: CocoDataset) -> None:
-    found = views.assignments(teacher, val, range(5))
+    found = stability.assignments(teacher, val, range(5))
     batch = collate([val[i] for i in range(5)])
     with torch.no_grad():
         output = teacher.decode(teacher.encode(batch.pixels, batch.padding))[0]
@@ -108,50 +108,51 @@ def test_assignments_are_those_of_the_detection_loss(teacher: nn.Module, val: Co
 
 
 def test_one_look_holds_what_eq_8_and_9_say(teacher: nn.Module, val: CocoDataset) -> None:
-    scene = views.look(teacher, val, 2)
+    scene = query_views.look(teacher, val, 2)
     seen = scene.queries(0.25)
     assert seen.quality == pytest.approx(seen.scores**0.25 * seen.overlaps.max(1) ** 0.75, abs=1e-6)
     assert (seen.unweighted == scene.weights(None).sum(0)).all() and seen.weights.shape == seen.masks.shape[1:]
     last = np.einsum("q,qhw->hw", seen.quality, seen.masks**2) / len(seen.quality)
     assert scene.weights(0.25)[-1] == pytest.approx(last, rel=1e-4)
     assert sorted(seen.found[seen.found >= 0]) == list(range(len(scene.truth.boxes)))
-    many = views.quality_of(teacher, val, [2, 3], [0.25, 1.0])
+    many = query_views.quality_of(teacher, val, [2, 3], [0.25, 1.0])
     assert many[0, : len(seen.quality)] == pytest.approx(seen.quality, abs=1e-5) and many.shape == (2, 2 * len(seen.quality))
 
 
 def test_an_image_file_is_seen_as_the_data_sets_own(teacher: nn.Module, val: CocoDataset) -> None:
     entry = val.coco.imgs[val.ids[1]]
-    own, file = views.look(teacher, val, 1), views.look(teacher, val, Path(val.root) / entry["file_name"])
+    own, file = query_views.look(teacher, val, 1), query_views.look(teacher, val, Path(val.root) / entry["file_name"])
     assert torch.equal(own.output.logits, file.output.logits) and (own.image == file.image).all()
     seen = file.queries(0.5)
     assert len(file.truth.boxes) == 0 and seen.between() is None and seen.quality == pytest.approx(seen.scores)
-    assert [panel.title.count("inside") for panel in views.gamma_panels(file, [0.5])] == [0, 0]
+    assert [panel.title.count("inside") for panel in query_views.gamma_panels(file, [0.5])] == [0, 0]
 
 
 def test_panels_of_figure_4(teacher: nn.Module, val: CocoDataset) -> None:
-    scene = views.look(teacher, val, 2)
-    titles = [panel.title for panel in views.query_panels(scene, 0.5, found=2, low=3)]
+    scene = query_views.look(teacher, val, 2)
+    titles = [panel.title for panel in query_views.query_panels(scene, 0.5, found=2, low=3)]
     assert ["finds" in title for title in titles] == [True, True, False, False, False, False]
     assert "two objects" in titles[2] and all("low quality" in title for title in titles[3:])
-    assert [panel.title.split("\n")[0] for panel in views.gamma_panels(scene, [0.0, 0.5])] == ["all queries alike", "gamma 0", "gamma 0.5"]
-    assert [panel.title.split("\n")[0] for panel in views.stage_panels(scene, 0.5)] == ["stage 1", "stage 2"]
+    by_gamma = query_views.gamma_panels(scene, [0.0, 0.5])
+    assert [panel.title.split("\n")[0] for panel in by_gamma] == ["all queries alike", "gamma 0", "gamma 0.5"]
+    assert [panel.title.split("\n")[0] for panel in query_views.stage_panels(scene, 0.5)] == ["stage 1", "stage 2"]
 
 
 def test_an_image_that_is_not_there_is_refused(teacher: nn.Module, val: CocoDataset, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
     for image, named in ((8, "images 0 to 7"), (tmp_path / "a.png", "cannot be decoded"), (tmp_path / "b.png", "no such file")):
         with pytest.raises(InputError, match=named):
-            views.look(teacher, val, image)
+            query_views.look(teacher, val, image)
 
 
 def test_regions_sum_to_one(untrained: nn.Module, val: CocoDataset) -> None:
-    maps = views.where_to_look(untrained, val, 2, gamma=0.5)
-    assert set(maps) == set(views.REGIONS) and len({one.shape for one in maps.values()}) == 1
+    maps = region_views.where_to_look(untrained, val, 2, gamma=0.5)
+    assert set(maps) == set(region_views.REGIONS) and len({one.shape for one in maps.values()}) == 1
     assert all(one.min() >= 0 and one.sum() == pytest.approx(1, abs=1e-5) for one in maps.values())
-    measured = views.shares(untrained, val, [2, 3], gamma=0.5)
-    assert set(measured) == {*views.REGIONS, "area"} and all(0 <= value <= 1 for value in measured.values())
-    titled, inside = views.regions(untrained, val, [2], gamma=0.5)
-    assert list(titled) == list(inside) == list(views.REGIONS.values())
+    measured = region_views.shares(untrained, val, [2, 3], gamma=0.5)
+    assert set(measured) == {*region_views.REGIONS, "area"} and all(0 <= value <= 1 for value in measured.values())
+    titled, inside = region_views.regions(untrained, val, [2], gamma=0.5)
+    assert list(titled) == list(inside) == list(region_views.REGIONS.values())
     assert all(parameter.grad is None for parameter in untrained.parameters())
 
 
@@ -162,7 +163,7 @@ def test_the_gradient_is_that_of_the_detection_loss(untrained: nn.Module, val: C
     targets = replace(batch.targets, boxes=batch.targets.boxes.double())
     with torch.no_grad():
         memory = model.encode(batch.pixels.double(), batch.padding)
-    output, gradients = views._gradients(model, memory, targets)
+    output, gradients = region_views.gradients(model, memory, targets)
     name = "tokens" if hasattr(memory, "tokens") else "maps"
     levels = getattr(memory, name)
     random = torch.Generator().manual_seed(0)
@@ -185,7 +186,7 @@ def test_the_gradient_is_that_of_the_detection_loss(untrained: nn.Module, val: C
 
 def test_stability_table_counts_objects(val: CocoDataset) -> None:
     scores = {"student": [{"queries": np.array([[2, 0], [1, 1]]), "objects": np.array([[1, 0], [1, 0]])}]}
-    (line,) = views.instability_table(scores, val, [0, 1]).to_dict("records")
+    (line,) = stability.instability_table(scores, val, [0, 1]).to_dict("records")
     objects = sum(len(one.boxes) for one in views.ground_truth(val, [0, 1]))
     assert (line["queries an image"], line["objects an image"]) == (2, 1)
     assert line["percent of objects a step"] == pytest.approx(100 * 2 / (2 * objects), abs=0.01)
@@ -198,7 +199,7 @@ def test_no_transformers_folder_is_no_detections(tmp_path: Path) -> None:
 def test_sliders_need_ipywidgets(teacher: nn.Module, val: CocoDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ipywidgets", None)
     with pytest.raises(InputError, match="needs ipywidgets"):
-        views.explore(teacher, val, 0, gamma=0.5)
+        query_views.explore(teacher, val, 0, gamma=0.5)
 
 
 def test_sliders_show_what_they_are_set_to(teacher: nn.Module, val: CocoDataset, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,10 +209,10 @@ def test_sliders_show_what_they_are_set_to(teacher: nn.Module, val: CocoDataset,
     seen, called = [], {}
     monkeypatch.setattr(ipywidgets, "interact", lambda show, **sliders: called.update(show=show, sliders=sliders))
     monkeypatch.setattr(IPython.display, "display", seen.append)
-    views.explore(teacher, val, 1, gamma=0.5)
+    query_views.explore(teacher, val, 1, gamma=0.5)
     assert called["sliders"]["number"].max == 7 and called["sliders"]["stage"].max == 2 and called["sliders"]["rank"].max == 20
     called["show"](3, 2, 1, 0.25)
-    query = views.look(teacher, val, 3).queries(0.25, 0).best(2)[-1]
+    query = query_views.look(teacher, val, 3).queries(0.25, 0).best(2)[-1]
     assert seen[0].axes[1].get_title().startswith(f"stage 1, query {query}:")
 
 

@@ -81,7 +81,7 @@ class CocoDataset(CocoDetection):
             InputError: the image cannot be decoded or is not of the size that the annotations say.
         """
         image_id = self.ids[index]
-        image = v2.functional.pil_to_tensor(self._load_image(image_id))
+        image = v2.functional.pil_to_tensor(self.load_image(image_id))
         objects = [a for a in self._load_target(image_id) if not a["iscrowd"]]
         size = tuple(image.shape[-2:])
         boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
@@ -100,7 +100,7 @@ class CocoDataset(CocoDetection):
         where = {"image_id": image_id, "size": (height, width), "original_size": size}
         return image.as_subclass(Tensor), {"labels": target["labels"], "boxes": boxes, **where}
 
-    def _load_image(self, id: int) -> Image.Image:
+    def load_image(self, id: int) -> Image.Image:
         """The image in RGB, as its annotations see it.
 
         COCO's sizes and boxes are those of the stored pixels, so a rotation noted in EXIF is applied only where the annotations'
@@ -112,7 +112,7 @@ class CocoDataset(CocoDetection):
             with Image.open(path) as image:
                 if image.size != wanted:
                     image = ImageOps.exif_transpose(image)
-                image = _rgb(image)
+                image = to_rgb(image)
         except FileNotFoundError:
             raise InputError(f"image {id}: {path} is missing; put the file back or remove the image from the annotations") from None
         except UNDECODABLE as error:
@@ -123,7 +123,7 @@ class CocoDataset(CocoDetection):
         return image
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode as RGB; 16-bit grey is scaled down (Pillow would cut it off at 255)."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")

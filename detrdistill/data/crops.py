@@ -29,7 +29,7 @@ def object_crops(dataset: CocoDataset, size: int, seed: int, most: int = 50_000)
     labels = torch.tensor([dataset.index_of[objects[k]["category_id"]] for k in chosen], dtype=torch.long)
     n = 0
     for image_id, group in groupby((objects[k] for k in chosen), key=lambda a: a["image_id"]):
-        image = dataset._load_image(image_id)
+        image = dataset.load_image(image_id)
         for annotation in group:
             box = _square(annotation["bbox"], image.size, rng)
             crop = np.array(image.resize((size, size), Image.Resampling.BILINEAR, box=box))

@@ -29,7 +29,7 @@ def build_distiller(student: nn.Module, recipe: Recipe) -> Distiller:
 
 
 def terms(method: methods.Method, recipe: Recipe, student: nn.Module) -> list[Term]:
-    """What one method adds to the detection loss; a part whose weight is 0 is not built."""
+    """What one method adds to the detection loss; a part whose weight is 0 is left out."""
     queries = recipe.dim, recipe.teacher.dim  # widths of student and teacher
     maps = recipe.feature_width, recipe.teacher.feature_width
     match method:

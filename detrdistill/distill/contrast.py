@@ -33,6 +33,8 @@ class ContrastiveHead(nn.Module):
         # All stages have as many pairs: as many an image as the smaller number of queries.
         own = student.queries[pairs.stage, pairs.image, pairs.query].unflatten(0, (stages, -1))
         other = teacher.queries[pairs.stage, pairs.image, pairs.target].unflatten(0, (stages, -1))
+        if own.shape[1] < 2:
+            return student.queries.sum((1, 2, 3)) * 0  # nothing to tell apart, and BatchNorm knows no single row
         partners = torch.arange(own.shape[1], device=own.device)
         losses = []
         for mine, theirs in zip(own, other, strict=True):

@@ -142,8 +142,11 @@ def full_precision(output: DetectorOutput) -> DetectorOutput:
             raised[field.name] = value.float()
         elif field.name in ("features", "neck"):
             raised[field.name] = [level.float() if level.dtype == torch.bfloat16 else level for level in value]
-    if output.initial is not None and output.initial.proposals is not None:
-        raised["initial"] = replace(output.initial, proposals=full_precision(output.initial.proposals))
+    if first := output.initial:
+        vectors = {name: getattr(first, name) for name in ("content", "position", "reference")}
+        vectors = {name: value.float() for name, value in vectors.items() if value is not None and value.dtype == torch.bfloat16}
+        proposals = first.proposals and full_precision(first.proposals)
+        raised["initial"] = replace(first, **vectors, proposals=proposals)
     return replace(output, **raised)
 
 

@@ -15,6 +15,9 @@ MAPS = "maps compared: neck (before the encoder), or features (what the decoder 
 Stages = Literal["grouped", "first", "last", "uniform", "last_to_all", "last_only"]
 STAGES = "which teacher stage teaches which student stage; distill/stages.py"
 
+# Text such as "2, 4, 8" is what a command line has.
+Sizes = Annotated[tuple[PositiveFloat, ...], BeforeValidator(lambda x: x.split(",") if isinstance(x, str) else x), Field(min_length=1)]
+
 
 class Method(Strict):
     """What a recipe has to know of any method to see whether a teacher fits."""
@@ -154,8 +157,8 @@ class FGFI(MapMethod):
     name: Literal["fgfi"] = "fgfi"
     weight: NonNegativeFloat = 0.01
     threshold: Fraction = Field(0.5, description="an anchor counts above this part of the best IoU that any anchor has with the object")
-    scales: tuple[PositiveFloat, ...] = Field((2.0, 4.0, 8.0), description="sides of the anchors in cells")
-    ratios: tuple[PositiveFloat, ...] = Field((0.5, 1.0, 2.0), description="height over width")
+    scales: Sizes = Field((2.0, 4.0, 8.0), description="sides of the anchors in cells")
+    ratios: Sizes = Field((0.5, 1.0, 2.0), description="height over width")
 
 
 class PKD(MapMethod):

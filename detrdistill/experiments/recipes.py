@@ -202,8 +202,8 @@ class Recipe(Strict):
         for method in self.methods:
             if not same and (method.compares_maps or method.shares_queries):
                 raise ValueError(
-                    f"features and queries of a {teacher.detector} mean something else to a {self.detector}; take a teacher of the same "
-                    "detector, or DETRDistill's logits alone ('features' and 'assignment' 0)"
+                    f"{method.name}: features and queries of detector {teacher.detector} mean something else to {self.detector}; take a "
+                    "teacher of the same detector, or compare predictions alone (DETRDistill with 'features' and 'assignment' 0)"
                 )
             if method.compares_maps and self.levels != teacher.levels:
                 raise ValueError(f"'levels' {self.levels} must be the teacher's {teacher.levels}: {method.name} compares level with level")

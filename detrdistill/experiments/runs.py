@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from torch import nn
 from torchvision import models
 
@@ -110,6 +111,17 @@ def load_detector(recipe: Recipe, store: Store, dataset: CocoDataset) -> nn.Modu
     return detector.eval()
 
 
+class Autocast(MixedPrecision):
+    """Mixed precision that leaves its inputs alone.
+
+    Fabric's own rounds every number that a module is called with to bfloat16: pixels, but also boxes of the ground truth and the
+    teacher's predictions, whose 8 bits are a few pixels of a large image. Autocast lowers what may be lowered by itself.
+    """
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
 def make_fabric(device: str, precision: str) -> Fabric:
     """Fabric for this process, or for all processes of torchrun.
 
@@ -131,7 +143,7 @@ def make_fabric(device: str, precision: str) -> Fabric:
         devices=local,
         num_nodes=world // local,
         strategy="ddp" if world > 1 else "auto",
-        precision="bf16-mixed" if precision == "bf16" else "32-true",
+        **({"plugins": [Autocast("bf16-mixed", "cuda" if on_gpu else "cpu")]} if precision == "bf16" else {"precision": "32-true"}),
     )
     fabric.launch()
     return fabric

@@ -143,7 +143,8 @@ class DeformableDETR(nn.Module):
         for extra in range(levels - len(projections)):
             projections.append(nn.Conv2d(self.used[-1] if extra == 0 else dim, dim, 3, stride=2, padding=1))
         self.input_proj = nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, dim)) for conv in projections)
-        self.level_embed = nn.Parameter(torch.empty(levels, dim))
+        # Without an encoder nobody looks at it; DDP waits in vain for gradients that never come.
+        self.level_embed = nn.Parameter(torch.empty(levels, dim), requires_grad=encoder_layers > 0)
         sizes = (dim, heads, ffn, levels, points, dropout)
         self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(*sizes) for _ in range(decoder_layers))

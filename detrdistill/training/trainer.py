@@ -69,7 +69,7 @@ def train(
     bar = tqdm(total=total, initial=state["step"], desc=recipe.title, unit="step", disable=quiet, mininterval=1)
     with Log(folder / "log.jsonl" if fabric.is_global_zero else None, state["step"]) as log, bar:
         for step, batches in enumerate(micro_batches(dataset, draws, workers, pin=fabric.device.type == "cuda"), start=state["step"] + 1):
-            # Dropout is the only randomness left: seeding it by step makes resuming exact without saving generators.
+            # Randomness that is left (dropout, what methods draw) is seeded by step: resuming is exact without saving generators.
             torch.manual_seed(mix(recipe.seed, step, fabric.global_rank))
             rate = schedule.lr * lr_factor(schedule, step, total)
             for group in optimizer.param_groups:

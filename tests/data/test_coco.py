@@ -170,7 +170,7 @@ def test_every_mode_becomes_rgb(folder, mode):
     content = read(folder, "train")
     content["images"][0]["file_name"] = path.name
     write(folder, "train", content)
-    pixels = np.asarray(opened(folder)._load_image(2)).astype(int)
+    pixels = np.asarray(opened(folder).load_image(2)).astype(int)
     assert pixels.shape == (32, 32, 3)
     assert mode == "1" or abs(pixels - 200).max() <= 4
 
@@ -185,7 +185,7 @@ def test_exif_rotation_only_where_the_annotations_mean_it(folder, stored, listed
     content = read(folder, "train")
     content["images"][0] |= {"width": listed[0], "height": listed[1]}
     write(folder, "train", content)
-    seen = np.asarray(opened(folder)._load_image(2))
+    seen = np.asarray(opened(folder).load_image(2))
     assert seen.shape[:2] == listed[::-1]
     corner = seen[:8, -8:] if turned else seen[:8, :8]
     assert (corner == 255).all()

@@ -198,3 +198,17 @@ def test_a_student_under_every_method_is_the_student(kind):
     """What is saved and exported knows nothing of teachers and losses."""
     distiller, _ = lesson(kind, [fitting(name, kind) for name in METHODS])
     assert distiller.student.state_dict().keys() == build_detector(small_recipe(kind), CLASSES).state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["deformable-two-stage", "conditional", "adamixer"])
+@every_method
+def test_under_autocast(name, kind):
+    """Maps and queries may be lowered on the way; costs and losses are of full precision, and near those without."""
+    distiller, teacher = lesson(kind, [fitting(name, kind)])
+    wanted = losses(distiller, teacher, targets(2, 1))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = losses(distiller, teacher, targets(2, 1))
+    assert found.keys() == wanted.keys() and {value.dtype for value in found.values()} == {torch.float32}
+    total(found).backward()
+    assert all(value.isfinite().all() for value in found.values())
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in distiller.parameters())

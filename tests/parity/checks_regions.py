@@ -45,7 +45,7 @@ def fgd(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
     for name, mask in zip(("fg", "bg"), object_masks(targets, padding), strict=True):
         oracle.expect(f"mask_{name}", mask)
     for name, maps in (("s", loss.align(student)), ("t", teacher)):
-        cells, channels = loss.attention(maps, padding)
+        cells, channels = loss.attend(maps, padding)
         oracle.expect(f"S_{name}", cells)
         oracle.expect(f"C_{name}", channels)
 

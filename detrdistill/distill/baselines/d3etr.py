@@ -3,9 +3,11 @@
 Its own code is not public. What is not in the paper's abstract is TPRD's, which ported it to Deformable DETR: class, L1 and GIoU
 with weights 1, 5, 2, squared errors between self-attention maps (1e4) and between cross-attention maps (1e3), stage by stage.
 
-Ours deviates from TPRD in three points. Heads are averaged, as the heads of two models do not correspond and may differ in number;
+Ours deviates from TPRD in four points. Heads are averaged, as the heads of two models do not correspond and may differ in number;
 TPRD compares head h with head h. Cross-attention is compared query by query, as self-attention is; TPRD compares its sum over
-queries, which no pairing can change. And its mean counts an image's valid cells; TPRD's counts padding.
+queries, which no pairing can change. So ours sums the queries' errors, which for independent errors is as large as the error of
+the sum. The mean counts an image's valid cells; TPRD's counts padding. And self-attention, whose entries are the smaller the more
+queries share it, is scaled to TPRD's 300 queries, so that its weight means the same with 20.
 """
 
 from collections.abc import Mapping
@@ -20,6 +22,8 @@ from detrdistill.distill.assignment import QueryAdapter
 from detrdistill.distill.logits import class_loss, joint_cost
 from detrdistill.matching import Pairs, Problem
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
+
+QUERIES = 300  # that TPRD's weight of self-attention is for
 
 
 class OneToOne(nn.Module):
@@ -51,12 +55,12 @@ class OneToOne(nn.Module):
         losses = {name: value / queries for name, value in losses.items()}
         if self._compares(student.self_attention, teacher.self_attention, self.self_attention):
             error = (student.self_attention - teacher.self_attention).square()
-            losses["self_attention"] = self.self_attention * error.mean((2, 3)).sum(1)
+            losses["self_attention"] = self.self_attention * (queries / QUERIES) ** 2 * error.mean((2, 3)).sum(1)
         if self._compares(student.cross_attention, teacher.cross_attention, self.cross_attention):
             # Padding gets no attention from either.
             valid = torch.cat([~mask.flatten(1) for mask in student.padding], dim=1).sum(1)
             error = (student.cross_attention - teacher.cross_attention).square()
-            losses["cross_attention"] = self.cross_attention * (error.mean(2).sum(2) / valid).sum(1)
+            losses["cross_attention"] = self.cross_attention * (error.sum((2, 3)) / valid).sum(1)
         return {name: value / targets.step_images for name, value in losses.items()}
 
     def _compares(self, own: Tensor | None, other: Tensor | None, weight: float) -> bool:

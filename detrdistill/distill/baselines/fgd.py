@@ -55,7 +55,7 @@ class FGD(nn.Module):
     ) -> dict[str, Float[Tensor, ""]]:
         student, valid = self.align(student), inside(padding, teacher)
         foreground, background = object_masks(targets, padding)
-        (cells, channels), (own_cells, own_channels) = (self.attention(maps, padding) for maps in (teacher, student))
+        (cells, channels), (own_cells, own_channels) = (self.attend(maps, padding) for maps in (teacher, student))
         error = cells * (channels[..., None, None] * (teacher - student).square()).sum(1)
         relation = self.teacher_context(teacher, padding) - self.student_context(student, padding)
         parts = {
@@ -66,9 +66,7 @@ class FGD(nn.Module):
         }
         return {name: self.weights[name] * value / targets.step_images for name, value in parts.items()}
 
-    def attention(
-        self, maps: Float[Tensor, "B D H W"], padding: Bool[Tensor, "B H W"]
-    ) -> tuple[Float[Tensor, "B H W"], Float[Tensor, "B D"]]:
+    def attend(self, maps: Float[Tensor, "B D H W"], padding: Bool[Tensor, "B H W"]) -> tuple[Float[Tensor, "B H W"], Float[Tensor, "B D"]]:
         """A^S and A^C: softmax of mean absolute values, times the number of cells or channels."""
         energy = mean_of_cells(maps.abs(), inside(padding, maps)) / self.temperature
         return spatial_attention(maps, padding, self.temperature), energy.shape[1] * energy.softmax(1)

@@ -13,6 +13,9 @@ from detrdistill.distill.assignment import QueryAdapter
 from detrdistill.matching import Pairs, Problem
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
 
+IMAGES = 8  # on each of the authors' GPUs, over which they sum the class term
+EDGE = 11.5  # logit of 1 - 1e-5, beyond which the DETRs know no difference
+
 
 class SpecificSampling(nn.Module):
     """The teacher's own queries, which look where its objects are, decoded by the student as well.
@@ -21,10 +24,10 @@ class SpecificSampling(nn.Module):
         student_dim, teacher_dim, position: as in `QueryAdapter`.
         form: `released`: the class term is T^2 KL, averaged over classes, weighted and summed over queries; L1 (the mean of 4
             coordinates) and 1 - GIoU are weighted means over the batch. The authors divide the class term by nothing, in batches of 8
-            images a GPU; here it is divided by the images, as everything else, and so is smaller by their number. Weights are
-            theirs, 1, 5, 2. They compare every student stage with the teacher's last (`last_to_all`). `tprd`: the port to Deformable
-            DETR by TPRD, stage by stage (`grouped`): KL and L1 are sums over classes and coordinates, each image is a weighted mean
-            of its queries. Weights are its 2, 5, 2.
+            images a GPU; here it is divided by the images, as everything else, and multiplied by these 8, so that class and boxes
+            weigh as theirs. Weights are their 1, 5, 2. They compare every student stage with the teacher's last (`last_to_all`).
+            `tprd`: the port to Deformable DETR by TPRD, stage by stage (`grouped`): KL and L1 are sums over classes and coordinates,
+            each image is a weighted mean of its queries. Weights are its 2, 5, 2.
         temperature: T of both softmaxes, over classes (both: 10).
 
     A query is weighted by the teacher's confidence, w = max_c sigmoid(z_c). The means of `released` over a batch are weighted by the
@@ -62,7 +65,7 @@ class SpecificSampling(nn.Module):
         if self.form == "released":
             of_batch = student.logits.shape[1] / confidence.sum((1, 2), keepdim=True)
             return {
-                "class": _weighted(divergence.mean(-1), confidence, targets),
+                "class": IMAGES * _weighted(divergence.mean(-1), confidence, targets),
                 "l1": 5 * _weighted(distance.mean(-1), confidence * of_batch, targets),
                 "giou": 2 * _weighted(1 - giou, confidence * of_batch, targets),
             }
@@ -82,7 +85,8 @@ class GeneralSampling(SpecificSampling):
 
     Content, position and reference are drawn from normal distributions with the mean and spread of the teacher's own, channel by
     channel, so that they suit decoders of any kind; references stay in the range of the teacher's own, for a size must not become
-    negative. (TPRD draws embeddings from N(0, 1), and each model places them itself.)
+    negative, and an infinite one (a two-stage detector's unusable proposals) counts as one at the edge. (TPRD draws embeddings from
+    N(0, 1), and each model places them itself.)
     """
 
     def __init__(
@@ -101,8 +105,9 @@ class GeneralSampling(SpecificSampling):
         """What the teacher shall decode beside its `own` queries; its output is this loss's `teacher`."""
         count = self.queries or len(own)
         position = None if own.position is None else _draw_like(own.position, count)
-        low, high = own.reference.aminmax(dim=1, keepdim=True)
-        return Queries(_draw_like(own.content, count), position, _draw_like(own.reference, count).clamp(low, high))
+        reference = own.reference.clamp(-EDGE, EDGE)
+        low, high = reference.aminmax(dim=1, keepdim=True)
+        return Queries(_draw_like(own.content, count), position, _draw_like(reference, count).clamp(low, high))
 
 
 def _weighted(values: Float[Tensor, "S B Q"], weights: Float[Tensor, "S B Q"], targets: Targets) -> Float[Tensor, " S"]:

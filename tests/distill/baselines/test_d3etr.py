@@ -54,12 +54,12 @@ def literal(student: DetectorOutput, teacher: DetectorOutput, matched: bool) -> 
         own, other = student.self_attention[place], teacher.self_attention[place]
         for i, j in pairs:
             for k, n in pairs:
-                found["self_attention"][stage] += SELF * (own[i, k] - other[j, n]).item() ** 2 / (len(pairs) ** 2 * images)
+                found["self_attention"][stage] += SELF * (own[i, k] - other[j, n]).item() ** 2 / (300**2 * images)
         own, other = student.cross_attention[place], teacher.cross_attention[place]
         cells = [cell for cell, hidden in enumerate(torch.cat([mask[image].flatten() for mask in student.padding]).tolist()) if not hidden]
         for i, j in pairs:
             for cell in cells:
-                found["cross_attention"][stage] += CROSS * (own[i, cell] - other[j, cell]).item() ** 2 / (len(pairs) * len(cells) * images)
+                found["cross_attention"][stage] += CROSS * (own[i, cell] - other[j, cell]).item() ** 2 / (len(cells) * images)
     return found
 
 

@@ -46,7 +46,7 @@ def literal(student: DetectorOutput, teacher: DetectorOutput, form: str, l1: str
                 parts.append((image, weight, kl, distance, 1 - overlap))
         if form == "released":
             total = sum(weight for _, weight, *_ in parts)
-            found["class"].append(sum(w * kl / classes for _, w, kl, _, _ in parts) / images)
+            found["class"].append(8 * sum(w * kl / classes for _, w, kl, _, _ in parts) / images)
             found["l1"].append(5 * sum(w * distance / 4 for _, w, _, distance, _ in parts) / total)
             found["giou"].append(2 * sum(w * giou for _, w, _, _, giou in parts) / total)
         else:
@@ -192,6 +192,18 @@ def test_probes_stay_where_references_are_valid():
     probe = GeneralSampling(4, 4, queries=1000).probe(own)
     assert probe.position is None
     assert (probe.reference >= own.reference.amin(1, keepdim=True)).all() and (probe.reference <= own.reference.amax(1, keepdim=True)).all()
+
+
+def test_unusable_proposals_do_not_spoil_the_probes():
+    """A two-stage detector marks them by infinite references; more queries than usable tokens have to take them."""
+    student, teacher = (small_detector("deformable-two-stage", seed=seed, queries=150) for seed in (0, 1))
+    distiller = Distiller(student, [Term("general", 1.0, GeneralSampling(32, 32), "last_to_all")])
+    pixels, padding = batch((64, 96), (96, 50))
+    answers = distiller.ask(teacher, pixels, padding)
+    assert answers[0].initial.reference.isinf().any() and answers[1].initial.reference.isfinite().all()
+    targets = some_targets(2, 1)
+    parts = distiller(pixels, padding, replace(targets, boxes=targets.boxes.float()), answers)
+    assert all(value.isfinite().all() for name, value in parts.items() if name.startswith("general"))
 
 
 class Listening(nn.Module):
