@@ -84,6 +84,15 @@ def test_one_table_asks_for_its_own_runs_and_notebook(folder: Path, environment:
     assert "notebooks/06_components.ipynb" in jobs and "00_quickstart" not in jobs and "tables/components.csv" in jobs
 
 
+def test_nothing_stated_is_the_preset_s_own_choice(tmp_path: Path, environment: None) -> None:
+    """As make calls it, with every variable empty."""
+    words = [*snakemake(workplace(tmp_path), "preset=quick", "tables=", "detectors=", "--dry-run")]
+    plan = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    jobs = plan.stdout + plan.stderr
+    assert plan.returncode == 0, jobs
+    assert "notebooks/10_query_masks.ipynb" in jobs and "06_components" not in jobs and "15_your_own_data" not in jobs
+
+
 def test_unknown_tables_are_refused(folder: Path, environment: None) -> None:
     plan = subprocess.run([*snakemake(folder, "tables=tabel7", "--dry-run")], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert plan.returncode != 0 and "table 'tabel7' is unknown; known: main_results, prior_methods" in plan.stdout + plan.stderr
