@@ -11,7 +11,7 @@ import tyro
 from detrdistill.errors import InputError, NonFiniteError
 
 if TYPE_CHECKING:
-    from detrdistill.experiments.recipes import Recipe
+    from detrdistill.experiments.recipes import CropRecipe, Recipe
 
 Row = Annotated[str, tyro.conf.arg(help="teacher, student, a method such as detrdistill or fgd+mgd, or the id of a run")]
 
@@ -44,16 +44,10 @@ def train(
         device: auto, cpu or cuda.
         workers: processes that load images.
     """
-    from detrdistill.experiments.paper_tables import TABLES, named_runs
-    from detrdistill.experiments.presets import get_preset, get_presets
+    from detrdistill.experiments.presets import get_preset
     from detrdistill.experiments.store import Store, open_store
 
-    recipe = None
-    if re.search("-[0-9a-f]{8}$", row):
-        presets = get_presets(preset)
-        recipe = named_runs(TABLES, presets, (seed,)).get(row)
-        recipe = recipe or named_runs(TABLES, [one.pinned() for one in presets], (seed,)).get(row)
-    recipe = recipe or get_preset(preset, detector).recipe(row, seed)
+    recipe = named_run(preset, row, seed) or get_preset(preset, detector).recipe(row, seed)
     if data is not None:
         recipe = on_other_data(recipe, data)
     changes = dict(assignment(text) for text in set)
@@ -66,6 +60,22 @@ def train(
     record = run(recipe, store, device=device, workers=workers)
     shown = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items() if value is not None)
     print(f"{record.id}: {shown}")
+
+
+def named_run(preset: str, row: str, seed: int) -> "Recipe | CropRecipe | None":
+    """The run of a preset's tables that has this id, whichever detectors the tables are made for; None if `row` is no id of one."""
+    from detrdistill.experiments.paper_tables import TABLES, named_runs
+    from detrdistill.experiments.presets import get_presets
+
+    if not re.search("-[0-9a-f]{8}$", row):
+        return None
+    presets = get_presets(preset)
+    for chosen in (presets, *([one] for one in presets)):  # a table of one detector depends on which there are
+        for pin in (False, True):
+            runs = named_runs(TABLES, [one.pinned() if pin else one for one in chosen], (seed,))
+            if row in runs:
+                return runs[row]
+    return None
 
 
 def on_other_data(recipe: "Recipe", data: Path) -> "Recipe":

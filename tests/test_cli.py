@@ -288,3 +288,19 @@ def test_switches_of_methods(monkeypatch, tmp_path):
 def test_wrong_switches_are_refused(monkeypatch, capsys, row, change, part):
     assert call(monkeypatch, "train", "smoke", row, "--set", change) == 2
     assert part in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("detectors", [(), ("deformable_detr",), ("conditional_detr",), ("adamixer",)])
+def test_every_run_that_the_batch_names_is_known(detectors):
+    """Whatever detectors it was asked for, and whatever seed."""
+    from detrdistill.cli import named_run
+    from detrdistill.experiments.paper_tables import TABLES, named_runs
+    from detrdistill.experiments.presets import get_presets
+
+    for table in TABLES:
+        for name, recipe in named_runs([table], get_presets("smoke", detectors), (3,)).items():
+            assert named_run("smoke", name, 3) == recipe
+            break
+    names = named_runs(["components", "stage_mapping"], get_presets("smoke", detectors), (3,))
+    assert all(named_run("smoke", name, 3) == recipe for name, recipe in names.items())
+    assert named_run("smoke", "student", 3) is None and named_run("smoke", "plain-01234567", 3) is None
