@@ -153,9 +153,11 @@ class Session:
             run(recipe, self.store, device=self.device, progress=self.progress)
 
     def curves(self, table: Table) -> dict[str, list[list[dict[str, float | None]]]]:
-        """AP while training of the table's rows at the end of the schedule, by title; of its first detector."""
+        """AP while training of the table's rows at the end of the schedule, by setting or title; of its first detector."""
         rows = [row for row in table.rows if row.at == 1 and row.detector == table.rows[0].detector]
-        return {row.title.partition(", whole")[0]: [self.store.record(one).curve for one in row.recipes.values()] for row in rows}
+        # A teacher is known by its name: its curve is a level to reach.
+        names = [row.setting if row.setting in TITLES else row.title.partition(", whole")[0] for row in rows]
+        return {name: [self.store.record(one).curve for one in row.recipes.values()] for name, row in zip(names, rows, strict=True)}
 
     def detector(self, record: Record, dataset: "CocoDataset") -> "nn.Module":
         """The detector that a run trained, ready to use."""
