@@ -19,11 +19,12 @@ DRY ?=
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: help setup test reproduce report lab lint benchmark clean constraints
+.PHONY: help setup test faults reproduce report lab lint benchmark clean constraints
 
 help:
 	@echo "make setup        make .venv and install everything in the versions of constraints.txt (PYTHON=$(PYTHON))"
 	@echo "make test         run the tests (JOBS=$(JOBS) processes, ARGS=... for pytest)"
+	@echo "make faults       the fault tests with their long loops, and a table of what was tried, survived, lost"
 	@echo "make reproduce    run what is missing of a preset: runs, tables, figures, notebooks, report"
 	@echo "                  (PRESET=$(PRESET) SEEDS=\"$(SEEDS)\" TABLE=\"components logits\" DETECTORS=... CORES=$(CORES)"
 	@echo "                  GPUS=... a run; DRY=1 only lists it, with the time it is expected to take; ARGS=... for snakemake)"
@@ -59,6 +60,9 @@ $(STAMP): pyproject.toml constraints.txt
 # One thread a process: more only fight for the cores, and sums then come out the same on every machine.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+
+faults: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/faults --long $(ARGS)
 
 # Snakemake's lock outlives a killed snakemake. Running without a lock would let two of them delete each other's unfinished files, so
 # the process id of the owner is kept, also when a signal ends it: a living owner is respected, a dead one's lock is removed. Its

@@ -1,0 +1,68 @@
+"""Fault tests. `make test` runs each fault a few times, `make faults` (`pytest tests/faults --long`) the long loops, and prints a table.
+
+A fault counts as survived if nothing was lost, executed or believed that should not be; a test says how often it tried.
+"""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+
+TABLE = pytest.StashKey[dict[str, list[int]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the long loops of the fault tests, and their table")
+
+
+@pytest.fixture
+def times(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """How often to repeat: `times(few, many)`, many with --long."""
+    # The option is unknown to pytest when it starts above this folder, as in a plain `pytest`.
+    long = request.config.getoption("long", default=False)
+    return lambda few, many: many if long else few
+
+
+@pytest.fixture
+def tries(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Iterator["Tries"]:
+    """Counts what a test tries: `with tries("kill -9 of the trainer"): ...`, once for every fault."""
+    counted = Tries()
+    yield counted
+    for fault, (tried, survived) in counted.counts.items():
+        record_property("fault", (fault, tried, survived))
+
+
+class Tries:
+    """A fault is tried when its `with` block begins and survived when it ends without an exception, failed checks included."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, list[int]] = {}
+
+    def __call__(self, fault: str) -> "Tries":
+        self._fault = fault
+        return self
+
+    def __enter__(self) -> None:
+        self.counts.setdefault(self._fault, [0, 0])[0] += 1
+        self._open = self._fault
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.counts[self._open][1] += kind is None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if not terminalreporter.config.getoption("long", default=False):
+        return
+    table: dict[str, list[int]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if getattr(report, "when", "") == "teardown":
+                for name, counts in report.user_properties:
+                    if name == "fault":
+                        row = table.setdefault(counts[0], [0, 0])
+                        row[0] += counts[1]
+                        row[1] += counts[2]
+    width = max(map(len, table), default=5)
+    terminalreporter.section("faults")
+    terminalreporter.write_line(f"{'fault':<{width}}  tried  survived  lost")
+    for fault, (tried, survived) in sorted(table.items()):
+        terminalreporter.write_line(f"{fault:<{width}}  {tried:>5}  {survived:>8}  {tried - survived:>4}")
