@@ -13,12 +13,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
 from detrdistill.boxes import cxcywh_to_xyxy, iou
-from detrdistill.matching import Pairs, Problem
+from detrdistill.matching import Pairs, Problem, match
 from detrdistill.models.outputs import DetectorOutput, Targets
 
 CLASS, L1, GIOU = 2.0, 5.0, 2.0
@@ -114,6 +114,14 @@ def _compare(a: Float[Tensor, "*#any 4"], b: Float[Tensor, "*#any 4"], l1: str) 
     corners_a, corners_b = cxcywh_to_xyxy(a), cxcywh_to_xyxy(b)
     distance = (a - b if l1 == "cxcywh" else corners_a - corners_b).abs().sum(-1)
     return distance, iou(corners_a, corners_b)[1]
+
+
+def matched_objects(output: DetectorOutput, targets: Targets) -> Int[Tensor, "S B Q"]:
+    """The object of its image that each query is matched with at each stage, by the price of the detection loss; -1 for none."""
+    pairs = match({"objects": Problem(target_cost(output, targets), targets.counts)})["objects"]
+    found = torch.full(output.logits.shape[:3], -1, device=output.logits.device)
+    found[pairs.stage, pairs.image, pairs.query] = pairs.target
+    return found
 
 
 def _focal_cost(logits: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:

@@ -170,8 +170,9 @@ class KnowsAll(nn.Module):
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluate_measures_the_last_stage_and_leaves_the_mode_alone(batch: int, training: bool) -> None:
     detector = KnowsAll(Data()).train(training)
-    metrics = evaluate(detector, detector.data, batch=batch)
+    metrics, held = evaluate(detector, detector.data, batch=batch)
     assert metrics["AP"] == pytest.approx(100) and metrics["ARm"] == pytest.approx(100)
+    assert held.shape[:2] == (2, len(detector.data)) and held.max() >= 0
     assert detector.training is training
 
 

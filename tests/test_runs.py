@@ -132,7 +132,7 @@ def test_a_teacher_below_its_floor_does_not_teach(store):
 
 def test_a_teacher_exactly_at_its_floor_does_not_teach(store, monkeypatch):
     """The floor must be exceeded, and AP without any object of COCO's counts as 0."""
-    monkeypatch.setattr(runs, "evaluate", lambda *_, **__: dict.fromkeys(METRICS))
+    monkeypatch.setattr(runs, "evaluate", lambda *_, **__: (dict.fromkeys(METRICS), torch.zeros(1, 1, 1)))
     with pytest.raises(InputError, match=r"AP 0\.0 on this data, and must exceed teacher_floor 0\.0"):
         go(DISTILLED.replace(teacher_floor=0.0), store)
 
@@ -178,7 +178,7 @@ def test_a_stored_detector_is_the_one_that_was_measured(finished):
     data = open_split(DISTILLED, "val")
     detector = load_detector(DISTILLED, Store(finished), data)
     assert not detector.training
-    again = runs.evaluate(detector, data, batch=3)
+    again, _ = runs.evaluate(detector, data, batch=3)
     assert again == {name: pytest.approx(value, abs=1e-3) for name, value in Store(finished).record(DISTILLED).metrics.items()}
 
 
@@ -278,7 +278,9 @@ def test_what_one_process_found_all_do(store, monkeypatch):
 
 def test_evaluation_takes_images_as_training_does(store, monkeypatch):
     calls = []
-    monkeypatch.setattr(runs, "evaluate", lambda *words, **_: calls.append(words[2:]) or dict.fromkeys(METRICS, 1.0))
+    monkeypatch.setattr(
+        runs, "evaluate", lambda *words, **_: calls.append(words[2:]) or (dict.fromkeys(METRICS, 1.0), torch.zeros(1, 1, 1))
+    )
     changed = STUDENT.replace(**{"schedule.accumulate": 2, "schedule.evaluations": 1, "schedule.steps": 1})
     run(changed, store, device="cpu", workers=1, progress=False)
     assert calls == [(2, torch.device("cpu"), 1)]

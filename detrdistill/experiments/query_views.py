@@ -12,11 +12,11 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from detrdistill.boxes import cxcywh_to_xyxy, iou
+from detrdistill.criterion import matched_objects
 from detrdistill.data.coco import UNDECODABLE, CocoDataset, Sample, collate, to_rgb
 from detrdistill.distill.features import quality_scores, quality_weights, query_masks
 from detrdistill.errors import InputError
 from detrdistill.experiments.region_views import coverage, share_inside
-from detrdistill.experiments.stability import assigned
 from detrdistill.experiments.views import forward, ground_truth, pictures, portions
 from detrdistill.figures.detections import Objects
 from detrdistill.figures.quality import Mask
@@ -113,7 +113,7 @@ class Scene:
             unweighted=self.weights(None).sum(0),
             scores=output.logits[stage, 0].sigmoid().amax(-1).numpy(),
             overlaps=iou(corners[:, None], wanted[None])[0].numpy(),
-            found=assigned(output, self.targets)[stage, 0],
+            found=matched_objects(output, self.targets)[stage, 0].numpy(),
             response=mask_response(masks, [coverage(box[None], masks.shape[1:]) for box in wanted.numpy()]),
         )
 

@@ -187,7 +187,7 @@ def _run_detector(fabric: Fabric, recipe: Recipe, store: Store, records: dict[st
     teacher = None
     if recipe.teacher is not None:
         teacher = load_detector(recipe.teacher, store, train_set).requires_grad_(False).to(fabric.device, memory_format=torch.channels_last)
-        lineage["teacher"]["AP"] = measured = measure(teacher)["AP"] or 0.0
+        lineage["teacher"]["AP"] = measured = measure(teacher)[0]["AP"] or 0.0
         if measured <= recipe.teacher_floor:
             raise InputError(
                 f"the teacher {records['teacher'].id} has AP {measured:.1f} on this data, and must exceed teacher_floor "
@@ -243,13 +243,15 @@ def category_names(dataset: CocoDataset) -> str:
     return ", ".join(category.name for category in dataset.categories)
 
 
-def _evaluate_once(fabric: Fabric, detector: nn.Module, dataset: CocoDataset, recipe: Recipe, workers: int) -> dict[str, float | None]:
+def _evaluate_once(
+    fabric: Fabric, detector: nn.Module, dataset: CocoDataset, recipe: Recipe, workers: int
+) -> tuple[dict[str, float | None], torch.Tensor]:
     """Evaluate in one process, in full precision, as many images at once as it trains on, and tell the others."""
-    metrics = None
+    found = None
     if fabric.is_global_zero:
         batch = max(1, recipe.schedule.batch // (recipe.schedule.accumulate * fabric.world_size))
-        metrics = evaluate(detector, dataset, batch, fabric.device, workers, top=detector.top)
-    return fabric.broadcast(metrics)
+        found = evaluate(detector, dataset, batch, fabric.device, workers, top=detector.top)
+    return fabric.broadcast(found)
 
 
 def _provenance(fabric: Fabric, data: Digits | Folder, weights: Path) -> dict[str, Any]:

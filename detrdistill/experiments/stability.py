@@ -6,26 +6,16 @@ import numpy as np
 import pandas as pd
 from torch import nn
 
-from detrdistill.criterion import target_cost
+from detrdistill.criterion import matched_objects
 from detrdistill.data.coco import CocoDataset, collate
 from detrdistill.experiments.tables import TITLES
 from detrdistill.experiments.views import forward, ground_truth, portions
-from detrdistill.matching import Problem, match
-from detrdistill.models.outputs import DetectorOutput, Targets
-
-
-def assigned(output: DetectorOutput, targets: Targets) -> np.ndarray:
-    """The object that each query is matched with at each stage, by the price of the detection loss; -1 for none. [S B Q]."""
-    pairs = match({"objects": Problem(target_cost(output, targets), targets.counts)})["objects"]
-    found = np.full(output.logits.shape[:3], -1)
-    found[pairs.stage, pairs.image, pairs.query] = pairs.target
-    return found
 
 
 def assignments(detector: nn.Module, dataset: CocoDataset, indices: Sequence[int]) -> np.ndarray:
-    """The same for many images of a data set, [S B Q]."""
+    """The object that each query is matched with at each stage, -1 for none. [S B Q]."""
     batches = (collate([dataset[index] for index in some]) for some in portions(indices))
-    return np.concatenate([assigned(forward(detector, batch), batch.targets) for batch in batches], axis=1)
+    return np.concatenate([matched_objects(forward(detector, batch), batch.targets).numpy() for batch in batches], axis=1)
 
 
 def instability(assigned: np.ndarray) -> dict[str, np.ndarray]:

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 from faster_coco_eval import COCO, COCOeval_faster
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from detrdistill.boxes import cxcywh_to_xyxy
+from detrdistill.criterion import matched_objects
 from detrdistill.data.coco import CocoDataset, collate
 from detrdistill.errors import InputError, NonFiniteError
 
@@ -41,8 +42,9 @@ def detections(
 @torch.no_grad()
 def evaluate(
     detector: nn.Module, dataset: CocoDataset, batch: int, device: torch.device | str = "cpu", workers: int = 0, top: int = 100
-) -> dict[str, float | None]:
-    """The twelve COCO numbers of a detector's last stage, in percent; None where COCO defines none.
+) -> tuple[dict[str, float | None], Int[Tensor, "S B Q"]]:
+    """The twelve COCO numbers of a detector's last stage, in percent, None where COCO defines none; and what its queries are matched
+    with: the number of an object of each image, -1 for none.
 
     The detector is put into evaluation mode and afterwards back into the mode it was in.
 
@@ -51,6 +53,7 @@ def evaluate(
         NonFiniteError: a prediction is NaN or infinite; names the images.
     """
     results: list[dict[str, Any]] = []
+    held: list[Tensor] = []
     training = detector.training
     detector.eval()
     try:
@@ -62,9 +65,10 @@ def evaluate(
             _check(logits, boxes, samples.image_ids, len(dataset.categories))
             for image, found in zip(samples.image_ids, detections(logits, boxes, samples.original_sizes, top), strict=True):
                 results += _coco_results(image, found, [category.id for category in dataset.categories])
+            held.append(matched_objects(output, samples.targets.to(device)).cpu().to(torch.int16))
     finally:
         detector.train(training)
-    return coco_metrics(dataset.coco.dataset, results)
+    return coco_metrics(dataset.coco.dataset, results), torch.cat(held, dim=1)
 
 
 def coco_metrics(annotations: dict[str, Any], found: Sequence[dict[str, Any]]) -> dict[str, float | None]:

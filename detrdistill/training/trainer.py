@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -33,7 +34,7 @@ def train(
     dataset: CocoDataset,
     recipe: Recipe,
     folder: Path,
-    evaluate: Callable[[nn.Module], dict[str, float]],
+    evaluate: Callable[[nn.Module], tuple[dict[str, float | None], Tensor]],
     *,
     workers: int = 0,
     progress: bool = True,
@@ -44,8 +45,8 @@ def train(
     Writes `checkpoint.pt` and `log.jsonl` into `folder`.
 
     Returns:
-        `curve` (AP by step), `metrics` (of the last evaluation), `seconds` (in training, over all sittings), `resumed` (how often)
-        and `commits` (of the code of all sittings).
+        `curve` (AP and `changes` by step), `metrics` (of the last evaluation), `seconds` (in training, over all sittings), `resumed`
+        (how often) and `commits` (of the code of all sittings).
 
     Raises:
         InputError: the checkpoint is damaged or not of this run.
@@ -94,8 +95,9 @@ def train(
                 log.write(step=step, lr=rate, loss=loss, **values)
             if step in marks:
                 state["seconds"], clock = state["seconds"] + time.monotonic() - clock, time.monotonic()
-                state["metrics"] = evaluate(distiller.student)
-                state["curve"] = [*state["curve"], {"step": step, "AP": state["metrics"]["AP"]}]
+                state["metrics"], held = evaluate(distiller.student)
+                point = {"step": step, "AP": state["metrics"]["AP"]} | changes(held, state.get("held"))
+                state["curve"], state["held"] = [*state["curve"], point], held[-1]
                 clock = time.monotonic()
             if step in marks or time.monotonic() - last_save > CHECKPOINT_SECONDS:
                 state["seconds"], clock = state["seconds"] + time.monotonic() - clock, time.monotonic()
@@ -142,6 +144,21 @@ def to_host(fabric: Fabric, parts: dict[str, Tensor], norm: Tensor) -> dict[str,
     """All loss parts, summed over processes, and the gradient norm, in one transfer."""
     packed = fabric.all_reduce(torch.stack(list(parts.values())), reduce_op="sum")
     return dict(zip([*parts, "gradient norm"], torch.cat((packed, norm[None].to(packed))).tolist(), strict=True))
+
+
+def changes(held: Int[Tensor, "S B Q"], before: Int[Tensor, "B Q"] | None) -> dict[str, float]:
+    """How many queries an image change their object: DN-DETR's instability score (Li et al., CVPR 2022), over stages and over training.
+
+    Args:
+        held: the object that each query is matched with at each stage, -1 for none.
+        before: the last stage of the evaluation before, if there was one.
+
+    Returns:
+        `changes_between_stages`, summed over the steps from stage to stage, and `changes_since_last`, of the last stage since the
+        evaluation before: the paper's Figure 7 and DN-DETR's Figure 2.
+    """
+    found = {"changes_between_stages": (held[1:] != held[:-1]).sum().item() / held.shape[1]}
+    return found if before is None else found | {"changes_since_last": (held[-1] != before).sum().item() / held.shape[1]}
 
 
 def refuse_non_finite(values: dict[str, float], step: int, images: list[int]) -> None:

@@ -53,8 +53,9 @@ def distilled(**changes) -> Recipe:
     return plain(**changes).replace(methods=(DETRDistill(),), teacher=plain(**{"dim": 64, "seed": 1} | changes))
 
 
-def sum_of_weights(detector: nn.Module) -> dict[str, float]:
-    return {"AP": sum(parameter.sum().item() for parameter in detector.parameters())}
+def sum_of_weights(detector: nn.Module) -> tuple[dict[str, float], Tensor]:
+    total = sum(parameter.sum().item() for parameter in detector.parameters())
+    return {"AP": total}, torch.full((2, 3, 4), int(total * 1000) % 5)
 
 
 def sit(folder: Path, recipe: Recipe, workers: int = 0, evaluate: Callable = sum_of_weights) -> tuple[dict, Distiller]:
