@@ -250,7 +250,7 @@ def test_check_lists_faults(monkeypatch, capsys, tmp_path):
 def test_as_a_module(tmp_path):
     before = time.monotonic()
     done = subprocess.run([*LAUNCH, "train", "nope", "student"], capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.splitlines() == ["error: preset 'nope' is unknown; known: smoke, quick, coco"]
+    assert done.returncode == 2 and done.stderr.splitlines() == ["error: preset 'nope' is unknown; known: smoke, quick, mini, bccd, coco"]
     assert list(tmp_path.iterdir()) == [] and time.monotonic() - before < 3, "a mistyped name does not wait for torch"
 
 

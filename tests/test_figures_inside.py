@@ -12,7 +12,7 @@ from detrdistill.figures.attention import active_regions
 from detrdistill.figures.detections import Objects, compare
 from detrdistill.figures.gallery import gallery
 from detrdistill.figures.quality import Mask, masks, quality
-from detrdistill.figures.stability import instability
+from detrdistill.figures.stability import instability, instability_in_training
 
 BOXES = np.array([[2.0, 2, 20, 22], [30, 10, 60, 40]])
 
@@ -35,11 +35,17 @@ SCORES = {"teacher": runs(1), "student": runs(3), "detrdistill": []}
 ONE = {gamma: np.linspace(0.9, 0.1, 7) ** (1 + gamma) for gamma in (0.0, 0.5, 1.0)}
 MAPS = {"a": [np.eye(4), np.ones((2, 2))], "b": [np.zeros((3, 3))] * 2}
 INSIDE = {"a": [0.25, 1], "b": [np.nan] * 2}
+POINTS = [
+    {"step": 10, "AP": 1.0, "changes_between_stages": 4.0},
+    {"step": 20, "AP": 2.0, "changes_between_stages": 2.0, "changes_since_last": 3.0},
+]
+CURVES = {"teacher": [POINTS], "student": [POINTS, POINTS], "detrdistill": [[{"step": 20, "AP": 2.0}]]}
 FIGURES = {
     "masks": lambda: masks(image(), [Mask(np.eye(6), "a\nb", BOXES[:1], BOXES[1:]), Mask(-np.ones((3, 4)), "c")], "note", whole=BOXES),
     "quality": lambda: quality(np.linspace(0, 1, 41), ONE, 0.5, "note", images=3),
     "active_regions": lambda: active_regions([image()] * 2, [truth()] * 2, MAPS, INSIDE, "note"),
     "instability": lambda: instability(SCORES, SCORES, "note"),
+    "instability in training": lambda: instability_in_training(CURVES, "note"),
     "gallery": lambda: gallery([image()] * 5, [truth()] * 5, "note"),
 }
 
@@ -131,6 +137,15 @@ def test_instability_without_runs_or_steps_says_so(tmp_path: Path) -> None:
     assert "not run" in texts(nothing) and "one decoder stage: nothing can change" in texts(one_stage) and "0.00" in texts(steady)
     for figure in (nothing, one_stage, steady):
         style.save(figure, tmp_path / "a")
+
+
+def test_instability_in_training_is_what_the_curves_tell() -> None:
+    between, since = FIGURES["instability in training"]().axes
+    level, *seeds, mean = between.lines
+    assert set(level.get_ydata()) == {2} and [len(seeds), mean.get_ydata().tolist()] == [2, [4, 2]]
+    assert [line.get_xdata().tolist() for line in since.lines] == [[20]] * 3  # the teacher's evaluations are further apart
+    assert "Not recorded: DETRDistill.\nnote" in texts(between.figure)
+    assert "not recorded" in texts(instability_in_training({"student": [[{"step": 20, "AP": 2.0}]]}))
 
 
 def test_gallery_draws_each_images_objects() -> None:

@@ -124,7 +124,7 @@ BACKBONE = {name for name in OTHER if name.startswith(("backbone.", "data."))} -
 def test_every_field_has_another_value_here():
     """So that no field that is added later is forgotten in a run's name."""
     told = {"detector", "methods", "teacher", "schedule.epochs", "data.name", "backbone.dilation", "backbone.stride_in_1x1"}
-    adamixers = {"feature_dim", "in_points", "out_points", "groups"}
+    adamixers = {"temperature", "feature_dim", "in_points", "out_points", "groups"}
     models = {"": Recipe, "backbone.": Backbone, "backbone.crops.": CropTraining, "data.": Digits, "resize.": Resize, "schedule.": Schedule}
     nested = {name.rstrip(".") for name in models if name}
     fields = {prefix + name for prefix, model in models.items() for name in model.model_fields}

@@ -133,6 +133,7 @@ OWNERS = {
     "levels": ("deformable_detr",),
     "points": ("deformable_detr",),
     "encoder_layers": ("deformable_detr", "conditional_detr"),
+    "temperature": ("conditional_detr",),
     "feature_dim": ("adamixer",),
     "in_points": ("adamixer",),
     "out_points": ("adamixer",),
@@ -161,6 +162,7 @@ class Recipe(Strict):
     levels: PositiveInt = 4
     points: PositiveInt = 4
     dropout: Fraction = 0.1
+    temperature: PositiveFloat = Field(10000.0, description="Conditional DETR: of the sine codes of positions; DAB-DETR takes 20")
     feature_dim: PositiveInt | None = Field(None, description="AdaMixer: channels of the neck's maps; as 'dim' if not given")
     in_points: PositiveInt = Field(32, description="AdaMixer: points sampled for a query, a group")
     out_points: PositiveInt = Field(128, description="AdaMixer: points that they are mixed to")

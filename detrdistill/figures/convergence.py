@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
@@ -24,20 +25,17 @@ def convergence(curves: Mapping[str, Sequence[Curve]], note: str = "") -> Figure
     with style.paper():
         figure = style.Picture(figsize=(style.WIDTH, 3.4))
         axes = figure.subplots()
-        ran = {setting: [_series(curve) for curve in runs] for setting, runs in curves.items() if runs}
+        ran = {setting: [series(curve, "AP") for curve in runs] for setting, runs in curves.items() if runs}
         ends, colours = [], style.colours(list(ran))
         for setting, runs in ran.items():
             colour, title = colours[setting], TITLES.get(setting, setting)
-            mean = pd.concat(runs).groupby(level=0).mean()
             final, half = mean_and_half(pd.Series([run.iloc[-1] for run in runs]))
             text = f"{title} {final:.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
             if setting == "teacher" and len(ran) > 1:
                 axes.axhline(final, color=colour, linestyle=(0, (5, 3)), linewidth=1.4)
-                text += f"\nafter {mean.index[-1]:,} steps"
+                text += f"\nafter {runs[0].index[-1]:,} steps"
             else:
-                for run in runs if len(runs) > 1 else ():
-                    axes.plot(run.index, run, color=colour, linewidth=0.8, alpha=0.4)
-                axes.plot(mean.index, mean, color=colour, marker="o", markersize=4, label=title)
+                draw(axes, runs, colour)
             ends.append((final, text, colour))
         missing = [TITLES.get(setting, setting) for setting, runs in curves.items() if not runs]
         if not ran:
@@ -52,5 +50,14 @@ def convergence(curves: Mapping[str, Sequence[Curve]], note: str = "") -> Figure
     return figure
 
 
-def _series(curve: Curve) -> pd.Series:
-    return pd.Series({int(point["step"]): math.nan if point["AP"] is None else point["AP"] for point in curve}, dtype=float)
+def series(curve: Curve, key: str) -> pd.Series:
+    """What a record's curve tells under `key`, by step; NaN where it tells nothing."""
+    return pd.Series({int(point["step"]): math.nan if point.get(key) is None else point[key] for point in curve}, dtype=float)
+
+
+def draw(axes: Axes, runs: Sequence[pd.Series], colour: str) -> None:
+    """A thick line for the mean over seeds, thin ones for the seeds."""
+    mean = pd.concat(runs).groupby(level=0).mean()
+    for run in runs if len(runs) > 1 else ():
+        axes.plot(run.index, run, color=colour, linewidth=0.8, alpha=0.4)
+    axes.plot(mean.index, mean, color=colour, marker="o", markersize=4)

@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from detrdistill.experiments.tables import TITLES
 from detrdistill.figures import style
+from detrdistill.figures.convergence import Curve, draw, series
 
 Runs = Sequence[np.ndarray]
+WHEN = ("Changes between decoder stages", "Changes since the evaluation before, last stage")
 
 
 def instability(queries: Mapping[str, Runs], objects: Mapping[str, Runs], note: str = "") -> Figure:
@@ -35,6 +38,41 @@ def instability(queries: Mapping[str, Runs], objects: Mapping[str, Runs], note: 
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), handlelength=1, columnspacing=1.5)
         how = "Dots: seeds." if several else "Whiskers: 95 % interval over images."
         style.note(figure, f"{how}\n{note}".strip())
+    return figure
+
+
+def instability_in_training(curves: Mapping[str, Sequence[Curve]], note: str = "") -> Figure:
+    """Changed queries an image while training: between decoder stages, and of the last stage from one evaluation to the next.
+
+    The teacher, which trains on another schedule, is a level to reach between stages.
+
+    Args:
+        curves: for every setting a list over seeds of `Record.curve`; runs that tell no changes are shown as "not recorded".
+    """
+    with style.paper():
+        figure = style.Picture(figsize=(style.WIDTH, 2.9))
+        panels = figure.subplots(1, 2)
+        figure.get_layout_engine().set(wspace=0.06)
+        drawn = {}
+        for axes, key, title in zip(panels, ("changes_between_stages", "changes_since_last"), WHEN, strict=True):
+            for setting, runs in curves.items():
+                colour, told = style.COLOURS.get(setting, style.GREY), [series(curve, key).dropna() for curve in runs]
+                if not (told := [run for run in told if len(run)]):
+                    continue
+                if setting != "teacher":
+                    drawn[setting] = colour
+                    draw(axes, told, colour)
+                elif key == "changes_between_stages":
+                    drawn[setting] = colour
+                    axes.axhline(told[0].iloc[-1], color=colour, linestyle=(0, (5, 3)), linewidth=1.4)
+            if not axes.lines:
+                style.not_run(axes, "not recorded")
+            axes.set_title(title, loc="left")
+            axes.set(xlabel="optimizer steps", ylabel="queries an image", xlim=(0, None), ylim=(0, None))
+        handles = [Line2D([], [], color=colour, label=TITLES.get(name, name)) for name, colour in drawn.items()]
+        figure.legend(handles=handles, loc="outside upper left", ncols=max(1, len(handles)), handlelength=1.5, columnspacing=1.5)
+        missing = ", ".join(TITLES.get(name, name) for name in curves if name not in drawn)
+        style.note(figure, (f"Not recorded: {missing}.\n" if missing else "") + note)
     return figure
 
 

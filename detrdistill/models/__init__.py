@@ -27,7 +27,7 @@ def build_detector(recipe: Recipe, classes: int) -> ConditionalDETR | Deformable
             return AdaMixer(Backbone(recipe.backbone, first_level=2), channels=recipe.feature_dim, **own, **shared)
         shared["encoder_layers"] = recipe.encoder_layers
         if recipe.detector == "conditional_detr":
-            return ConditionalDETR(Backbone(recipe.backbone), **shared)
+            return ConditionalDETR(Backbone(recipe.backbone), temperature=recipe.temperature, **shared)
         detector = DeformableDETR(Backbone(recipe.backbone), form=recipe.form, levels=recipe.levels, points=recipe.points, **shared)
         if recipe.levels > 1:  # one level is the last map, which needs all before it
             detector.backbone.freeze_after(len(detector.used))  # DDP waits in vain for gradients that never come

@@ -38,15 +38,15 @@ def constants(values: Sequence, like: Tensor) -> Tensor:
     return torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
-def sine_code(values: Float[Tensor, "*any"], features: int) -> Float[Tensor, "*any F"]:
-    """Interleaved sines (even entries) and cosines (odd entries) of each value at `features` / 2 frequencies, base 10000."""
+def sine_code(values: Float[Tensor, "*any"], features: int, temperature: float = 10000.0) -> Float[Tensor, "*any F"]:
+    """Interleaved sines (even entries) and cosines (odd entries) of each value at `features` / 2 frequencies, 1 to 1 / `temperature`."""
     pair = torch.arange(features, device=values.device) // 2
     # Divided, and 2 pi multiplied in once by the callers, as the official codes do: equal to them to the last bit.
-    phases = values[..., None] / 10000 ** (2 * pair.float() / features)
+    phases = values[..., None] / temperature ** (2 * pair.float() / features)
     return torch.stack((phases[..., 0::2].sin(), phases[..., 1::2].cos()), dim=-1).flatten(-2)
 
 
-def sine_position(padding: Bool[Tensor, "B H W"], features: int, shift: float) -> Float[Tensor, "B D H W"]:
+def sine_position(padding: Bool[Tensor, "B H W"], features: int, shift: float, temperature: float = 10000.0) -> Float[Tensor, "B D H W"]:
     """Sine encoding of the position within the unpadded image, rows first, `features` channels an axis, always in float32.
 
     Args:
@@ -57,7 +57,7 @@ def sine_position(padding: Bool[Tensor, "B H W"], features: int, shift: float) -
     for axis in (1, 2):
         count = valid.cumsum(axis, dtype=torch.float32)
         total = count.select(axis, -1).unsqueeze(axis)
-        codes.append(sine_code((count + shift) / (total + 1e-6) * (2 * math.pi), features))
+        codes.append(sine_code((count + shift) / (total + 1e-6) * (2 * math.pi), features, temperature))
     return torch.cat(codes, dim=-1).permute(0, 3, 1, 2)
 
 

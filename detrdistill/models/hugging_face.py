@@ -80,6 +80,11 @@ def _config(detector: nn.Module, folder: Path, categories: list[str]) -> dict[st
         )
     if detector.backbone.strides[-1] != 32:
         raise InputError(f"export to {folder}: transformers' ResNets cannot be dilated; share weights.safetensors and the recipe")
+    if kind == "conditional_detr" and detector.temperature != 10000:
+        raise InputError(
+            f"export to {folder}: transformers' Conditional DETR has the temperature 10000, not {detector.temperature:g}; "
+            "share weights.safetensors and the recipe"
+        )
     layer = detector.decoder[0]
     heads = layer.heads if kind == "conditional_detr" else layer.cross_attn.heads
     sizes = settings_of(state, folder, {"detector": kind, "heads": heads})

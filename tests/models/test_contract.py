@@ -21,6 +21,7 @@ from detrdistill.models import (
     adamixer,
     attention,
     build_detector,
+    conditional_detr,
 )
 from tests.models.small import CLASSES, DIM, KINDS, QUERIES, STAGES, batch, randomise, small_detector, small_recipe
 
@@ -205,6 +206,19 @@ def test_conditional_reference_is_the_teachers_or_the_own_with_gradient() -> Non
     for layer in (output.boxes[0].sum(), output.logits[-1].sum()):
         (gradient,) = torch.autograd.grad(layer, student.ref_point_head.layers[0].weight, retain_graph=True)
         assert gradient.abs().sum() > 0
+
+
+def test_conditional_temperature_is_that_of_tokens_and_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for name in ("sine_code", "sine_position"):
+        whole = getattr(conditional_detr, name)
+        monkeypatch.setattr(conditional_detr, name, lambda *words, whole=whole: (found.append(words[-1]), whole(*words))[1])
+    detector = small_detector("conditional", temperature=20)
+    detector.decode(detector.encode(*batch((64, 96), (96, 50))))
+    assert found == [20, 20]
+    values = torch.tensor([0.3, 2.0])
+    expected = torch.stack([trace(values / 20**power) for power in (0, 0.5) for trace in (torch.sin, torch.cos)], dim=-1)
+    torch.testing.assert_close(attention.sine_code(values, 4, 20.0), expected)
 
 
 def test_adamixer_starts_from_the_whole_image_and_may_leave_it() -> None:

@@ -16,6 +16,7 @@ from tests.models.small import small_recipe
         ("conditional", {"groups": 2}, r"conditional_detr has no 'groups' \(that is of adamixer\)"),
         ("deformable", {"in_points": 16}, "deformable_detr has no 'in_points'"),
         ("adamixer", {"encoder_layers": 1}, r"adamixer has no 'encoder_layers' \(that is of deformable_detr, conditional_detr\)"),
+        ("deformable", {"temperature": 20}, r"deformable_detr has no 'temperature' \(that is of conditional_detr\)"),
         ("adamixer", {"dim": 36, "feature_dim": 32}, "must be a multiple of 8"),
         ("adamixer", {"groups": 3}, "its feature channels 32 of 'groups' 3"),
         ("adamixer", {"feature_dim": 40}, "choose a multiple of 32"),

@@ -115,9 +115,10 @@ def test_sizes_are_ours_but_for_a_rounding_at_the_limit(width: int, height: int,
         (lambda: small_detector("deformable"), r"cannot have a thin_resnet .*7x7"),
         (lambda: small_detector("adamixer"), "transformers has no AdaMixer"),
         (lambda: detector_of("plain", backbone=Backbone(name="mobilenet_v2")), "cannot have a mobilenet_v2"),
+        (lambda: detector_of("conditional", temperature=20), "has the temperature 10000, not 20"),
         (lambda: detector_of("single-level", backbone=Backbone(name="resnet18", dilation=True)), "cannot be dilated"),
     ],
-    ids=["thin", "adamixer", "mobilenet", "dilated"],
+    ids=["thin", "adamixer", "mobilenet", "temperature", "dilated"],
 )
 def test_what_transformers_does_not_have_is_refused(build, why: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=rf"export to .*{why}.*; share weights\.safetensors"):
