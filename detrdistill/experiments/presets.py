@@ -4,6 +4,7 @@ A preset is a teacher and a student; every row of every table is one of the two,
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -253,4 +254,8 @@ def get_presets(name: str, detectors: Sequence[str] = ()) -> list[Preset]:
     """
     if detectors:
         return [get_preset(name, detector) for detector in detectors]
-    return [get_preset(name, detector) for detector in (DETECTORS[:1] if name in ("quick", "bccd") else DETECTORS)]
+    found = [get_preset(name)]  # every preset has recipes for the first detector
+    for detector in DETECTORS[1:]:
+        with suppress(InputError):
+            found.append(get_preset(name, detector))
+    return found
