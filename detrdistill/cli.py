@@ -1,4 +1,8 @@
-"""The `detrdistill` command. Faults of the user's input are one line on standard error and exit code 2."""
+"""The `detrdistill` command.
+
+Faults of the user's input are one line on standard error and exit code 2. Training that is sent SIGTERM saves where it is and ends with
+exit code 143, as a shell calls what SIGTERM ended: schedulers may queue it again, and the same command continues.
+"""
 
 import logging
 import re
@@ -8,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from detrdistill.errors import InputError, NonFiniteError
+from detrdistill.errors import InputError, NonFiniteError, StoppedError
+from detrdistill.signals import TERMINATED
 
 if TYPE_CHECKING:
     from detrdistill.experiments.recipes import CropRecipe, Recipe
@@ -30,8 +35,10 @@ def train(
 ) -> None:
     """Train one row of a preset's tables, and what it depends on; nothing is trained twice.
 
+    Killed at any moment, it continues when called again. SIGTERM makes it save first, and end with exit code 143.
+
     Args:
-        preset: smoke, quick or coco.
+        preset: smoke, quick, mini, bccd or coco.
         row: a setting of the preset, or the id of a run as the batch names it. Methods: detrdistill, fitnet, fgd, mgd, fkd, fgfi, pkd,
             cwd, kd_detr, d3etr; joined by + their losses add up.
         detector: deformable_detr, conditional_detr or adamixer, as far as the preset has recipes for it.
@@ -123,13 +130,15 @@ def check(folder: tyro.conf.Positional[Path], /) -> None:
     for split, dataset in splits.items():
         counts = f"{len(dataset)} images, {len(dataset.coco.anns)} objects, {len(dataset.categories)} classes"
         print(f"{split}: {counts}; {dataset.report.text()}")
+    if damaged := [fault for dataset in splits.values() for fault in dataset.damaged_images(progress=True)]:
+        raise InputError("; ".join(damaged[:10]) + (f"; and {len(damaged) - 10} more" if len(damaged) > 10 else ""))
 
 
 def report(preset: str = "quick", seeds: tuple[int, ...] = (0,), tables: tuple[str, ...] = (), detectors: tuple[str, ...] = ()) -> None:
     """Write tables, figures and the page of a preset again, from its stored records; nothing is trained.
 
     Args:
-        preset: smoke, quick or coco.
+        preset: smoke, quick, mini, bccd or coco.
         seeds: of the students.
         tables: names of tables; without, those that are there already and the preset's usual ones.
         detectors: names of detectors; without, all that the preset has recipes for.
@@ -145,7 +154,7 @@ def plan(preset: str = "quick", seeds: tuple[int, ...] = (0,), tables: tuple[str
     """List the runs that tables still miss, with the time that they are expected to take; nothing is run.
 
     Args:
-        preset: smoke, quick or coco.
+        preset: smoke, quick, mini, bccd or coco.
         seeds: of the students.
         tables: names of tables; the preset's usual ones if none are named.
         detectors: names of detectors; all that the preset has recipes for if none are named.
@@ -213,5 +222,8 @@ def main() -> None:
         # A process that loads images hands its whole traceback over, and the message at its end.
         print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
         sys.exit(2)
+    except StoppedError as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        sys.exit(TERMINATED)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -11,7 +11,10 @@ from pathlib import Path
 
 from detrdistill.errors import InputError
 
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+# What can stand in the way of writing, and what helps.
+REMEDIES = {errno.EFBIG: "raise the limit on the size of files (ulimit -f)"}
+REMEDIES |= dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free disk space")
+REMEDIES |= dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable")
 
 
 @contextmanager
@@ -42,14 +45,14 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def writing(path: Path | str) -> Iterator[None]:
-    """Say plainly why `path` cannot be written: a full disk, a read-only one, no permission."""
+    """Say plainly why `path` cannot be written: a full disk, a read-only one, no permission, a limit on the size of files."""
     try:
         yield
     except Exception as error:
-        number = error.errno if isinstance(error, OSError) else _number(str(error))
-        if number not in UNWRITABLE:
+        number = _number(error)
+        if number not in REMEDIES:
             raise
-        raise InputError(f"{path}: cannot be written ({os.strerror(number)}); free disk space, or choose a writable folder") from None
+        raise InputError(f"{path}: cannot be written ({os.strerror(number)}); {REMEDIES[number]}, or choose another folder") from None
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -59,7 +62,11 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def make_folder(path: Path | str) -> Path:
-    """Create `path` and its parents, and say plainly when a file stands in the way."""
+    """Create `path` and its parents.
+
+    Raises:
+        InputError: a file stands in the way, or the system refuses; says why.
+    """
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -69,8 +76,8 @@ def make_folder(path: Path | str) -> Path:
     except PermissionError:
         raise InputError(f"output folder {path}: no permission to create it; choose a writable folder") from None
     except OSError as error:
-        with writing(f"output folder {path}"):
-            raise error from None
+        remedy = REMEDIES.get(error.errno, "correct the path")
+        raise InputError(f"output folder {path}: cannot be made ({error.strerror}); {remedy}, or choose another folder") from None
     return path
 
 
@@ -83,12 +90,12 @@ def file_hash(path: Path | str) -> str:
     return digest.hexdigest()
 
 
-def _number(message: str) -> int | None:
-    """The system's number for what went wrong, as safetensors reports it; torch's writer keeps it to itself, most often a full disk."""
-    if "inline_container" in message or "iostream error" in message:
-        return errno.ENOSPC
-    found = re.search(r"\(os error (\d+)\)", message)
-    return int(found[1]) if found else None
+def _number(error: BaseException | None) -> int | None:
+    """The system's number for what went wrong: safetensors has it in its message, torch raises an error of its own on top."""
+    if error is None or isinstance(error, OSError):
+        return error and error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else _number(error.__context__)
 
 
 def _umask() -> int:

@@ -91,7 +91,7 @@ def test_drawing_leaves_the_users_settings_alone() -> None:
 def test_convergence_ends_at_the_mean_over_seeds() -> None:
     figure = FIGURES["convergence"]()
     axes = figure.axes[0]
-    (mean,) = [line for line in axes.lines if line.get_label() == "Student"]
+    (mean,) = [line for line in axes.lines if line.get_marker() == "o"]
     assert mean.get_xdata().tolist() == [100, 200] and mean.get_ydata().tolist() == [6, 16]
     assert mean.get_color() == style.COLOURS["student"]
     level = [line for line in axes.lines if line.get_color() == style.COLOURS["teacher"]]

@@ -148,6 +148,12 @@ def test_instability_in_training_is_what_the_curves_tell() -> None:
     assert "not recorded" in texts(instability_in_training({"student": [[{"step": 20, "AP": 2.0}]]}))
 
 
+def test_a_class_may_be_called_like_a_formula(tmp_path: Path) -> None:
+    figure = gallery([image()], [Objects(BOXES, ["$x^$", r"\frac"])])
+    assert {"$x^$", r"\frac"} <= texts(figure)
+    style.save(figure, tmp_path / "a")
+
+
 def test_gallery_draws_each_images_objects() -> None:
     figure = FIGURES["gallery"]()
     shown = [axes for axes in figure.axes if axes.get_visible()]

@@ -1,20 +1,17 @@
 """Runs and records: nothing is trained twice, nothing that was tampered with is used, and own data works."""
 
 import contextlib
-import errno
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from detrdistill.distill.distiller import Distiller
@@ -25,7 +22,7 @@ from detrdistill.experiments.presets import coco, smoke
 from detrdistill.experiments.recipes import Folder, Recipe, parents, run_id
 from detrdistill.experiments.runs import load_detector, make_fabric, open_split, pinned, run, start_backbone
 from detrdistill.experiments.store import Store, open_store, read_record
-from detrdistill.files import atomic, file_hash, write_text
+from detrdistill.files import file_hash
 from detrdistill.models.weights import read_weights
 from detrdistill.training.evaluation import METRICS
 from tests.folders import CATEGORIES, read_split, write_folder, write_split
@@ -121,38 +118,6 @@ def test_weights_that_differ_from_their_record_are_refused(store, parent, fault)
     with pytest.raises(InputError, match=r"weights .* (differ from its record|are missing).*; restore them") as error:
         go(changed, store)
     assert "\n" not in str(error.value) and store.record(changed) is None
-
-
-LOCK = """
-import sys, time
-from detrdistill.experiments.presets import smoke
-from detrdistill.experiments.store import Store
-with Store(sys.argv[1]).hold(smoke().student):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_run_is_trained_by_one_process(store, trained):
-    holder = subprocess.Popen([sys.executable, "-c", LOCK, str(store.root)], stdout=subprocess.PIPE, text=True)
-    try:
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=rf"run {run_id(STUDENT)} is being trained by process {holder.pid} on .*; wait for it"):
-            go(STUDENT, store)
-        assert trained == []
-    finally:
-        holder.kill()
-        holder.wait(10)
-        holder.stdout.close()
-    assert go(STUDENT, store).id == run_id(STUDENT) and len(trained) == 1, "a dead process holds nothing"
-
-
-def test_a_file_where_a_folder_should_be(tmp_path, finished):
-    blocking = tmp_path / "results"
-    blocking.write_text("mine")
-    with pytest.raises(InputError, match=rf"output folder .*: {blocking} is a file; move it away"):
-        go(STUDENT, Store(blocking))
-    assert blocking.read_text() == "mine"
 
 
 def test_missing_store_of_a_detector(tmp_path):
@@ -322,34 +287,6 @@ def test_new_files_are_changes_of_the_code(monkeypatch, tmp_path):
     assert re.fullmatch("[0-9a-f]{40}", module.commit())
     (tmp_path / "detrdistill" / "new.py").write_text("")
     assert module.commit().endswith("+changes")
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-@pytest.mark.parametrize("step", ["mkstemp", "fsync", "mkdir"])
-def test_a_disk_that_cannot_be_written(tmp_path, monkeypatch, number, step):
-    def fail(*_, **__):
-        raise OSError(number, os.strerror(number), "some file")
-
-    monkeypatch.setattr(*{"mkstemp": (tempfile, "mkstemp"), "fsync": (os, "fsync"), "mkdir": (Path, "mkdir")}[step], fail)
-    with pytest.raises(InputError, match=r"(table\.csv|output folder .*new): (cannot be written \(|no permission to create it)") as error:
-        write_text(tmp_path / "new" / "table.csv", "AP")
-    assert "\n" not in str(error.value) and not list(tmp_path.rglob("table.csv"))
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598"),
-        RuntimeError("basic_ios::clear: iostream error"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-    ],
-)
-def test_a_full_disk_as_torch_and_safetensors_tell_it(tmp_path, error):
-    with pytest.raises(InputError, match=r"w: cannot be written \(No space left on device\); free disk space"), atomic(tmp_path / "w"):
-        raise error
-    assert list(tmp_path.iterdir()) == []
-    with pytest.raises(RuntimeError, match="something else"), atomic(tmp_path / "w"):
-        raise RuntimeError("something else")
 
 
 def test_random_backbones_are_announced(tmp_path):

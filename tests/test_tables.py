@@ -165,50 +165,6 @@ def test_nothing_run_at_all(tmp_path: Path) -> None:
     assert set(cells(summarise(table, frame))["Status"]) == {"not run"}
 
 
-def test_edited_record_is_refused(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    fill(store)
-    path = store.folder(QUICK.student) / "record.json"
-    path.write_text(path.read_text().replace('"AP": 16.0', '"AP": 26.0'))
-    with pytest.raises(InputError, match="edited or damaged"):
-        table_of(store)
-
-
-def test_record_in_the_folder_of_another_run_is_refused(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    fill(store)
-    path = store.folder(QUICK.recipe("student", 1)) / "record.json"
-    path.write_text((store.folder(QUICK.student) / "record.json").read_text())
-    with pytest.raises(InputError, match="folder of its own run"):
-        table_of(store)
-
-
-def test_different_data_is_refused(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    fill(store)
-    put(store, QUICK.student, 16.0, data="e" * 64)
-    with pytest.raises(InputError, match=r"different data \(dddddddd and eeeeeeee\)"):
-        table_of(store)
-
-
-def test_a_retrained_teacher_is_noticed(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    fill(store)
-    put(store, QUICK.teacher, 57.0, weights="v" * 64)
-    with pytest.raises(InputError, match="used another teacher"):
-        table_of(store)
-
-
-def test_other_presets_and_tables_are_refused(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    frame = collect(main_results([QUICK], [0]), store)
-    with pytest.raises(InputError, match="preset smoke must not be mixed with main_results of preset quick"):
-        summarise(main_results(SMOKE, [0]), frame)
-    both = pd.concat([frame, collect(main_results(SMOKE, [0]), store)])
-    with pytest.raises(InputError, match="must not be mixed"):
-        summarise(main_results([QUICK], [0]), both)
-
-
 def test_a_run_on_a_data_folder_is_found_without_the_folder(tmp_path: Path) -> None:
     store, student = Store(tmp_path), get_preset("coco").student
     record = put(store, student, 44.0)

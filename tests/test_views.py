@@ -140,7 +140,7 @@ def test_panels_of_figure_4(teacher: nn.Module, val: CocoDataset) -> None:
 
 def test_an_image_that_is_not_there_is_refused(teacher: nn.Module, val: CocoDataset, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no image")
-    for image, named in ((8, "images 0 to 7"), (tmp_path / "a.png", "cannot be decoded"), (tmp_path / "b.png", "no such file")):
+    for image, named in ((8, "images 0 to 7"), (tmp_path / "a.png", "cannot be decoded"), (tmp_path / "b.png", "is missing")):
         with pytest.raises(InputError, match=named):
             query_views.look(teacher, val, image)
 

@@ -2,8 +2,6 @@
 
 import contextlib
 import io
-import struct
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,13 +10,15 @@ from typing import Any, Self
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from PIL import Image, ImageOps
+from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, VisionDataset
 from torchvision.transforms import v2
+from tqdm.auto import tqdm
 
+from detrdistill.data.images import read_image
 from detrdistill.data.layout import Split, data_hash, layout
 from detrdistill.data.validation import load_annotations
 from detrdistill.errors import InputError
@@ -26,7 +26,6 @@ from detrdistill.experiments.recipes import Digits, Folder
 from detrdistill.models.outputs import Targets
 
 Sample = tuple[Float[Tensor, "3 H W"], dict[str, Any]]
-UNDECODABLE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)  # what Pillow raises
 
 
 @dataclass(frozen=True)
@@ -105,29 +104,25 @@ class CocoDataset(CocoDetection):
 
         COCO's sizes and boxes are those of the stored pixels, so a rotation noted in EXIF is applied only where the annotations'
         size is that of the rotated image and not of the stored one.
+
+        Raises:
+            InputError: the image cannot be decoded or is not of the size that the annotations say.
         """
         entry = self.coco.imgs[id]
-        path, wanted = Path(self.root) / entry["file_name"], (entry["width"], entry["height"])
         try:
-            with Image.open(path) as image:
-                if image.size != wanted:
-                    image = ImageOps.exif_transpose(image)
-                image = to_rgb(image)
-        except FileNotFoundError:
-            raise InputError(f"image {id}: {path} is missing; put the file back or remove the image from the annotations") from None
-        except UNDECODABLE as error:
-            raise InputError(f"image {id}: {path} cannot be decoded ({str(error)[:100]}); replace the file") from None
-        if image.size != wanted:
-            sizes = f"{image.width} x {image.height} pixels, the annotations say {wanted[0]} x {wanted[1]}"
-            raise InputError(f"image {id}: {path} has {sizes}; correct width and height and its boxes, or replace the file")
-        return image
+            return read_image(Path(self.root) / entry["file_name"], entry["width"], entry["height"])
+        except InputError as fault:
+            raise InputError(f"image {id}: {fault}") from None
 
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode as RGB; 16-bit grey is scaled down (Pillow would cut it off at 255)."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    def damaged_images(self, progress: bool = False) -> list[str]:
+        """What keeps which image from being decoded. Opening reads headers only; this decodes all, some milliseconds each."""
+        faults = []
+        for id in tqdm(self.ids, desc="decoding", unit="image", disable=not progress, mininterval=1):
+            try:
+                self.load_image(id)
+            except InputError as fault:
+                faults.append(str(fault))
+        return faults
 
 
 def open_dataset(spec: Digits | Folder, split: Split, cache: Path, transform: Callable[..., Any]) -> CocoDataset:
@@ -149,7 +144,7 @@ def require_same_categories(train: CocoDataset, val: CocoDataset) -> None:
     """
     if train.categories != val.categories:
         one, other = ({(c.id, c.name) for c in dataset.categories} for dataset in (train, val))
-        odd = ", ".join(f"{id} '{name}'" for id, name in sorted(one ^ other)[:5])
+        odd = ", ".join(f"{id} {name!r}" for id, name in sorted(one ^ other)[:5])
         raise InputError(f"{val.report.file}: categories differ from those of {train.report.file} ({odd}); list the same in both")
 
 

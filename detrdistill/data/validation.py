@@ -8,6 +8,7 @@ import json
 import math
 import os
 import stat
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
+from detrdistill.data.images import LONGEST, check_image
 from detrdistill.errors import InputError
 
 Policy = Literal["drop", "clip", "repair", "refuse"]
 SMALLEST = 0.01  # pixels; COCO writes two decimals, so less than this is a side of zero
 LARGEST_ID = 2**53  # pycocotools keeps ids in float64 arrays
 SHOWN = 3
+UNPRINTABLE = ("Cc", "Cs")  # line breaks and what else steers a terminal; halves of surrogate pairs, which no file can hold
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,18 @@ def load_annotations(file: Path, images: Path) -> tuple[dict[str, Any], Report]:
         InputError: the file cannot be read, or its content is refused.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8-sig"))
+        content = json.loads(Path(file).read_text(encoding="utf-8-sig"), object_hook=_without_outline)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); give a folder with COCO annotations") from None
     except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not valid JSON ({str(error)[:100]}); write the file again") from None
     return validate(content, file, images)
+
+
+def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
+    """Outlines are most of a file and of no use to boxes; gone as soon as read, they take no memory."""
+    entry.pop("segmentation", None)
+    return entry
 
 
 def validate(content: Any, file: Path, images: Path) -> tuple[dict[str, Any], Report]:
@@ -122,8 +131,8 @@ def _categories(entries: list[Any], report: Report) -> Iterable[dict[str, Any]]:
         number, name = (entry.get("id"), entry.get("name")) if isinstance(entry, dict) else (None, None)
         if not _is_id(number):
             refuse("category id", f"categories[{k}] = {_show(entry)} has no whole number as 'id'")
-        elif not isinstance(name, str) or not name.strip():
-            refuse("category name", f"category {number} has the name {_show(name)}; every class needs one")
+        elif not isinstance(name, str) or not name.strip() or any(unicodedata.category(letter) in UNPRINTABLE for letter in name):
+            refuse("category name", f"category {number} has the name {_show(name)}; every class needs one of printable letters")
         elif number in ids:
             refuse("duplicate category id", f"category id {number} is used twice")
         elif name in names:
@@ -150,7 +159,10 @@ def _images(entries: list[Any], folder: Path, report: Report) -> Iterable[dict[s
         if not (_is_length(width) and _is_length(height)):
             size = f"width {_show(entry.get('width'))}, height {_show(entry.get('height'))}; whole numbers of pixels above 0 are needed"
             report.faults.append(Fault("image size", number, None, size, "refuse"))
-        elif fault := _path_fault(entry.get("file_name"), folder, real_folder):
+        elif max(width, height) > LONGEST * min(width, height):
+            shape = f"width {width}, height {height}; the longer side may be {LONGEST} times the shorter, so cut the image into parts"
+            report.faults.append(Fault("image shape", number, None, shape, "refuse"))
+        elif fault := _path_fault(entry.get("file_name"), folder, real_folder) or _image_fault(entry, folder):
             report.faults.append(Fault(fault[0], number, None, fault[1], "refuse"))
         else:
             yield entry | {"width": int(width), "height": int(height)}
@@ -173,6 +185,15 @@ def _path_fault(name: Any, folder: Path, real_folder: Callable[[str], str]) -> t
     except (OSError, ValueError) as error:  # ValueError: a NUL or half a surrogate pair in the name
         reason = getattr(error, "strerror", None) or "impossible name"
         return "missing image", f"file_name {_show(name)} in {folder} cannot be read ({reason})"
+    return None
+
+
+def _image_fault(entry: dict[str, Any], folder: Path) -> tuple[str, str] | None:
+    """Kind and detail if the file's header is none of an image of the stated size: known now, not in the middle of an epoch."""
+    try:
+        check_image(folder / entry["file_name"], int(entry["width"]), int(entry["height"]))
+    except InputError as fault:
+        return "image file", str(fault)
     return None
 
 

@@ -1,6 +1,7 @@
 """Executing notebooks in the batch: parameters are checked first, and success is read off the executed cells."""
 
 import ast
+import glob
 import os
 import subprocess
 import sys
@@ -12,12 +13,13 @@ import yaml
 
 from detrdistill.errors import InputError
 from detrdistill.files import make_folder, write_text
+from detrdistill.signals import TERMINATED, on_sigterm
 
 
 def execute(source: Path, output: Path, parameters: dict[str, str], timeout: float | None = None) -> None:
     """Run `source` with papermill in a process of its own, and move it to `output` when every cell has run.
 
-    A notebook that failed is kept beside it as `<name>.failed.ipynb`.
+    A notebook that failed is kept beside it as `<name>.failed.ipynb`. SIGTERM ends papermill, and this process with exit code 143.
 
     Raises:
         InputError: unknown parameters, before anything runs; or the notebook did not run to its end.
@@ -33,12 +35,18 @@ def execute(source: Path, output: Path, parameters: dict[str, str], timeout: flo
     running = make_folder(output.parent) / f".{output.stem}.{os.getpid()}.ipynb"
     failed = output.with_suffix(".failed.ipynb")
     failed.unlink(missing_ok=True)
+    for leftover in output.parent.glob(f".{glob.escape(output.stem)}.*.ipynb"):  # left by calls that were killed
+        leftover.unlink(missing_ok=True)
     given = yaml.safe_dump({name: literal(value) for name, value in parameters.items()})
     command = [sys.executable, "-m", "papermill", str(source), str(running), "-y", given, "--cwd", str(source.parent), "--no-progress-bar"]
     try:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-            fault = f"papermill ended with code {done.returncode}: {last_line(done.stderr)}" if done.returncode else unfinished(running)
+            with on_sigterm(lambda: sys.exit(TERMINATED)):
+                done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+            ended = f"was killed by signal {-done.returncode}" if done.returncode < 0 else f"ended with code {done.returncode}"
+            fault = f"papermill {ended}: {last_line(done.stderr)}" if done.returncode else unfinished(running)
+            if "DeadKernelError" in done.stderr:
+                fault += ": something killed it, most often the system for want of memory; free some, or take a smaller preset"
         except subprocess.TimeoutExpired:
             fault = f"it took longer than {timeout} seconds"
         if fault is None:
@@ -48,7 +56,8 @@ def execute(source: Path, output: Path, parameters: dict[str, str], timeout: flo
             return
         if running.exists():
             running.replace(failed)
-        raise InputError(f"notebook {source} failed: {fault}; see {failed}")
+            fault += f"; see {failed}"
+        raise InputError(f"notebook {source} failed: {fault}")
     finally:
         running.unlink(missing_ok=True)
 

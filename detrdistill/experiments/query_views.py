@@ -6,14 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from detrdistill.boxes import cxcywh_to_xyxy, iou
 from detrdistill.criterion import matched_objects
-from detrdistill.data.coco import UNDECODABLE, CocoDataset, Sample, collate, to_rgb
+from detrdistill.data.coco import CocoDataset, Sample, collate
+from detrdistill.data.images import open_image, to_rgb
 from detrdistill.distill.features import quality_scores, quality_weights, query_masks
 from detrdistill.errors import InputError
 from detrdistill.experiments.region_views import coverage, share_inside
@@ -155,13 +156,8 @@ def read_image(path: Path, dataset: CocoDataset) -> tuple[Sample, np.ndarray]:
     Raises:
         InputError: it is missing or cannot be decoded.
     """
-    try:
-        with Image.open(path) as file:
-            image = to_rgb(ImageOps.exif_transpose(file))
-    except FileNotFoundError:
-        raise InputError(f"image {path}: no such file") from None
-    except UNDECODABLE as error:
-        raise InputError(f"image {path}: cannot be decoded ({str(error)[:100]}); give another file") from None
+    with open_image(path) as file:
+        image = to_rgb(ImageOps.exif_transpose(file))
     size = (image.height, image.width)
     nothing = {
         "boxes": tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=size),

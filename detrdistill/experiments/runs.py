@@ -34,6 +34,7 @@ from detrdistill.training.evaluation import evaluate
 from detrdistill.training.trainer import train
 
 LOG = logging.getLogger(__name__)
+ON_CUDA = "sums of backward passes, in any order: grid_sample (which has no other form), indexing, interpolation"
 
 
 def run(recipe: Recipe | CropRecipe, store: Store, *, device: str = "auto", workers: int = 0, progress: bool = True) -> Record:
@@ -48,6 +49,7 @@ def run(recipe: Recipe | CropRecipe, store: Store, *, device: str = "auto", work
     Raises:
         InputError: data, weights or folders are not usable, another process trains this run, or the teacher is below its floor.
         NonFiniteError: training met a NaN or an infinity.
+        StoppedError: SIGTERM came while training.
     """
     if workers < 0:
         raise InputError(f"workers {workers}: a number of processes; give 0 or more")
@@ -256,15 +258,18 @@ def _evaluate_once(
 
 def _provenance(fabric: Fabric, data: Digits | Folder, weights: Path) -> dict[str, Any]:
     on_gpu = fabric.device.type == "cuda"
-    return provenance() | {
-        "data_sha256": data_hash(data, data_cache()),
-        "weights_sha256": file_hash(weights),
-        "device": torch.cuda.get_device_name(fabric.device) if on_gpu else "cpu",
-        "processes": fabric.world_size,
-        "threads": torch.get_num_threads(),
-        # grid_sample's backward pass adds up in any order on CUDA.
-        "deterministic": not on_gpu,
-    }
+    return (
+        provenance()
+        | {
+            "data_sha256": data_hash(data, data_cache()),
+            "weights_sha256": file_hash(weights),
+            "device": torch.cuda.get_device_name(fabric.device) if on_gpu else "cpu",
+            "processes": fabric.world_size,
+            "threads": torch.get_num_threads(),
+            "deterministic": not on_gpu,
+        }
+        | ({"not_deterministic": ON_CUDA} if on_gpu else {})
+    )
 
 
 class _Watch:

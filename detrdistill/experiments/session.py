@@ -1,28 +1,29 @@
 """What every notebook starts with: its parameters checked, its preset and store opened, and provenance for its figures."""
 
-from collections.abc import Mapping
+import re
+import sys
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-import pandas as pd
-from matplotlib.figure import Figure
 from pydantic import Field, NonNegativeInt, field_validator
 
 from detrdistill.data.layout import data_cache, layout
 from detrdistill.errors import InputError
-from detrdistill.experiments.paper_tables import make_table
-from detrdistill.experiments.presets import DEFORMABLE, PRESETS, Preset, get_preset
+from detrdistill.experiments.presets import DEFORMABLE, DETECTORS, PRESETS, Preset, get_preset
 from detrdistill.experiments.recipes import Digits, Folder, run_id
-from detrdistill.experiments.store import Record, Store, open_store, provenance
+from detrdistill.experiments.store import Record, Store, open_store, provenance, short_commit
 from detrdistill.experiments.strict import Strict
-from detrdistill.experiments.tables import DETECTORS, TITLES, Table, short_commit
-from detrdistill.figures.style import save
 
+# Whatever is slow to import is imported where it is used, so that bad parameters are refused at once.
 if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
     from torch import nn
 
     from detrdistill.data.coco import CocoDataset
+    from detrdistill.experiments.tables import Table
 
 
 SHARED = ("resize", "data", "precision")  # what images a detector sees and how it computes: a student's are its teacher's too
@@ -114,7 +115,9 @@ class Session:
 
     def each(self) -> dict[str, Self]:
         """A session a detector, by the detector's name in words."""
-        return {DETECTORS[name]: replace(self, preset=preset) for name, preset in self.presets.items()}
+        from detrdistill.experiments import tables
+
+        return {tables.DETECTORS[name]: replace(self, preset=preset) for name, preset in self.presets.items()}
 
     def on_data(self, folder: Path) -> Self:
         """The same recipes on another data folder.
@@ -137,23 +140,27 @@ class Session:
 
     def run(self, setting: str, seed: int = 0) -> Record:
         """Train a row of the preset, or return what is stored."""
-        from detrdistill.experiments.runs import run  # torch, which tables and figures do without
+        from detrdistill.experiments.runs import run
 
         return run(self.preset.recipe(setting, seed), self.store, device=self.device, progress=self.progress)
 
-    def table(self, name: str) -> Table:
+    def table(self, name: str) -> "Table":
         """The runs of one of `paper_tables.TABLES`, for the detectors and seeds asked for."""
+        from detrdistill.experiments.paper_tables import make_table
+
         return make_table(name, list(self.presets.values()), self.seeds)
 
-    def run_table(self, table: Table) -> None:
+    def run_table(self, table: "Table") -> None:
         """Train every run of a table that is not stored yet."""
         from detrdistill.experiments.runs import run
 
         for recipe in {run_id(recipe): recipe for recipe in table.recipes()}.values():
             run(recipe, self.store, device=self.device, progress=self.progress)
 
-    def curves(self, table: Table) -> dict[str, list[list[dict[str, float | None]]]]:
+    def curves(self, table: "Table") -> dict[str, list[list[dict[str, float | None]]]]:
         """AP while training of the table's rows at the end of the schedule, by setting or title; of its first detector."""
+        from detrdistill.experiments.tables import TITLES
+
         rows = [row for row in table.rows if row.at == 1 and row.detector == table.rows[0].detector]
         # A teacher is known by its name: its curve is a level to reach.
         names = [row.setting if row.setting in TITLES else row.title.partition(", whole")[0] for row in rows]
@@ -165,8 +172,12 @@ class Session:
 
         return load_detector(record.recipe, self.store, dataset)
 
-    def summary(self, **records: Record) -> pd.DataFrame:
+    def summary(self, **records: Record) -> "pd.DataFrame":
         """A line a setting: the twelve numbers' best known, and what they cost."""
+        import pandas as pd
+
+        from detrdistill.experiments.tables import TITLES
+
         lines = [
             {"setting": TITLES.get(setting, setting)}
             | {name: record.metrics[name] for name in ("AP", "AP50", "AP75")}
@@ -175,8 +186,10 @@ class Session:
         ]
         return pd.DataFrame(lines).set_index("setting").round(1)
 
-    def show(self, figure: Figure, name: str) -> Figure:
+    def show(self, figure: "Figure", name: str) -> "Figure":
         """Save a figure as PNG and PDF in the preset's `figures/`, and return it for the notebook to show."""
+        from detrdistill.figures.style import save
+
         save(figure, self.store.root / "figures" / name)
         return figure
 
@@ -193,12 +206,17 @@ def validate(**parameters: object) -> Session:
     "teacher.schedule.steps"; else the teacher stays as it is, but for `SHARED`, as on the command line.
 
     Raises:
-        InputError: an unknown preset, detector, setting or field, a wrong type, a value out of range, a file or folder that is not
-            there; names the parameter and what is allowed.
+        InputError: an unknown parameter, preset, detector, setting or field, a wrong type, a value out of range, a file or folder that
+            is not there; names the parameter and what is allowed.
     """
+    if unknown := _injected_in_vain(parameters):
+        raise InputError(f"parameters: unknown {', '.join(unknown)}, injected by papermill; known here: {', '.join(parameters)}")
     read = Parameters.read(parameters, where="parameters")
     names = _detectors(read)
-    presets = {name: _changed(get_preset(read.preset, name), read.changes) for name in names}
+    try:
+        presets = {name: _changed(get_preset(read.preset, name), read.changes) for name in names}
+    except InputError as error:
+        raise InputError(f"parameters: 'changes': {error}") from None
     session = Session(
         presets[names[0]],
         _store(read.results) if read.results else open_store(read.preset),
@@ -224,6 +242,15 @@ def validate(**parameters: object) -> Session:
                 f"parameters: '{name}' = {value}: the validation images of preset {read.preset} are numbered 0 to {data.val - 1}"
             )
     return session
+
+
+def _injected_in_vain(known: Collection[str]) -> list[str]:
+    """Parameters that papermill injected and no cell knows: of a mistyped name it only warns, and the default would run."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    injected, own = set(), set(known)
+    for cell in shell.user_ns.get("In", ()) if shell else ():
+        (injected if cell.startswith("# Parameters\n") else own).update(re.findall(r"^(\w+)\s*(?::[^=\n]*)?=(?!=)", cell, re.MULTILINE))
+    return sorted(injected - own)
 
 
 def _detectors(read: Parameters) -> list[str]:
@@ -261,8 +288,10 @@ def _store(folder: str) -> Store:
     return open_store(str(Path(*path.parts[1:]))) if path.parts[0] == "results" and len(path.parts) > 1 else Store(path)
 
 
-def versions() -> pd.DataFrame:
+def versions() -> "pd.DataFrame":
     """Code and library versions of this session."""
+    import pandas as pd
+
     about = provenance()
     rows = {"detrdistill": short_commit(about["commit"]), "python": about["python"]} | about["versions"]
     return pd.DataFrame({"version": rows})

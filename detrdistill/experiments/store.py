@@ -80,7 +80,7 @@ class Store:
 
     @contextmanager
     def hold(self, recipe: Recipe | CropRecipe) -> Iterator[None]:
-        """Keep other processes from training the same run; a dead holder's lock is free.
+        """Keep other processes from training the same run; a dead holder's lock is free, and its half-written files are removed.
 
         Raises:
             InputError: another process holds it; names that process.
@@ -89,17 +89,20 @@ class Store:
 
         path = make_folder(self.folder(recipe)) / ".lock"
         with writing(path):
-            file = path.open("a+", encoding="utf-8")
+            file = path.open("ab+", buffering=0)  # no buffer to be written at the end, when the disk may be full
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                # Not flock, whose lock a dead process's children (loaders of images) would keep.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
                 file.seek(0)
-                raise InputError(f"run {run_id(recipe)} is being trained by {file.read().strip()}; wait for it, or stop it") from None
+                holder = file.read().decode().strip() or "another process"
+                raise InputError(f"run {run_id(recipe)} is being trained by {holder}; wait for it, or stop it") from None
             with writing(path):
                 file.truncate(0)
-                file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-                file.flush()
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            for unfinished in (*path.parent.glob(".*.part"), *path.parent.glob(".tmp*")):  # the latter are those of safetensors
+                unfinished.unlink()
             yield
 
 
@@ -115,9 +118,12 @@ def read_record(path: Path) -> Record:
         body = None
     if not isinstance(body, dict):
         raise InputError(f"record {path}: not a JSON object; delete its folder to run again")
-    stated = body.pop("sha256", None)
-    if stated != _hash(body):
-        raise InputError(f"record {path}: its content does not fit its hash, so it was edited or damaged; delete its folder to run again")
+    stated, found = body.pop("sha256", "none"), _hash(body)
+    if stated != found:
+        raise InputError(
+            f"record {path}: its content (hash {found[:8]}) does not fit the hash in it ({str(stated)[:8]}), so it was edited or damaged; "
+            "restore the file, or delete its folder to run again"
+        )
     return Record.read(body, where=f"record {path}")
 
 
@@ -154,6 +160,14 @@ def commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return head.stdout.strip() + ("+changes" if changed else "")
+
+
+def short_commit(commit: str | None) -> str:
+    """The commit of a record as people read it."""
+    if not isinstance(commit, str):
+        return "unknown"
+    parts = [one.partition("+") for one in commit.split(", ")]  # several: the run was continued by other code
+    return ", ".join(name[:8] + plus + changes for name, plus, changes in parts)
 
 
 def _placeless(recipe: Recipe | CropRecipe) -> str:

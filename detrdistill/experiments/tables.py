@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ from detrdistill.errors import InputError
 from detrdistill.experiments.presets import Preset
 from detrdistill.experiments.published import published, published_value
 from detrdistill.experiments.recipes import Digits, Folder, Recipe, run_id
-from detrdistill.experiments.store import Record, Store, read_record
+from detrdistill.experiments.store import Record, Store, read_record, short_commit
 from detrdistill.files import write_text
 
 DETECTORS = {"deformable_detr": "Deformable DETR", "conditional_detr": "Conditional DETR", "adamixer": "AdaMixer"}
@@ -105,6 +106,7 @@ def collect(table: Table, store: Store) -> pd.DataFrame:
             about = record.provenance if record else {}
             records += [record] if record else []
             line |= {"measured_on": table.measured_on, "data_sha256": about.get("data_sha256"), "commit": about.get("commit")}
+            line |= {"computed_by": _computed_by(about)}
             lines.append(line)
     refuse_mixed(records)
     return pd.DataFrame(lines)
@@ -116,6 +118,10 @@ def _metrics(record: Record | None, at: float) -> dict[str, float | None]:
         return record.metrics if record else dict.fromkeys(METRICS)
     until = [point["AP"] for point in record.curve if point["step"] <= round(at * record.cost["steps"])]
     return dict.fromkeys(METRICS) | {"AP": until[-1] if until else None}
+
+
+def _computed_by(about: Mapping[str, Any]) -> str:
+    return f"torch {about.get('versions', {}).get('torch', 'unknown')} on {about.get('device', 'unknown')}"
 
 
 def find(store: Store, recipe: Recipe) -> Record | None:
@@ -149,7 +155,7 @@ def any_content(recipe: Recipe) -> Recipe:
 
 
 def refuse_mixed(records: Sequence[Record]) -> None:
-    """Raise InputError unless all records saw the same data and those of distilled students the same teacher as is in the table."""
+    """Raise InputError unless all records saw the same data and started or learned from the same weights of the same runs."""
     if not records:
         return
     first, weights = records[0], {record.id: record.provenance["weights_sha256"] for record in records}
@@ -161,9 +167,11 @@ def refuse_mixed(records: Sequence[Record]) -> None:
                 "a table compares runs on one data set: delete the folder of the outdated one and run it again"
             )
         for name, parent in record.parents.items():
-            if "run" in parent and weights.get(parent["run"], parent["weights_sha256"]) != parent["weights_sha256"]:
+            # A parent that is not in the table is what the first record that names it says.
+            if "run" in parent and (wanted := weights.setdefault(parent["run"], parent["weights_sha256"])) != parent["weights_sha256"]:
                 raise InputError(
-                    f"run {record.id} used another {name} than {parent['run']} as it is now; delete its folder and run it again"
+                    f"run {record.id} used another {name} (weights {parent['weights_sha256'][:8]}) than {parent['run']} as it is now or as "
+                    f"other runs used it ({wanted[:8]}); delete the folder of the outdated one and run it again"
                 )
 
 
@@ -281,7 +289,7 @@ def _nan(value: float | None) -> float:
 
 
 def provenance_line(frame: pd.DataFrame) -> str:
-    """What was measured, where and by which code, in one line."""
+    """What was measured, where and by which code, in one line; library and device only where the runs differ in them."""
     ran = frame[frame["status"] != NOT_RUN]
     parts = [f"Measured on {frame['measured_on'].iloc[0]}"]
     if ran.empty:
@@ -289,16 +297,11 @@ def provenance_line(frame: pd.DataFrame) -> str:
     commits = sorted({short_commit(commit) for commit in ran["commit"]})
     parts.append(f"data {ran['data_sha256'].iloc[0][:8]}")
     parts.append(f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}")
+    machines = sorted(set(ran["computed_by"]))
+    parts += [f"computed by {', '.join(machines)}"] if len(machines) > 1 else []
     seeds = ran.loc[ran["setting"] != "teacher", "seed"].nunique()
     parts += [f"{seeds} seed{'s' * (seeds != 1)}"] if seeds else []
     return "; ".join(parts) + "."
-
-
-def short_commit(commit: str | None) -> str:
-    if not isinstance(commit, str):
-        return "unknown"
-    parts = [one.partition("+") for one in commit.split(", ")]  # several: the run was continued by other code
-    return ", ".join(name[:8] + plus + changes for name, plus, changes in parts)
 
 
 NOTES = (
@@ -324,9 +327,9 @@ def write_table(table: Table, frame: pd.DataFrame, folder: Path) -> list[Path]:
 def to_csv(frame: pd.DataFrame) -> str:
     """Words instead of blanks; pandas reads numbers back with `na_values=["not run", "n/a", "not stored"]`.
 
-    Each line carries its own provenance.
+    Each line carries its data and commit; the run's record has the rest of its provenance.
     """
-    filled = frame.astype(object)
+    filled = frame.drop(columns="computed_by").astype(object)
     ran = frame["status"] != NOT_RUN
     whole = frame["AP50"].notna() | ~ran  # what is read off a curve has AP alone
     for column in (*METRICS, "data_sha256", "commit"):

@@ -165,7 +165,7 @@ def _write(sheet: Axes, x: float, y: float, lines: Sequence[str], leading: float
     """Lines of text, the first centred at y."""
     for i, text in enumerate(lines):
         # What is centred includes room below the letters: a little lower, their middle is where dots are.
-        sheet.text(x, y + leading * i + 0.012, text, **({"fontsize": SMALL, "va": "center", "parse_math": False} | look))
+        sheet.text(x, y + leading * i + 0.012, text, **({"fontsize": SMALL, "va": "center"} | look))
 
 
 def _ap(line: Line) -> tuple[str, bool]:

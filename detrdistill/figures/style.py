@@ -38,6 +38,7 @@ STYLE = {
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
     "text.color": TEXT,
+    "text.parse_math": False,  # a class may be called $x^$
     "axes.labelcolor": TEXT,
     "axes.edgecolor": "#888888",
     "xtick.color": TEXT,

@@ -14,6 +14,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detrdistill.errors import InputError
 from detrdistill.experiments import recipes
+from detrdistill.files import file_hash
+from detrdistill.models.weights import named_tensors, read_pickle
 
 Norm = Callable[[int], nn.Module]
 
@@ -145,8 +147,15 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
     Raises:
         InputError: no network and not in the cache, or a damaged file.
     """
+    weights = models.get_model_weights(name).DEFAULT
+    file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     try:
-        return models.get_model_weights(name).DEFAULT.get_state_dict(progress=False, check_hash=True)
+        # torch compares the hash in the file's name when it downloads, and never again.
+        if file.is_file() and not file_hash(file).startswith(torch.hub.HASH_REGEX.search(file.name)[1]):
+            raise InputError(f"ImageNet weights of {name}: {file} is damaged, its hash is not that of its name; delete it")
+        return weights.get_state_dict(progress=False, check_hash=True)
+    except InputError:
+        raise
     except (OSError, HTTPException, RuntimeError) as error:  # torch reports a wrong hash and a damaged file as RuntimeError
         raise InputError(
             f"ImageNet weights of {name} could not be downloaded ({str(error)[:200]}); connect once, or give a state_dict "
@@ -161,14 +170,6 @@ def file_weights(path: Path) -> dict[str, Tensor]:
         InputError: the file is missing, damaged, or holds more than tensors.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"backbone weights {path}: no such file; correct backbone.weights") from None
-    except Exception as error:  # torch reports damage in many types: RuntimeError, UnpicklingError, EOFError, KeyError
-        raise InputError(
-            f"backbone weights {path}: not a readable state_dict of tensors ({type(error).__name__}); "
-            "save it with torch.save(model.state_dict(), path)"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise InputError(f"backbone weights {path}: holds something other than named tensors; save model.state_dict()")
-    return state
+        return named_tensors(read_pickle(path), path)
+    except InputError as error:
+        raise InputError(f"backbone {error}") from None

@@ -18,9 +18,9 @@ from detrdistill.errors import InputError
 from detrdistill.experiments.recipes import OWNERS, Recipe, Schedule
 from detrdistill.experiments.store import read_record
 from detrdistill.models import AdaMixer, ConditionalDETR, DeformableDETR, build_detector, names
-from detrdistill.models.hugging_face import equal, form_of, read_folder, told_by_config
+from detrdistill.models.hugging_face import equal, form_of, positive, read_folder, told_by_config
 from detrdistill.models.sizes import settings_of
-from detrdistill.models.weights import few, fit, read_pickle, read_weights
+from detrdistill.models.weights import few, fit, named_tensors, read_pickle, read_weights
 
 FAMILIES = {"conditional_detr": ConditionalDETR, "deformable_detr": DeformableDETR, "adamixer": AdaMixer}
 SHARED_FIELDS = ("detector", "backbone", "dim", "heads", "ffn", "decoder_layers", "queries", "dropout")
@@ -186,7 +186,8 @@ def _rows(about: About, categories: Sequence[str], replace_head: bool) -> tuple[
         raise InputError(
             f"{about.title} does not say its classes; name its {len(about.names)} outputs as 'outputs', or say replace_head=True"
         )
-    rows = tuple(known.get(plain(name)) for name in categories)
+    exact = {name: row for row, name in enumerate(about.names)}  # where classes differ by capitals alone
+    rows = tuple(exact.get(name, known.get(plain(name))) for name in categories)
     fresh = [name for name, row in zip(categories, rows, strict=True) if row is None]
     dropped = [about.names[row] for row in known.values() if row not in rows]
     if (fresh or dropped) and not replace_head:
@@ -291,8 +292,8 @@ def _plain(tensors: dict[str, Tensor], layout: Layout, told: Mapping[str, Any]) 
 
 def _classes(stated: Sequence[str | None] | None, count: int) -> tuple[str | None, ...]:
     """The class of each output of the head."""
-    if stated is not None and len(stated) == count and any(stated):
-        return tuple(stated)
+    if stated is not None and any(stated):  # never another's names in their stead
+        return tuple(stated) if len(stated) == count else (None,) * count
     if count == len(names.COCO_91):
         return names.COCO_91
     coco = tuple(name for name in names.COCO_91 if name)
@@ -314,21 +315,24 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 told |= {name: getattr(recipe, name) for name in (*SHARED_FIELDS, *OWNERS)}
         elif (path.parent / "config.json").is_file():
             told |= told_by_config(path.parent / "config.json")
-        return tensors, told
+        return named_tensors(tensors, path), told
     content = read_pickle(path)
     state = next((content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)), content)
-    if not state or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
-        raise InputError(f"weights {path}: no named tensors, nor an entry 'model' or 'state_dict' of them; save model.state_dict()")
+    state = named_tensors(state, path)
     if isinstance(content.get("args"), argparse.Namespace):
         return state, _told_by_args(vars(content["args"]), path)
     meta = content.get("meta") if isinstance(content.get("meta"), dict) else {}
-    classes = meta.get("CLASSES") or (meta.get("dataset_meta") or {}).get("classes")
-    return state, {"names": list(classes)} if classes else {}
+    later = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), dict) else {}
+    classes = meta.get("CLASSES") or later.get("classes")
+    named = isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
+    return state, {"names": list(classes)} if named else {}
 
 
 def _told_by_args(args: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Settings among an official checkpoint's arguments."""
-    told = {ours: args[theirs] for theirs, ours in {"nheads": "heads", "dropout": "dropout"}.items() if theirs in args}
+    told = {"heads": positive(args, "nheads", path, 8)} if "nheads" in args else {}
+    if "dropout" in args:
+        told["dropout"] = args["dropout"]
     if "dilation" in args:
         told["backbone"] = {"dilation": args["dilation"]}
     if "with_box_refine" in args:

@@ -18,7 +18,7 @@ from detrdistill.experiments.recipes import Resize
 from detrdistill.files import atomic, write_text
 from detrdistill.models import ConditionalDETR, DeformableDETR, names
 from detrdistill.models.sizes import backbone_of, settings_of
-from detrdistill.models.weights import read_json, read_pickle, read_weights
+from detrdistill.models.weights import named_tensors, read_json, read_pickle, read_weights
 
 # Transformers' words for the ResNets.
 _RESNETS: dict[str, dict[str, Any]] = {
@@ -26,6 +26,7 @@ _RESNETS: dict[str, dict[str, Any]] = {
     "resnet50": {"depths": [3, 4, 6, 3], "layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048]},
     "resnet101": {"depths": [3, 4, 23, 3], "layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048]},
 }
+MOST_CLASSES = 100_000
 _CLASSES = {"conditional_detr": "ConditionalDetr", "deformable_detr": "DeformableDetr"}
 
 
@@ -162,12 +163,15 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     """
     for name, read in (("model.safetensors", lambda path: read_weights(path)[0]), ("pytorch_model.bin", read_pickle)):
         if (folder / name).is_file():
-            return read(folder / name)
+            return named_tensors(read(folder / name), folder)
         index = folder / f"{name}.index.json"
         if index.is_file():
             # Files of this folder only, whatever the index says.
-            shards = sorted({Path(shard).name for shard in read_json(index).get("weight_map", {}).values()})
-            return {key: value for shard in shards for key, value in read(folder / shard).items()}
+            listed = read_json(index).get("weight_map")
+            if not isinstance(listed, dict) or not all(isinstance(shard, str) for shard in listed.values()):
+                raise InputError(f"{index}: 'weight_map' is {str(listed)[:60]!r}, not the file of each tensor; restore it")
+            shards = sorted({Path(shard).name for shard in listed.values()})
+            return named_tensors({key: value for shard in shards for key, value in read(folder / shard).items()}, folder)
     raise InputError(
         f"weights {folder}: no weights.safetensors of a run, and no model.safetensors or pytorch_model.bin of a Hugging Face model; "
         "give a folder that has them, or a file"
@@ -178,12 +182,26 @@ def told_by_config(path: Path) -> dict[str, Any]:
     """Settings and class names ("names") in config.json.
 
     Raises:
-        InputError: not such a file, or a model that is another function than the official one.
+        InputError: not such a file, or a model that is another function than the official one, or asks for code of its own.
     """
     config = read_json(path)
+    if "auto_map" in config:
+        raise InputError(
+            f"{path}: 'auto_map' asks to run the folder's own code ({str(config['auto_map'])[:60]}), which the kit never does; if the "
+            "weights are transformers' Conditional or Deformable DETR, take the entry out"
+        )
+    try:
+        return _told(config, path)
+    except InputError:  # a ValueError too
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: not as transformers writes it ({str(error)[:100]}); restore it") from None
+
+
+def _told(config: dict[str, Any], path: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in ("conditional_detr", "deformable_detr"):
-        raise InputError(f"{path}: the model is a '{kind}'; only 'conditional_detr' and 'deformable_detr' can be read")
+        raise InputError(f"{path}: the model is a {kind!r}; only 'conditional_detr' and 'deformable_detr' can be read")
     expected = {"activation_function": "relu", "position_embedding_type": "sine"}
     if kind == "conditional_detr":
         expected["auxiliary_loss"] = False
@@ -205,6 +223,8 @@ def told_by_config(path: Path) -> dict[str, Any]:
         told["points"] = equal(config, "encoder_n_points", "decoder_n_points", path, 4)
         told |= form_of(config, "two_stage_num_proposals")
     if labels := {int(row): name for row, name in (config.get("id2label") or {}).items()}:
+        if max(labels) > MOST_CLASSES:
+            raise InputError(f"{path}: 'id2label' has a class {max(labels)}; number the classes from 0")
         # Transformers calls a class that nobody named LABEL_3.
         named = lambda name: None if name is None or re.fullmatch(r"LABEL_\d+|N/A", name) else name  # noqa: E731
         told["names"] = [named(labels.get(row)) for row in range(max(labels) + 1)]
@@ -218,9 +238,16 @@ def form_of(values: Mapping[str, Any], queries: str) -> dict[str, Any]:
     return {"form": "box_refine" if values.get("with_box_refine") else "plain"}
 
 
-def equal(values: Mapping[str, Any], one: str, other: str, path: Path, default: int) -> Any:
+def equal(values: Mapping[str, Any], one: str, other: str, path: Path, default: int) -> int:
     """A setting that encoder and decoder have each, and the kit once."""
-    encoder, decoder = values.get(one, default), values.get(other, default)
+    encoder, decoder = positive(values, one, path, default), positive(values, other, path, default)
     if encoder != decoder:
         raise InputError(f"{path}: '{one}' is {encoder} and '{other}' {decoder}; the kit has detectors with equal ones only")
     return decoder
+
+
+def positive(values: Mapping[str, Any], name: str, path: Path, default: int) -> int:
+    value = values.get(name, default)
+    if type(value) is not int or value < 1:
+        raise InputError(f"{path}: '{name}' is {str(value)[:60]!r}, not a whole number above 0; restore it")
+    return value

@@ -23,6 +23,17 @@ def save_weights(path: Path, module: nn.Module, about: dict[str, str]) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata=about)
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort a file's metadata, which safetensors writes in another order in every process: equal weights are equal files."""
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -98,6 +109,26 @@ def read_pickle(path: Path) -> dict[str, Any]:
     return content
 
 
+def named_tensors(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
+    """The content of a file if it is tensors by name, each with numbers of its own.
+
+    Raises:
+        InputError: it is anything else.
+    """
+    if not content or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
+        raise InputError(f"weights {path}: no named tensors, nor an entry 'model' or 'state_dict' of them; save model.state_dict()")
+    if odd := [name for name, value in content.items() if not _is_plain(value)]:
+        raise InputError(f"weights {path}: {few(odd)}: no dense real numbers, or more than the file holds; save model.state_dict()")
+    return dict(content)
+
+
+def _is_plain(value: Tensor) -> bool:
+    """Not sparse, quantized, complex or without numbers, nor some bytes that claim to be terabytes, which a copy would need."""
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_complex():
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
@@ -108,7 +139,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; a Hugging Face folder needs it") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: not readable as JSON ({str(error)[:100]}); restore it") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: not a JSON object; restore it")

@@ -1,5 +1,6 @@
 """Which images an optimizer step sees: a pure function of seed and step, so that runs resume exactly and share out exactly."""
 
+import signal
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -45,9 +46,15 @@ class Draws(Sequence[list[tuple[int, int]]]):
 
 def micro_batches(dataset: CocoDataset, draws: Draws, workers: int, pin: bool = False) -> Iterator[list[Batch]]:
     """The micro-batches of each optimizer step in turn."""
-    loader = iter(DataLoader(dataset, batch_sampler=draws, collate_fn=collate, num_workers=workers, pin_memory=pin))
+    options = {"collate_fn": collate, "num_workers": workers, "pin_memory": pin, "worker_init_fn": _ignore_sigterm}
+    loader = iter(DataLoader(dataset, batch_sampler=draws, **options))
     while True:
         step = [batch for _, batch in zip(range(draws.accumulate), loader, strict=False)]
         if not step:
             return
         yield step
+
+
+def _ignore_sigterm(worker: int) -> None:
+    """Schedulers send it to all processes: those that load images must outlive the trainer's last step, and end with it."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,5 +1,7 @@
 """The checkpoint that a run continues from. Loading it executes nothing. (Weights to use a detector: `models/weights.py`.)"""
 
+import resource
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,33 @@ AFRESH = "delete it to start this run afresh"
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write everything a run needs to continue; a kill while writing leaves the previous checkpoint."""
-    with atomic(path) as temporary:
-        torch.save(state, temporary)
+    # Into a file of Python's: torch's own does not tell why it cannot be written.
+    with atomic(path) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
+
+
+def require_space(path: Path, model: nn.Module) -> None:
+    """Refuse to train what could not be saved.
+
+    Raises:
+        InputError: the disk, or this process's limit on the size of files, has no room for `model`'s checkpoint.
+    """
+    trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    size = sum(value.nbytes for value in model.state_dict().values()) + 2 * trained  # AdamW keeps two moments
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    if limit != resource.RLIM_INFINITY and limit < size:
+        raise InputError(f"checkpoint {path}: takes at least {mib(size)}, and files may have {mib(limit)} (ulimit -f); raise that limit")
+    # The old one stays until the new one is written.
+    needed = 2 * size - (path.stat().st_size if path.exists() else 0)
+    if (free := shutil.disk_usage(path.parent).free) < needed:
+        raise InputError(
+            f"checkpoint {path}: needs at least {mib(needed)}, as it is replaced by a new one beside it, and the disk has {mib(free)}; "
+            "free disk space, or choose another folder for the results"
+        )
+
+
+def mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
 
 
 def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any] | None:

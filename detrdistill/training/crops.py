@@ -48,6 +48,9 @@ def train_on_crops(
             if not math.isfinite(loss.item()):
                 raise NonFiniteError(f"crop training step {step + 1}: the loss is {loss.item()}; lower backbone.crops.lr ({plan.lr})")
             loss.backward()
+            norm = nn.utils.clip_grad_norm_(model.parameters(), math.inf)  # nothing is clipped
+            if not math.isfinite(norm.item()):
+                raise NonFiniteError(f"crop training step {step + 1}: the gradient is {norm.item()}; lower backbone.crops.lr ({plan.lr})")
             optimizer.step()
             optimizer.zero_grad()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)

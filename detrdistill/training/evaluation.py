@@ -65,7 +65,7 @@ def evaluate(
             _check(logits, boxes, samples.image_ids, len(dataset.categories))
             for image, found in zip(samples.image_ids, detections(logits, boxes, samples.original_sizes, top), strict=True):
                 results += _coco_results(image, found, [category.id for category in dataset.categories])
-            held.append(matched_objects(output, samples.targets.to(device)).cpu().to(torch.int16))
+            held.append(matched_objects(output, samples.targets.to(device)).cpu().to(torch.int32))
     finally:
         detector.train(training)
     return coco_metrics(dataset.coco.dataset, results), torch.cat(held, dim=1)
@@ -96,7 +96,10 @@ def _check(logits: Float[Tensor, "B Q C"], boxes: Float[Tensor, "B Q 4"], image_
     finite = logits.isfinite().flatten(1).all(1) & boxes.isfinite().flatten(1).all(1)
     broken = [image for image, good in zip(image_ids, finite.tolist(), strict=True) if not good]
     if broken:
-        raise NonFiniteError(f"evaluation: predictions for image ids {', '.join(map(str, broken))} are NaN or infinite")
+        raise NonFiniteError(
+            f"evaluation: predictions for image ids {', '.join(map(str, broken))} are NaN or infinite; "
+            "look at these images, or train with a lower schedule.lr"
+        )
 
 
 def _coco_results(image: int, found: dict[str, Tensor], category_ids: Sequence[int]) -> list[dict[str, Any]]:

@@ -32,7 +32,8 @@ class Log:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._file:
-            self._file.close()
+            with writing(self._path):  # a full disk is told of again: what could not be written is tried once more
+                self._file.close()
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,15 +17,16 @@ from tqdm.auto import tqdm
 
 from detrdistill.data.coco import Batch, CocoDataset
 from detrdistill.distill.distiller import Distiller
-from detrdistill.errors import NonFiniteError
+from detrdistill.errors import InputError, NonFiniteError, StoppedError
 from detrdistill.experiments.recipes import Recipe, Schedule
 from detrdistill.models.outputs import DetectorOutput
+from detrdistill.signals import on_sigterm
 from detrdistill.training.batches import Draws, micro_batches, mix
-from detrdistill.training.checkpointing import resume, save_checkpoint
+from detrdistill.training.checkpointing import require_space, resume, save_checkpoint
 from detrdistill.training.logging import Log
 
 CHECKPOINT_SECONDS = 30.0
-NO_STEP = "no optimizer step was taken, the last checkpoint is intact; lower schedule.lr, or look at these images"
+NO_STEP = "no optimizer step was taken, the last checkpoint is intact; look at these images, or lower schedule.lr"
 
 
 def train(
@@ -42,21 +44,25 @@ def train(
 ) -> dict[str, Any]:
     """Train `distiller.student` as `recipe` says, continuing from `folder`'s checkpoint if there is one.
 
-    Writes `checkpoint.pt` and `log.jsonl` into `folder`.
+    Writes `checkpoint.pt` and `log.jsonl` into `folder`; the batch that a NaN stopped at, as `stopped-step<n>-process<rank>.pt`.
 
     Returns:
         `curve` (AP and `changes` by step), `metrics` (of the last evaluation), `seconds` (in training, over all sittings), `resumed`
         (how often) and `commits` (of the code of all sittings).
 
     Raises:
-        InputError: the checkpoint is damaged or not of this run.
-        NonFiniteError: a loss part or the gradient is NaN or infinite; raised before the optimizer step, naming step, images, part.
+        InputError: the checkpoint is damaged or not of this run, or `folder` has no space for it.
+        NonFiniteError: a prediction, a loss part or the gradient is NaN or infinite; raised before the optimizer step, naming step,
+            images, part, and where the batch is.
+        StoppedError: at SIGTERM, after the step and the evaluation it came in; a checkpoint has been saved.
     """
     schedule, total = recipe.schedule, recipe.schedule.total_steps(len(dataset))
     distiller.to(memory_format=torch.channels_last)
     ask = None if teacher is None else partial(distiller.ask, teacher)
     module, optimizer = fabric.setup(distiller, make_optimizer(distiller, schedule))
     state = resume(folder / "checkpoint.pt", distiller, optimizer, total) or {"step": 0, "curve": [], "seconds": 0.0, "resumed": 0}
+    if fabric.is_global_zero:
+        require_space(folder / "checkpoint.pt", distiller)
     commits = state.get("commits", [])
     state["commits"] = commits + [commit] * (commit is not None and commit not in commits)
 
@@ -68,7 +74,8 @@ def train(
     clock = last_save = time.monotonic()
     quiet = not progress or fabric.global_rank > 0
     bar = tqdm(total=total, initial=state["step"], desc=recipe.title, unit="step", disable=quiet, mininterval=1)
-    with Log(folder / "log.jsonl" if fabric.is_global_zero else None, state["step"]) as log, bar:
+    asked: list[str] = []
+    with Log(folder / "log.jsonl" if fabric.is_global_zero else None, state["step"]) as log, bar, on_sigterm(lambda: asked.append("stop")):
         for step, batches in enumerate(micro_batches(dataset, draws, workers, pin=fabric.device.type == "cuda"), start=state["step"] + 1):
             # Randomness that is left (dropout, what methods draw) is seeded by step: resuming is exact without saving generators.
             torch.manual_seed(mix(recipe.seed, step, fabric.global_rank))
@@ -77,13 +84,17 @@ def train(
                 group["lr"] = rate * group["factor"]
             module.train()
             images = [image for batch in batches for image in batch.image_ids]
-            try:
-                parts = accumulate_gradients(fabric, module, ask, batches, schedule)
-            except NonFiniteError as error:
-                raise NonFiniteError(f"step {step}, images {images}: {error}; {NO_STEP}") from None
-            norm = nn.utils.clip_grad_norm_(distiller.parameters(), schedule.clip_norm or math.inf)
-            values = to_host(fabric, parts, norm)
-            refuse_non_finite(values, step, images)
+            with kept_for_inspection(folder / f"stopped-step{step}-process{fabric.global_rank}.pt", step, batches):
+                try:
+                    parts = accumulate_gradients(fabric, module, ask, batches, schedule)
+                except NonFiniteError as error:
+                    raise NonFiniteError(f"step {step}, images {images}: {error}") from None
+                norm = nn.utils.clip_grad_norm_(distiller.parameters(), schedule.clip_norm or math.inf)
+                # With the losses, processes tell each other that they must stop: they all do so after the same step.
+                values = to_host(fabric, parts | {"stop": norm.new_full((), len(asked))}, norm)
+                stopping = values.pop("stop") > 0
+                refuse_non_finite(values, step, images)
+                values = {name: value for name, value in values.items() if not name.startswith("teacher's")}  # zero
             optimizer.step()
             optimizer.zero_grad()
             state["step"] = step
@@ -99,7 +110,7 @@ def train(
                 point = {"step": step, "AP": state["metrics"]["AP"]} | changes(held, state.get("held"))
                 state["curve"], state["held"] = [*state["curve"], point], held[-1]
                 clock = time.monotonic()
-            if step in marks or time.monotonic() - last_save > CHECKPOINT_SECONDS:
+            if step in marks or stopping or time.monotonic() - last_save > CHECKPOINT_SECONDS:
                 state["seconds"], clock = state["seconds"] + time.monotonic() - clock, time.monotonic()
                 if fabric.is_global_zero:
                     save_checkpoint(
@@ -107,6 +118,9 @@ def train(
                         {"model": distiller.state_dict(), "optimizer": optimizer.state_dict(), "state": state},
                     )
                 last_save = time.monotonic()
+            if stopping:
+                fabric.barrier()  # torchrun ends all processes as soon as one has ended
+                raise StoppedError(f"{recipe.title}: SIGTERM after step {step} of {total}; saved in {folder}, run it again to continue")
     return state
 
 
@@ -117,7 +131,11 @@ def accumulate_gradients(
     batches: list[Batch],
     schedule: Schedule,
 ) -> dict[str, Tensor]:
-    """Losses and gradient of one optimizer step, as if all its micro-batches and processes were one batch."""
+    """Gradient of one optimizer step, as if all its micro-batches and processes were one batch.
+
+    Returns:
+        the parts of the loss; and for the teacher's logits and boxes 0, or NaN if they are not finite.
+    """
     boxes = float(sum(sum(batch.targets.counts) for batch in batches))
     if fabric.world_size > 1:
         boxes = fabric.all_reduce(torch.tensor(boxes, device=fabric.device), reduce_op="sum").item()
@@ -137,6 +155,10 @@ def accumulate_gradients(
             fabric.backward(torch.stack([value.sum() for value in losses.values()]).sum() * fabric.world_size)
         for name, value in losses.items():
             parts[name] = parts.get(name, 0) + value.detach().sum()
+        for name in ("logits", "boxes") if answers else ():
+            # Zero, and NaN where the teacher's answer is NaN or infinite: with an infinite logit every loss can still be finite.
+            zero = torch.stack([(getattr(answer, name).detach() * 0).sum() for answer in answers]).sum()
+            parts[f"teacher's {name}"] = parts.get(f"teacher's {name}", 0) + zero
     return parts
 
 
@@ -162,10 +184,30 @@ def changes(held: Int[Tensor, "S B Q"], before: Int[Tensor, "B Q"] | None) -> di
 
 
 def refuse_non_finite(values: dict[str, float], step: int, images: list[int]) -> None:
-    """Raise NonFiniteError if any value is NaN or infinite."""
-    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    """Raise NonFiniteError if any value is NaN or infinite; names these and lists the others."""
+    bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
+    rest = [f"{name} {value:.4g}" for name, value in values.items() if math.isfinite(value)]
     if bad:
-        raise NonFiniteError(f"step {step}, images {images}: {', '.join(f'{name} is {value}' for name, value in bad.items())}; {NO_STEP}")
+        raise NonFiniteError(f"step {step}, images {images}: {', '.join(bad)} (finite: {', '.join(rest) or 'nothing'})")
+
+
+@contextmanager
+def kept_for_inspection(path: Path, step: int, batches: Sequence[Batch]) -> Iterator[None]:
+    """Save the images and targets of a step that meets a NaN or an infinity, and add to the message where they are.
+
+    Raises:
+        NonFiniteError: the one that was met.
+    """
+    try:
+        yield
+    except NonFiniteError as error:
+        saved = [vars(batch) | {"targets": vars(batch.targets)} for batch in batches]  # plain values: torch.load(weights_only=True)
+        try:
+            save_checkpoint(path, {"step": step, "fault": str(error), "batches": saved})
+            where = f"the batch is in {path}"
+        except InputError as refused:
+            where = f"the batch could not be saved: {refused}"
+        raise NonFiniteError(f"{error}; {where}; {NO_STEP}") from None
 
 
 def make_optimizer(distiller: Distiller, schedule: Schedule) -> torch.optim.AdamW:

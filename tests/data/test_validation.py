@@ -1,4 +1,4 @@
-"""Every fault of annotations has a policy and a readable line; nothing but InputError ever comes out."""
+"""Every fault of annotations has a policy and a readable line. (Faults made up by the thousand: tests/faults.)"""
 
 import errno
 import json
@@ -8,8 +8,6 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from detrdistill.data.validation import load_annotations, validate
@@ -34,10 +32,6 @@ def images(tmp_path_factory):
     folder.mkdir()
     for name in "ab":
         Image.new("RGB", (40, 30)).save(folder / f"{name}.png")
-    Image.new("RGB", (40, 30)).save(folder.parent / "outside.png")
-    (folder / "link.png").symlink_to(folder.parent / "outside.png")
-    (folder / "loop.png").symlink_to("loop.png")
-    (folder / "up").symlink_to(folder.parent)
     (folder / "inner.png").symlink_to("a.png")
     (folder / "sub").mkdir()
     return folder
@@ -161,17 +155,10 @@ REFUSED = [
     (images_with(height="30"), "height '30'"),
     (images_with(width=True), "width True"),
     (images_with(width=10**400), "image 2: width 1000"),
-    (images_with(file_name="c.png"), r"image 2: file_name 'c\.png' is missing in .*; correct the file or the folder"),
     (images_with(file_name=None), "image 2: file_name is None, not text"),
     (images_with(file_name=""), "image 2: file_name is ''"),
-    (images_with(file_name="sub"), "'sub' in .* is not a file"),
-    (images_with(file_name="\0"), "impossible name"),
     (images_with(file_name="\ud800.png"), "impossible name"),
     (images_with(file_name="x" * 5000), "cannot be read"),
-    (images_with(file_name="loop.png"), "cannot be read|is missing|leads out"),
-    (images_with(file_name="../outside.png"), r"'\.\./outside\.png' leads out of"),
-    (images_with(file_name="link.png"), r"'link\.png' leads out of"),
-    (images_with(file_name="up/outside.png"), "leads out of"),
     (GOOD | {"annotations": [{"id": 1, "image_id": 1, "category_id": 9, "bbox": [1, 1, 2, 2]}]}, "none of 1 annotations can be used"),
     (
         GOOD | {"annotations": [{"id": n, "image_id": 1, "category_id": 7, "bbox": [0.1, 0.2, 0.5, 0.6]} for n in (1, 2)]},
@@ -187,7 +174,7 @@ def test_doubtful_file_is_refused_in_one_line(images, content, message):
     assert "instances_train.json" in str(refusal.value) and "\n" not in str(refusal.value) and len(str(refusal.value)) < 600
 
 
-def test_absolute_file_name_is_refused_and_inner_link_allowed(images):
+def test_links_and_detours_within_the_folder_are_allowed(images):
     with pytest.raises(InputError, match="leads out of"):
         check(images, images_with(file_name=str(images / "a.png")))
     assert check(images, images_with(file_name="inner.png"))[1].faults == []
@@ -213,45 +200,6 @@ def test_broken_json_is_refused(images, tmp_path, text):
 def test_byte_order_mark_is_no_fault(images, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(GOOD), encoding="utf-8-sig")
     assert load_annotations(tmp_path / "x.json", images)[1].faults == []
-
-
-JUNK = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.integers(-3, 50) | st.floats() | st.text(max_size=5) | st.just(10**400),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["id", "name", "bbox", "width", "x"]), inner, max_size=4),
-    max_leaves=6,
-)
-PLACES = [(s, k, key) for s in ("images", "annotations", "categories") for k in (0, 1) for key in GOOD[s][0]]
-
-
-HARMS = st.lists(st.tuples(st.sampled_from(PLACES), JUNK, st.booleans()), min_size=1, max_size=4)
-
-
-@given(HARMS, st.none() | st.tuples(st.sampled_from([*GOOD]), JUNK))
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_content_raises_anything_but_input_error(images, harms, section):
-    content = deepcopy(GOOD)
-    for (name, k, key), value, remove in harms:
-        content[name][k].pop(key, None) if remove else content[name][k].update({key: value})
-    if section:
-        content[section[0]] = section[1]
-    try:
-        cleaned, report = check(images, content)
-    except InputError as refusal:
-        assert "\n" not in str(refusal)
-        return
-    str(report)
-    for annotation in cleaned["annotations"]:
-        x, y, w, h = annotation["bbox"]
-        assert 0 <= x and 0 <= y and w > 0 and h > 0 and x + w <= 40 + 1e-9 and y + h <= 30 + 1e-9
-        assert math.isfinite(annotation["area"]) and annotation["iscrowd"] in (0, 1)
-    assert len({a["id"] for a in cleaned["annotations"]}) == len(cleaned["annotations"])
-
-
-@given(JUNK)
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_arbitrary_json_raises_nothing_but_input_error(images, content):
-    with pytest.raises(InputError):
-        check(images, content)
 
 
 def test_no_permission_is_named(images, tmp_path, monkeypatch):

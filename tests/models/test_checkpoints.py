@@ -2,8 +2,6 @@
 
 import argparse
 import json
-import os
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -194,50 +192,10 @@ def test_of_a_student_and_a_teacher_one_must_be_chosen(tmp_path: Path) -> None:
         load_pretrained(path, heads=4, part="teacher")
 
 
-class Attack:
-    def __init__(self, target: Path) -> None:
-        self.target = target
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.target),)
-
-
-@pytest.mark.parametrize("where", ["model", "args", "bare", "plain pickle", "folder"])
-def test_code_is_refused_unread(where: str, tmp_path: Path) -> None:
-    path, target = tmp_path / "evil.pth", tmp_path / "made by the attack"
-    state = official_state("conditional", small_detector("conditional"))
-    if where == "plain pickle":
-        path.write_bytes(pickle.dumps({"model": Attack(target)}))
-    elif where == "folder":
-        path = tmp_path / "folder"
-        export_small(path)
-        (path / "model.safetensors").unlink()
-        torch.save({"model.level_embed": Attack(target)}, path / "pytorch_model.bin")
-    else:
-        content = {"model": {"model": state | {"x": Attack(target)}}, "bare": state | {"x": Attack(target)}}
-        content["args"] = {"model": state, "args": argparse.Namespace(nheads=4, evil=Attack(target))}
-        torch.save(content[where], path)
-    with pytest.raises(InputError, match=r"weights .*: refused unread, since it holds code") as error:
-        load_pretrained(path)
-    assert "\n" not in str(error.value) and not target.exists()
-
-
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_truncated_and_absent_files(suffix: str, tmp_path: Path) -> None:
-    path = tmp_path / f"w{suffix}"
+def test_absent_files(suffix: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file; correct the path"):
-        load_pretrained(path)
-    state = official_state("deformable", small_detector("deformable"))
-    if suffix == ".pth":
-        torch.save({"model": state}, path)
-    else:
-        save_file({name: value.clone() for name, value in state.items()}, path)
-    whole = path.read_bytes()
-    for content in (whole[:-300], whole[:100], b"", b"text"):
-        path.write_bytes(content)
-        with pytest.raises(InputError, match=r"w\.(pth|safetensors): .*(truncated or damaged|damaged or not)") as error:
-            load_pretrained(path, heads=4)
-        assert "\n" not in str(error.value)
+        load_pretrained(tmp_path / f"w{suffix}")
 
 
 @pytest.mark.parametrize("content", [[1], {"model": "path"}, {"epoch": 3}, {}])

@@ -3,11 +3,9 @@
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -16,32 +14,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detrdistill.criterion import SetCriterion
 from detrdistill.distill.build import build_distiller
 from detrdistill.distill.distiller import Distiller
-from detrdistill.errors import InputError, NonFiniteError
+from detrdistill.errors import InputError
 from detrdistill.experiments.methods import DETRDistill
 from detrdistill.experiments.presets import smoke
 from detrdistill.experiments.recipes import Backbone, CropRecipe, CropTraining, Recipe, Schedule, parents
-from detrdistill.experiments.runs import make_fabric, open_split, run
+from detrdistill.experiments.runs import make_fabric, open_split
 from detrdistill.experiments.store import Store
 from detrdistill.models import build_detector
-from detrdistill.models.weights import read_weights
 from detrdistill.training import trainer
 from detrdistill.training.batches import Draws, micro_batches
 from detrdistill.training.crops import train_on_crops
 from detrdistill.training.logging import read_log
-from detrdistill.training.trainer import accumulate_gradients, lr_factor, make_optimizer, train
+from detrdistill.training.trainer import accumulate_gradients, changes, lr_factor, make_optimizer, train
 
 SCHEDULE = Schedule(steps=6, batch=4, lr=1e-3, backbone_lr=1.0, warmup=2, decay="cosine", evaluations=2)
-KILLED = """
-import os, signal, sys
-from detrdistill.cli import main
-from detrdistill.training import trainer
-
-trainer.refuse_non_finite = lambda values, step, images: step == 5 and os.kill(os.getpid(), signal.SIGKILL)
-main()
-"""
 
 
 def plain(**changes) -> Recipe:
@@ -139,27 +127,6 @@ def test_crops_with_dropout_are_reproducible():
     assert same_weights(*models)
 
 
-def test_kill_9_and_run_again(tmp_path, finished):
-    """A run killed by the system resumes from its checkpoint and ends with the same log and weights; its lock is free."""
-    recipe = smoke().student
-    stores = [Store(tmp_path / name) for name in ("whole", "killed")]
-    for store in stores:
-        backbone = parents(recipe)["backbone"]
-        shutil.copytree(Store(finished).folder(backbone), store.folder(backbone))
-    whole, killed = stores
-    command = [sys.executable, "-c", KILLED, "train", "smoke", "student", "--results", str(killed.root), "--device", "cpu"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert killed.record(recipe) is None and (killed.folder(recipe) / "checkpoint.pt").exists()
-    records = [run(recipe, store, device="cpu", progress=False) for store in stores]
-    assert [record.cost["resumed"] for record in records] == [0, 1]
-    assert records[0].metrics == records[1].metrics and records[0].curve == records[1].curve
-    (one, about), (other, same) = (read_weights(store.weights(recipe)) for store in stores)
-    assert about == same and one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert (whole.folder(recipe) / "log.jsonl").read_bytes() == (killed.folder(recipe) / "log.jsonl").read_bytes()
-    assert not (killed.folder(recipe) / "checkpoint.pt").exists()
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_same_seed_same_bytes(tmp_path, workers):
     sit(tmp_path / "one", plain())
@@ -188,7 +155,7 @@ def gradient(recipe: Recipe, **changes) -> tuple[dict[str, Tensor], list[Tensor]
 def test_accumulation_is_exact(accumulate):
     parts, gradients = gradient(distilled())
     other_parts, other_gradients = gradient(distilled(), accumulate=accumulate)
-    assert len(parts) == 12
+    assert len(parts) == 14
     for name, value in parts.items():
         torch.testing.assert_close(other_parts[name], value, atol=1e-5, rtol=1e-5)
     for one, other in zip(gradients, other_gradients, strict=True):
@@ -222,84 +189,6 @@ def test_two_processes_are_one(tmp_path, finished):
         assert found == {name: pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in expected.items()}
 
 
-def poison_image(patch: pytest.MonkeyPatch, step: int, seen: list[list[int]]) -> None:
-    kept = trainer.micro_batches
-
-    def poisoned(*arguments, **named):
-        for number, batches in enumerate(kept(*arguments, **named), start=1):
-            if number == step:
-                batches[-1].pixels[1] = math.nan
-                seen.append([image for batch in batches for image in batch.image_ids])
-            yield batches
-
-    patch.setattr(trainer, "micro_batches", poisoned)
-
-
-def poison_teacher(patch: pytest.MonkeyPatch, step: int, seen: list[list[int]]) -> None:
-    kept, calls = trainer.accumulate_gradients, []
-
-    def poisoned(fabric, module, ask, batches, schedule):
-        calls.append(1)
-        answers = ask
-        if len(calls) == step:
-            answers = lambda *images: [replace(output, boxes=output.boxes * math.nan) for output in ask(*images)]  # noqa: E731
-            seen.append([image for batch in batches for image in batch.image_ids])
-        return kept(fabric, module, answers, batches, schedule)
-
-    patch.setattr(trainer, "accumulate_gradients", poisoned)
-
-
-def poison_loss(patch: pytest.MonkeyPatch, step: int, seen: list[list[int]]) -> None:
-    kept, calls = SetCriterion.forward, []
-
-    def poisoned(self, student, targets, pairs):
-        calls.append(1)
-        found = kept(self, student, targets, pairs)
-        return found | {"l1": found["l1"] * math.inf} if len(calls) == step else found
-
-    patch.setattr(SetCriterion, "forward", poisoned)
-
-
-def poison_gradient(patch: pytest.MonkeyPatch, step: int, seen: list[list[int]]) -> None:
-    kept, calls = trainer.accumulate_gradients, []
-
-    def poisoned(fabric, module, *rest):
-        calls.append(1)
-        parts = kept(fabric, module, *rest)
-        if len(calls) == step:
-            next(module.parameters()).grad[0] = math.nan
-        return parts
-
-    patch.setattr(trainer, "accumulate_gradients", poisoned)
-
-
-FAULTS = {
-    poison_image: "matching 'student': the cost at stage 1, image 1 of the batch",
-    poison_teacher: "matching 'logits: teacher': the cost at stage 1",
-    poison_loss: "detection/l1 is inf",
-    poison_gradient: "gradient norm is nan",
-}
-
-
-@pytest.mark.parametrize("poison", FAULTS)
-def test_a_non_finite_value_stops_before_the_optimizer_step(tmp_path, monkeypatch, poison):
-    """Weights are those after the step before, and what is on disk is of finite steps only."""
-    steady = {"schedule.warmup": 0, "schedule.decay": "step", "schedule.evaluations": 1}
-    recipe, after, seen = distilled().replace(**steady), [], []
-    two_steps = recipe.replace(**{"schedule.steps": 2})
-    _, wanted = sit(tmp_path / "two", two_steps)
-    kept = trainer.make_optimizer
-    monkeypatch.setattr(trainer, "make_optimizer", lambda distiller, schedule: after.append(distiller) or kept(distiller, schedule))
-    poison(monkeypatch, 3, seen)
-    with pytest.raises(NonFiniteError, match=r"^step 3, images \[\d+(, \d+){3}\]: .*no optimizer step was taken") as error:
-        sit(tmp_path / "run", recipe)
-    assert FAULTS[poison] in str(error.value) and "\n" not in str(error.value)
-    assert all(str(images) in str(error.value) for images in seen)
-    assert same_weights(after[0], wanted)
-    assert [entry["step"] for entry in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2]
-    assert not (tmp_path / "run" / "checkpoint.pt").exists()
-
-
 def test_bfloat16(tmp_path):
     recipe = distilled(dropout=0.0)
     sit(tmp_path / "fp32", recipe)
@@ -329,7 +218,7 @@ def test_log_holds_every_part_and_their_sum(tmp_path):
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4, 5, 6]
     for entry in entries:
         parts = {name: value for name, value in entry.items() if name not in ("step", "lr", "loss", "gradient norm")}
-        assert len(parts) == 12 and entry["loss"] == pytest.approx(sum(parts.values()))
+        assert len(parts) == 14 and entry["loss"] == pytest.approx(sum(parts.values()))
         assert entry["lr"] == pytest.approx(1e-3 * lr_factor(SCHEDULE, entry["step"], 6))
 
 
@@ -368,3 +257,9 @@ def test_clipping(tmp_path, monkeypatch):
         sit(tmp_path / str(limit), plain().replace(**{"schedule.clip_norm": limit, "schedule.steps": 1, "schedule.evaluations": 1}))
     assert norms == [0.5, math.inf]
     assert read_log(tmp_path / "0.5" / "log.jsonl")[0]["gradient norm"] > 0.5
+
+
+def test_changes_are_counted_between_stages_and_since_the_last_evaluation() -> None:
+    held = torch.tensor([[[0, 1, -1], [-1, -1, 0]], [[1, 0, -1], [-1, -1, 0]], [[1, -1, 0], [0, -1, -1]]])
+    assert changes(held, None) == {"changes_between_stages": (2 + 2 + 2) / 2}
+    assert changes(held, held[0]) == {"changes_between_stages": 3.0, "changes_since_last": (3 + 2) / 2}

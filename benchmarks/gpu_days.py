@@ -1,0 +1,76 @@
+"""What the runs of Table 3 would cost on COCO, in days of a V100: counted, not measured. `python benchmarks/gpu_days.py`.
+
+The multiplications of one image's pass are counted (torch's own counter) and put in proportion to what the official Deformable DETR
+took: 6.5 hours of a V100 an epoch for 173 G (its README; single-scale 3.2 for 78, DETR 4.0 for 86: 0.038 to 0.047 hours a G, which
+gives the range here). A backward pass counts as two forward passes, a teacher as its forward pass, and a query group that a method adds
+to the student as the decoder that it passes. Newer GPUs and bf16 are faster, by factors that we have not measured.
+"""
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from detrdistill.experiments.presets import get_presets
+from detrdistill.experiments.recipes import Recipe
+from detrdistill.experiments.store import commit
+from detrdistill.files import write_text
+from detrdistill.models import build_detector
+
+SIZE = (800, 1066)  # of an image of COCO's usual 480 x 640 pixels
+CLASSES, IMAGES = 80, 117_266  # COCO 2017 without images that have no object
+HOURS = (6.5 / 173, 4.0 / 86)  # of a V100 an epoch, a G multiplications of an image's forward pass
+GROUPS = {"detrdistill": 1}  # query groups that a method adds to the student's own
+
+
+def giga(detector: nn.Module) -> tuple[float, float]:
+    """10^9 multiplications of one image's forward pass, and the decoder's part of them."""
+    pixels, padding = torch.zeros(1, 3, *SIZE), torch.zeros(1, *SIZE, dtype=torch.bool)
+    found = []
+    with torch.no_grad():
+        memory = detector.encode(pixels, padding)
+        for work in (lambda: detector.encode(pixels, padding), lambda: detector.decode(memory, detector.queries(memory))):
+            with FlopCounterMode(display=False) as counter:
+                work()
+            found.append(counter.get_total_flops() / 2e9)  # it counts an addition to each multiplication
+    return sum(found), found[1]
+
+
+def main() -> None:
+    counted: dict[Recipe, tuple[float, float]] = {}
+    lines = []
+    for preset in get_presets("coco"):
+        for setting in preset.settings:
+            recipe = preset.recipe(setting)
+            of = {}
+            for role, one in {"student": recipe.replace(methods=(), teacher=None, teacher_floor=0.0), "teacher": recipe.teacher}.items():
+                if one is not None and one not in counted:
+                    counted[one] = giga(build_detector(one, CLASSES).eval().requires_grad_(False))
+                of[role] = counted[one] if one else (0.0, 0.0)
+            step = of["student"][0] + of["student"][1] * GROUPS.get(setting, 0) + of["teacher"][0] / 3
+            epochs = recipe.schedule.epochs
+            days = [math.ceil(10 * epochs * hours * step / 24) / 10 for hours in HOURS]
+            lines.append(
+                {
+                    "detector": recipe.detector,
+                    "setting": setting,
+                    "epochs": epochs,
+                    "steps": recipe.schedule.total_steps(IMAGES),
+                    "forward G": round(of["student"][0], 1),
+                    "teacher's forward G": round(of["teacher"][0], 1) or None,
+                    "V100 days, low": days[0],
+                    "V100 days, high": days[1],
+                }
+            )
+            print(lines[-1], flush=True)
+    table = pd.DataFrame(lines)
+    heading = f"# commit {commit()}; torch {torch.__version__}; one image of {SIZE[0]} x {SIZE[1]} px; counted, not measured\n"
+    write_text(Path(__file__).with_name("gpu_days.csv"), heading + table.to_csv(index=False))
+    print(table.groupby("detector")[["V100 days, low", "V100 days, high"]].sum().round(1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""The trainer is killed at any moment, or asked to stop: nothing is lost, nothing half is read, and it ends as if nothing had been."""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+
+import psutil
+import pytest
+
+from detrdistill.errors import InputError
+from detrdistill.experiments.recipes import run_id
+from detrdistill.experiments.runs import run
+from detrdistill.experiments.store import Store
+from detrdistill.training.checkpointing import load_checkpoint
+from tests.faults.killing import RECIPE, Death, Whole, command, ended, holder, start, steps, until
+
+Times = Callable[[int, int], int]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    return Whole(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture
+def stores(whole: Whole, tmp_path: Path) -> Callable[[], Store]:
+    numbers = count()
+    return lambda: whole.beside(tmp_path / str(next(numbers)))
+
+
+@pytest.mark.timeout(1200)
+def test_kill_9_at_any_moment(whole: Whole, stores: Callable[[], Store], times: Times, tries) -> None:
+    """Again and again in one folder: no kill costs more than the step it came in."""
+    moments = random.Random(1)
+    for _ in range(times(1, 14)):
+        store, before = stores(), 0
+        for _ in range(3):
+            with tries("kill -9 of the trainer at a random moment"):
+                child = start(store)
+                child.join(moments.uniform(0, whole.seconds))
+                child.kill()
+                assert ended(child) in (-signal.SIGKILL, 0)
+                after = whole.check_left(store)
+                assert after >= before, "a step that was saved is lost"
+                before = after
+        whole.check_continued(store)
+
+
+@pytest.mark.timeout(1200)
+def test_kill_9_before_every_file_operation(whole: Whole, stores: Callable[[], Store], times: Times, tries) -> None:
+    """Opening, renaming, removing, giving rights: all moments at which the folder looks different."""
+    few = random.Random(2).sample(range(1, 40), 3)
+    for number in count(1) if times(0, 1) else few:
+        store = stores()
+        with tries("kill -9 of the trainer before a file operation"):
+            code = ended(start(store, Death("", number)))
+            if code != 0:
+                assert code == -signal.SIGKILL
+                whole.check_left(store)
+                whole.check_continued(store)
+        if code == 0:  # there are fewer operations
+            assert number > 40
+            break
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["log.jsonl", "checkpoint.pt", "weights.safetensors", "record.json"])
+def test_killed_in_the_middle_of_writing(whole: Whole, stores: Callable[[], Store], times: Times, tries, name: str) -> None:
+    # Half of a checkpoint is more than the other files are long; of the log, what is written before the first checkpoint.
+    size = {"log.jsonl": 300, "checkpoint.pt": 1_500_000}.get(name) or (whole.folder / name).stat().st_size
+    bytes_ = random.Random(name)
+    for _ in range(times(1, 8)):
+        store = stores()
+        # The log is opened after it was written anew; the other files are written under a hidden name.
+        death = Death(name, 6 if name == "log.jsonl" else 1, bytes_.randrange(1, size))
+        with tries(f"killed while writing {name}"):
+            assert ended(start(store, death, every_step=False)) == -signal.SIGXFSZ
+            whole.check_left(store)
+            if name == "log.jsonl":
+                assert (store.folder(RECIPE) / name).stat().st_size == death.byte
+            whole.check_continued(store)
+
+
+def test_sigterm_saves_and_exits(whole: Whole, stores: Callable[[], Store], times: Times, tries) -> None:
+    """To the process alone, or to all it started, as schedulers do; there are checkpoints at evaluations else, after steps 2 and 5."""
+    moments = random.Random(3)
+    for number in range(times(1, 8)):
+        store = stores()
+        log = store.folder(RECIPE) / "log.jsonl"
+        with tries("SIGTERM to the trainer"):
+            lines = moments.randrange(1, 5)
+            words = [sys.executable, "-m", "detrdistill", *command(store), "--workers", "2" if number % 2 == 0 else "0"]
+            process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
+            until(lambda: steps(store) >= lines, process)  # noqa: B023
+            os.killpg(process.pid, signal.SIGTERM) if number % 2 == 0 else process.terminate()
+            told = process.communicate(timeout=60)[1].splitlines()[-1]
+            step = load_checkpoint(log.with_name("checkpoint.pt"))["state"]["step"]
+            assert process.returncode == 143
+            assert told == f"stopped: {RECIPE.title}: SIGTERM after step {step} of 5; saved in {log.parent}, run it again to continue"
+            assert step >= lines and steps(store) == step and whole.check_left(store) == step
+            whole.check_continued(store)
+            assert store.record(RECIPE).cost["resumed"] == 1
+
+
+def test_sigterm_before_training_ends_at_once(stores: Callable[[], Store], tries) -> None:
+    store = stores()
+    with tries("SIGTERM to the trainer"):
+        child = start(store)
+        child.terminate()
+        assert ended(child) == -signal.SIGTERM and store.record(RECIPE) is None
+
+
+def test_two_runs_on_one_folder(whole: Whole, stores: Callable[[], Store], tries) -> None:
+    """The second is refused and told who holds it; the lock of a dead holder is free, even while its loaders of images still live."""
+    store = stores()
+    child = start(store, workers=2)
+    try:
+        until(lambda: steps(store), child)
+        with tries("a second run on one folder"):
+            with pytest.raises(InputError) as error:
+                run(RECIPE, store, device="cpu", progress=False)
+            here = f"process {child.pid} on {socket.gethostname()}"
+            assert str(error.value) == f"run {run_id(RECIPE)} is being trained by {here}; wait for it, or stop it"
+        trainer = psutil.Process(child.pid)
+        loaders = trainer.children()
+    finally:
+        child.kill()
+    with tries("a dead holder's lock"):
+        trainer.wait(20)
+        assert any(loader.is_running() for loader in loaders)
+        whole.check_continued(store)
+    assert ended(child) == -signal.SIGKILL
+
+
+PAIR = {"schedule.steps": 12, "schedule.evaluations": 4}
+OF_PAIR = RECIPE.replace(**PAIR)
+
+
+def torchrun(store: Store) -> subprocess.Popen:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "detrdistill"]
+    return subprocess.Popen([*launcher, *command(store, **PAIR)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+@pytest.mark.timeout(1200)
+def test_two_processes_of_torchrun(stores: Callable[[], Store], times: Times, tries) -> None:
+    """One of two is killed, or the launcher is asked to stop: both end, and go on together as if nothing had been."""
+    if not times(0, 1):
+        pytest.skip("minutes: with --long")
+    undisturbed = stores()
+    assert torchrun(undisturbed).wait(200) == 0
+    wanted = (undisturbed.folder(OF_PAIR) / "log.jsonl").read_bytes()
+    moments = random.Random(4)
+    for number in range(6):
+        store, victim = stores(), ("rank 0", "rank 1", "torchrun")[number % 3]
+        with tries(f"{'SIGTERM' if victim == 'torchrun' else 'kill -9'} of {victim}"):
+            launcher, lines = torchrun(store), moments.randrange(4, 11)
+            until(lambda: steps(store, OF_PAIR) >= lines, launcher)  # noqa: B023
+            first = psutil.Process(holder(store, OF_PAIR))
+            if victim == "torchrun":
+                launcher.terminate()
+            else:
+                (second,) = {child.pid for child in psutil.Process(launcher.pid).children()} - {first.pid}
+                os.kill(first.pid if victim == "rank 0" else second, signal.SIGKILL)
+            assert launcher.wait(100) != 0 and store.record(OF_PAIR) is None
+            saved = load_checkpoint(store.folder(OF_PAIR) / "checkpoint.pt")["state"]["step"]
+            assert saved == steps(store, OF_PAIR) if victim == "torchrun" else saved >= 3
+            assert torchrun(store).wait(200) == 0
+            assert (store.folder(OF_PAIR) / "log.jsonl").read_bytes() == wanted
+            record, same = store.record(OF_PAIR), undisturbed.record(OF_PAIR)
+            assert (record.metrics, record.curve, record.cost["resumed"]) == (same.metrics, same.curve, 1)
