@@ -4,8 +4,11 @@ A fault counts as survived if nothing was lost, executed or believed that should
 """
 
 from collections.abc import Callable, Iterator
+from datetime import date
 
 import pytest
+
+from detrdistill.experiments.store import commit, short_commit
 
 TABLE = pytest.StashKey[dict[str, list[int]]]()
 
@@ -61,8 +64,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                         row = table.setdefault(counts[0], [0, 0])
                         row[0] += counts[1]
                         row[1] += counts[2]
-    width = max(map(len, table), default=5)
+    tried, survived = (sum(row[i] for row in table.values()) for i in (0, 1))
     terminalreporter.section("faults")
-    terminalreporter.write_line(f"{'fault':<{width}}  tried  survived  lost")
+    terminalreporter.write_line(
+        f"{date.today()}, commit {short_commit(commit())}: {tried} tried, {survived} survived, {tried - survived} lost\n"
+    )
+    terminalreporter.write_line("| fault | tried | survived | lost |\n|---|---|---|---|")
     for fault, (tried, survived) in sorted(table.items()):
-        terminalreporter.write_line(f"{fault:<{width}}  {tried:>5}  {survived:>8}  {tried - survived:>4}")
+        terminalreporter.write_line(f"| {fault} | {tried} | {survived} | {tried - survived} |")
