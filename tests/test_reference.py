@@ -15,12 +15,13 @@ RESULTS = Path(__file__).parents[1] / "results"
 SEEDS = (0, 1, 2)
 
 
-def test_the_committed_report_is_made_from_the_committed_records(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("preset", "folder"), [("quick", RESULTS / "reference" / "quick"), ("mini", RESULTS / "mini")])
+def test_the_committed_report_is_made_from_the_committed_records(preset: str, folder: Path, tmp_path: Path) -> None:
     for part in ("runs", "tables", "notebooks"):
-        shutil.copytree(RESULTS / "reference" / "quick" / part, tmp_path / "quick" / part)
-    made = write_report("quick", SEEDS, tmp_path / "quick")
-    for path in made:
-        committed = RESULTS / "reference" / path.relative_to(tmp_path)
+        shutil.copytree(folder / part, tmp_path / part)
+    tables = [path.stem for path in (folder / "tables").glob("*.csv")]
+    for path in write_report(preset, SEEDS, tmp_path, tables):
+        committed = folder / path.relative_to(tmp_path)
         assert committed.stat().st_size > 0
         if path.suffix in (".csv", ".md", ".tex", ".html"):
             assert path.read_bytes() == committed.read_bytes(), f"{path.name}: write it again from the records with write_report"
