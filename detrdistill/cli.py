@@ -1,7 +1,8 @@
 """The `detrdistill` command.
 
-Faults of the user's input are one line on standard error and exit code 2. Training that is sent SIGTERM saves where it is and ends with
-exit code 143, as a shell calls what SIGTERM ended: schedulers may queue it again, and the same command continues.
+Faults of the user's input are one line on standard error and exit code 2. A detector in training that is sent SIGTERM saves where it is
+and ends with exit code 143, as a shell calls what SIGTERM ended: schedulers may queue it again, and the same command continues. Whatever
+comes before the first step (data, crop training, measuring the teacher) ends at once and is done again.
 """
 
 import logging
@@ -35,7 +36,8 @@ def train(
 ) -> None:
     """Train one row of a preset's tables, and what it depends on; nothing is trained twice.
 
-    Killed at any moment, it continues when called again. SIGTERM makes it save first, and end with exit code 143.
+    Killed at any moment, it continues when called again. At SIGTERM a detector in training ends its step or evaluation, saves, and exits
+    with 143; a launcher that waits less long than that kills it, and it continues from the checkpoint before.
 
     Args:
         preset: smoke, quick, mini, bccd or coco.

@@ -48,6 +48,8 @@ def writing(path: Path | str) -> Iterator[None]:
     """Say plainly why `path` cannot be written: a full disk, a read-only one, no permission, a limit on the size of files."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         number = _number(error)
         if number not in REMEDIES:
@@ -79,6 +81,13 @@ def make_folder(path: Path | str) -> Path:
         remedy = REMEDIES.get(error.errno, "correct the path")
         raise InputError(f"output folder {path}: cannot be made ({error.strerror}); {remedy}, or choose another folder") from None
     return path
+
+
+def nearby(path: Path) -> Path:
+    """A relative path looked for here, then in the folders above: a notebook finds what lies beside its folder. Itself if there is none."""
+    if path.is_absolute() or path.exists():
+        return path
+    return next((folder / path for folder in Path.cwd().parents if (folder / path).exists()), path)
 
 
 def file_hash(path: Path | str) -> str:

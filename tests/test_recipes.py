@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from detrdistill.errors import InputError
@@ -11,6 +12,8 @@ from detrdistill.experiments.methods import FGD, KDDETR, METHODS, DETRDistill
 from detrdistill.experiments.paper_tables import TABLES, named_runs
 from detrdistill.experiments.presets import PRESETS, get_preset, get_presets, smoke
 from detrdistill.experiments.recipes import Backbone, CropTraining, Digits, Folder, Recipe, Resize, Schedule, parents, run_id
+from detrdistill.models.backbones import file_weights
+from tests.folders import write_folder
 
 STUDENT, TEACHER, DISTILLED = (smoke().recipe(setting) for setting in ("student", "teacher", "detrdistill"))
 
@@ -164,6 +167,24 @@ def test_a_moved_folder_keeps_the_name_and_other_content_does_not():
     at = lambda path, sha: STUDENT.replace(data=Folder(path=Path(path), sha256=sha))  # noqa: E731
     assert run_id(at("here", "a" * 64)) == run_id(at("there", "a" * 64)) != run_id(at("here", "b" * 64))
     assert run_id(at("here", None)) != run_id(at("there", None))
+
+
+def test_data_and_weights_are_found_from_a_notebook_s_folder(tmp_path, monkeypatch):
+    """Papermill and JupyterLab run notebooks where they lie, a folder below the data."""
+    write_folder(tmp_path / "data" / "bccd")
+    (tmp_path / "data" / "weights").mkdir()
+    for name in ("resnet50_msra.pth", "mobilenet_v2.pth"):
+        torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "data" / "weights" / name)
+    (tmp_path / "notebooks").mkdir()
+    found = []
+    for folder in (tmp_path, tmp_path / "notebooks"):
+        monkeypatch.chdir(folder)
+        preset = get_preset("bccd").pinned()
+        assert "fc.weight" in file_weights(preset.student.backbone.weights)
+        found.append((run_id(preset.teacher), run_id(preset.recipe("detrdistill"))))
+    assert found[0] == found[1]
+    monkeypatch.chdir(tmp_path.parent)
+    assert get_preset("bccd").teacher.backbone.weights == "imagenet"
 
 
 def test_presets_know_their_runs():

@@ -1,8 +1,8 @@
 """Lays BCCD out as preset bccd wants it: `python workflow/bccd.py CLONE data/bccd`.
 
-CLONE is a clone of github.com/Shenggan/BCCD_Dataset (MIT), 364 photographs of blood cells with Pascal VOC annotations. Training
-images are those of its trainval.txt, validation images those of its test.txt. The json is the same byte for byte wherever it is made,
-so that everyone's runs have the same names.
+CLONE is a clone of github.com/Shenggan/BCCD_Dataset (MIT) at commit d272fb1: 364 photographs of blood cells with Pascal VOC
+annotations. Training images are those of its trainval.txt, validation images those of its test.txt. The json is the same byte for byte
+wherever it is made, so that everyone's runs have the same names.
 """
 
 import json

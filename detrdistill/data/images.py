@@ -1,5 +1,6 @@
 """Image files: which are read, and what is refused by its header, before a pixel is decoded."""
 
+import os
 import struct
 import warnings
 import zlib
@@ -65,6 +66,8 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
     except FileNotFoundError:
         raise InputError(f"{path} is missing; put the file back or name another") from None
     except UNDECODABLE as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the file may be whole
+            raise InputError(f"{path} cannot be read ({os.strerror(error.errno)}); make it readable, or try again") from None
         raise InputError(f"{path} cannot be decoded ({str(error)[:100]}); replace the file by a whole {', '.join(FORMATS)}") from None
 
 

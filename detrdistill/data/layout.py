@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar
 from detrdistill.data.digits import write_digits
 from detrdistill.errors import InputError
 from detrdistill.experiments.recipes import CropRecipe, Digits, Folder, Recipe
+from detrdistill.files import nearby
 
 Split = Literal["train", "val"]
 R = TypeVar("R", Recipe, CropRecipe, Recipe | CropRecipe)
@@ -54,7 +55,7 @@ def data_hash(spec: Digits | Folder, cache: Path) -> str:
 
 def layout(spec: Digits | Folder, split: Split, cache: Path) -> tuple[Path, Path]:
     """Annotation file and image folder of a split."""
-    root = write_digits(spec, cache) if isinstance(spec, Digits) else spec.path
+    root = write_digits(spec, cache) if isinstance(spec, Digits) else nearby(spec.path)
     if not root.is_dir():
         raise InputError(f"data folder {root}: {'not a folder' if root.exists() else 'does not exist'}; expected there: {LAYOUT}")
     candidates = [

@@ -23,7 +23,7 @@ Policy = Literal["drop", "clip", "repair", "refuse"]
 SMALLEST = 0.01  # pixels; COCO writes two decimals, so less than this is a side of zero
 LARGEST_ID = 2**53  # pycocotools keeps ids in float64 arrays
 SHOWN = 3
-UNPRINTABLE = ("Cc", "Cs")  # line breaks and what else steers a terminal; halves of surrogate pairs, which no file can hold
+UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # line breaks and what else steers a terminal; halves of surrogate pairs, which no file can hold
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _categories(entries: list[Any], report: Report) -> Iterable[dict[str, Any]]:
         number, name = (entry.get("id"), entry.get("name")) if isinstance(entry, dict) else (None, None)
         if not _is_id(number):
             refuse("category id", f"categories[{k}] = {_show(entry)} has no whole number as 'id'")
-        elif not isinstance(name, str) or not name.strip() or any(unicodedata.category(letter) in UNPRINTABLE for letter in name):
+        elif not isinstance(name, str) or not name.strip() or _steers(name):
             refuse("category name", f"category {number} has the name {_show(name)}; every class needs one of printable letters")
         elif number in ids:
             refuse("duplicate category id", f"category id {number} is used twice")
@@ -168,10 +168,16 @@ def _images(entries: list[Any], folder: Path, report: Report) -> Iterable[dict[s
             yield entry | {"width": int(width), "height": int(height)}
 
 
+def _steers(text: str) -> bool:
+    return any(unicodedata.category(letter) in UNPRINTABLE for letter in text)
+
+
 def _path_fault(name: Any, folder: Path, real_folder: Callable[[str], str]) -> tuple[str, str] | None:
     """Kind and detail if `name` is no regular file inside the image folder. `real_folder` is a cached realpath: it costs ten lstats."""
     if not isinstance(name, str) or not name:
         return "file name", f"file_name is {_show(name)}, not text"
+    if _steers(name):
+        return "file name", f"file_name {_show(name)} has letters that cannot be printed"
     path = os.path.join(folder, name)
     try:
         parent, root = real_folder(os.path.dirname(path)), real_folder(str(folder))

@@ -36,7 +36,9 @@ def execute(source: Path, output: Path, parameters: dict[str, str], timeout: flo
     failed = output.with_suffix(".failed.ipynb")
     failed.unlink(missing_ok=True)
     for leftover in output.parent.glob(f".{glob.escape(output.stem)}.*.ipynb"):  # left by calls that were killed
-        leftover.unlink(missing_ok=True)
+        number = leftover.suffixes[-2][1:]
+        if leftover.name == f".{output.stem}.{number}.ipynb" and number.isdecimal() and not _alive(int(number)):
+            leftover.unlink(missing_ok=True)
     given = yaml.safe_dump({name: literal(value) for name, value in parameters.items()})
     command = [sys.executable, "-m", "papermill", str(source), str(running), "-y", given, "--cwd", str(source.parent), "--no-progress-bar"]
     try:
@@ -84,3 +86,13 @@ def literal(text: str) -> object:
 def last_line(text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1][:300] if lines else "no message"
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True

@@ -4,7 +4,6 @@ A preset is a teacher and a student; every row of every table is one of the two,
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -24,8 +23,10 @@ from detrdistill.experiments.recipes import (
     parents,
     run_id,
 )
+from detrdistill.files import nearby
 
 DEFORMABLE, CONDITIONAL, ADAMIXER = DETECTORS = "deformable_detr", "conditional_detr", "adamixer"
+ALONE = {"quick": (DEFORMABLE,), "bccd": (DEFORMABLE,)}  # presets that have not all detectors
 RIVALS = ("fgd", "mgd", "fitnet")  # of Table 3
 
 
@@ -115,7 +116,7 @@ def mini(detector: str = DEFORMABLE) -> Preset:
     }  # fmt: skip
     floors = {DEFORMABLE: 45.0, CONDITIONAL: 30.0, ADAMIXER: 45.0}
     student = Recipe(
-        detector=one_of(detector, "mini", *own),
+        detector=one_of(detector, "mini"),
         backbone=thin(16, 1, 1, 1, 1, steps=1500),
         dim=64,
         heads=4,
@@ -136,7 +137,7 @@ def mini(detector: str = DEFORMABLE) -> Preset:
 
 def quick(detector: str = DEFORMABLE) -> Preset:
     """The README's main job: Deformable DETR of preset mini, without rivals. Two cores, under 8 minutes with the stored teacher."""
-    small = mini(one_of(detector, "quick", DEFORMABLE))
+    small = mini(one_of(detector, "quick"))
     return replace(small, name="quick", rivals=(), light=small.light[1:])
 
 
@@ -148,7 +149,7 @@ def smoke(detector: str = DEFORMABLE) -> Preset:
         ADAMIXER: {"in_points": 4, "out_points": 8, "groups": 2},
     }
     student = Recipe(
-        detector=one_of(detector, "smoke", *own),
+        detector=one_of(detector, "smoke"),
         backbone=Backbone(name="thin_resnet", width=8, weights="crops", crops=CropTraining(steps=4, batch=16)),
         dim=32,
         heads=4,
@@ -171,9 +172,9 @@ def bccd(detector: str = DEFORMABLE) -> Preset:
     downloaded: two recipes, whose results do not mix.
     """
     resnet, mobile = Path("data/weights/resnet50_msra.pth"), Path("data/weights/mobilenet_v2.pth")
-    files = resnet.is_file() and mobile.is_file()
+    files = nearby(resnet).is_file() and nearby(mobile).is_file()
     student = Recipe(
-        detector=one_of(detector, "bccd", DEFORMABLE),
+        detector=one_of(detector, "bccd"),
         form="box_refine",
         backbone=Backbone(name="mobilenet_v2", weights=mobile if files else "imagenet"),
         dim=128,
@@ -208,7 +209,7 @@ def coco(detector: str = DEFORMABLE) -> Preset:
         ADAMIXER: {"ffn": 2048, "queries": 100, "dropout": 0.0, "resize.train": "flip", "schedule.warmup": 500, "schedule.clip_norm": 1.0},
     }
     student = Recipe(
-        detector=one_of(detector, "coco", *own),
+        detector=one_of(detector, "coco"),
         backbone=Backbone(name="resnet50"),
         data=Folder(path=Path("data/coco")),
         resize=Resize(train="detr", short=800, long=1333),
@@ -222,12 +223,13 @@ def coco(detector: str = DEFORMABLE) -> Preset:
     return Preset("coco", teacher, student, DETRDistill(), floors[detector], RIVALS, light)
 
 
-def one_of(detector: str, preset: str, *known: str) -> str:
+def one_of(detector: str, preset: str) -> str:
     """`detector`, if the preset has recipes for it.
 
     Raises:
         InputError: it has none.
     """
+    known = ALONE.get(preset, DETECTORS)
     if detector not in known:
         raise InputError(f"preset {preset} has no recipes for detector '{detector}'; it has them for: {', '.join(known)}")
     return detector
@@ -253,10 +255,4 @@ def get_presets(name: str, detectors: Sequence[str] = ()) -> list[Preset]:
     Raises:
         InputError: there is no such preset, or not for a detector that was named.
     """
-    if detectors:
-        return [get_preset(name, detector) for detector in detectors]
-    found = [get_preset(name)]  # every preset has recipes for the first detector
-    for detector in DETECTORS[1:]:
-        with suppress(InputError):
-            found.append(get_preset(name, detector))
-    return found
+    return [get_preset(name, detector) for detector in detectors or ALONE.get(name, DETECTORS)]

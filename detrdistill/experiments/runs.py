@@ -24,7 +24,7 @@ from detrdistill.distill.build import build_distiller
 from detrdistill.errors import InputError
 from detrdistill.experiments.recipes import CropRecipe, Digits, Folder, Recipe, parents, run_id
 from detrdistill.experiments.store import Record, Store, commit, provenance
-from detrdistill.files import file_hash
+from detrdistill.files import file_hash, nearby
 from detrdistill.models import Backbone, build_detector
 from detrdistill.models.backbones import file_weights, imagenet_weights
 from detrdistill.models.weights import load_weights, read_weights, save_weights
@@ -237,7 +237,7 @@ def start_backbone(backbone: Backbone, recipe: Recipe, store: Store) -> dict[str
         return {"weights": str(models.get_model_weights(recipe.backbone.name).DEFAULT)}
     else:
         backbone.load(file_weights(weights), str(weights))
-        return {"file": weights.name, "sha256": file_hash(weights)}
+        return {"file": weights.name, "sha256": file_hash(nearby(weights))}
     return {}
 
 

@@ -92,12 +92,14 @@ class Store:
             file = path.open("ab+", buffering=0)  # no buffer to be written at the end, when the disk may be full
         with file:
             try:
-                # Not flock, whose lock a dead process's children (loaders of images) would keep.
+                # Not flock, whose lock a dead process's children (loaders of images) would keep. It holds against other processes only.
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except (BlockingIOError, PermissionError):
                 file.seek(0)
                 holder = file.read().decode().strip() or "another process"
                 raise InputError(f"run {run_id(recipe)} is being trained by {holder}; wait for it, or stop it") from None
+            except OSError as error:
+                raise InputError(f"{path}: cannot be locked ({error.strerror}); choose a results folder on a disk that has locks") from None
             with writing(path):
                 file.truncate(0)
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())

@@ -14,7 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from detrdistill.errors import InputError
 from detrdistill.experiments import recipes
-from detrdistill.files import file_hash
+from detrdistill.files import file_hash, nearby
 from detrdistill.models.weights import named_tensors, read_pickle
 
 Norm = Callable[[int], nn.Module]
@@ -170,6 +170,6 @@ def file_weights(path: Path) -> dict[str, Tensor]:
         InputError: the file is missing, damaged, or holds more than tensors.
     """
     try:
-        return named_tensors(read_pickle(path), path)
+        return named_tensors(read_pickle(nearby(path)), path)
     except InputError as error:
         raise InputError(f"backbone {error}") from None

@@ -46,7 +46,7 @@ class Draws(Sequence[list[tuple[int, int]]]):
 
 def micro_batches(dataset: CocoDataset, draws: Draws, workers: int, pin: bool = False) -> Iterator[list[Batch]]:
     """The micro-batches of each optimizer step in turn."""
-    options = {"collate_fn": collate, "num_workers": workers, "pin_memory": pin, "worker_init_fn": _ignore_sigterm}
+    options = {"collate_fn": collate, "num_workers": workers, "pin_memory": pin, "worker_init_fn": ignore_sigterm}
     loader = iter(DataLoader(dataset, batch_sampler=draws, **options))
     while True:
         step = [batch for _, batch in zip(range(draws.accumulate), loader, strict=False)]
@@ -55,6 +55,6 @@ def micro_batches(dataset: CocoDataset, draws: Draws, workers: int, pin: bool = 
         yield step
 
 
-def _ignore_sigterm(worker: int) -> None:
+def ignore_sigterm(worker: int) -> None:
     """Schedulers send it to all processes: those that load images must outlive the trainer's last step, and end with it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

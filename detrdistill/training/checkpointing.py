@@ -21,24 +21,21 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, file)
 
 
-def require_space(path: Path, model: nn.Module) -> None:
-    """Refuse to train what could not be saved.
-
-    Raises:
-        InputError: the disk, or this process's limit on the size of files, has no room for `model`'s checkpoint.
-    """
+def lack_of_space(path: Path, model: nn.Module) -> str:
+    """Why the disk, or this process's limit on the size of files, has no room for `model`'s checkpoint; empty if it has."""
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     size = sum(value.nbytes for value in model.state_dict().values()) + 2 * trained  # AdamW keeps two moments
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY and limit < size:
-        raise InputError(f"checkpoint {path}: takes at least {mib(size)}, and files may have {mib(limit)} (ulimit -f); raise that limit")
+        return f"checkpoint {path}: takes at least {mib(size)}, and files may have {mib(limit)} (ulimit -f); raise that limit"
     # The old one stays until the new one is written.
     needed = 2 * size - (path.stat().st_size if path.exists() else 0)
     if (free := shutil.disk_usage(path.parent).free) < needed:
-        raise InputError(
+        return (
             f"checkpoint {path}: needs at least {mib(needed)}, as it is replaced by a new one beside it, and the disk has {mib(free)}; "
             "free disk space, or choose another folder for the results"
         )
+    return ""
 
 
 def mib(count: int) -> str:

@@ -13,6 +13,7 @@ from detrdistill.boxes import cxcywh_to_xyxy
 from detrdistill.criterion import matched_objects
 from detrdistill.data.coco import CocoDataset, collate
 from detrdistill.errors import InputError, NonFiniteError
+from detrdistill.training.batches import ignore_sigterm
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -57,12 +58,12 @@ def evaluate(
     training = detector.training
     detector.eval()
     try:
-        for samples in DataLoader(dataset, batch_size=batch, collate_fn=collate, num_workers=workers):
+        for samples in DataLoader(dataset, batch_size=batch, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_sigterm):
             pixels = samples.pixels.to(device, memory_format=torch.channels_last)
             memory = detector.encode(pixels, samples.padding.to(device))
             (output,) = detector.decode(memory, detector.queries(memory))
+            _check(output.logits, output.boxes, samples.image_ids, len(dataset.categories))
             logits, boxes = output.logits[-1].float(), output.boxes[-1].float()
-            _check(logits, boxes, samples.image_ids, len(dataset.categories))
             for image, found in zip(samples.image_ids, detections(logits, boxes, samples.original_sizes, top), strict=True):
                 results += _coco_results(image, found, [category.id for category in dataset.categories])
             held.append(matched_objects(output, samples.targets.to(device)).cpu().to(torch.int32))
@@ -90,10 +91,10 @@ def coco_metrics(annotations: dict[str, Any], found: Sequence[dict[str, Any]]) -
     return {name: None if value < 0 else 100 * float(value) for name, value in zip(METRICS, evaluator.stats, strict=True)}
 
 
-def _check(logits: Float[Tensor, "B Q C"], boxes: Float[Tensor, "B Q 4"], image_ids: Sequence[int], classes: int) -> None:
+def _check(logits: Float[Tensor, "S B Q C"], boxes: Float[Tensor, "S B Q 4"], image_ids: Sequence[int], classes: int) -> None:
     if logits.shape[-1] != classes:
         raise InputError(f"the detector knows {logits.shape[-1]} classes, the data has {classes}; give the data it was trained for")
-    finite = logits.isfinite().flatten(1).all(1) & boxes.isfinite().flatten(1).all(1)
+    finite = logits.isfinite().all(-1).all(-1).all(0) & boxes.isfinite().all(-1).all(-1).all(0)
     broken = [image for image, good in zip(image_ids, finite.tolist(), strict=True) if not good]
     if broken:
         raise NonFiniteError(

@@ -22,10 +22,11 @@ from detrdistill.experiments.recipes import Recipe, Schedule
 from detrdistill.models.outputs import DetectorOutput
 from detrdistill.signals import on_sigterm
 from detrdistill.training.batches import Draws, micro_batches, mix
-from detrdistill.training.checkpointing import require_space, resume, save_checkpoint
+from detrdistill.training.checkpointing import lack_of_space, resume, save_checkpoint
 from detrdistill.training.logging import Log
 
 CHECKPOINT_SECONDS = 30.0
+TEACHER = "teacher's "  # among the loss parts: whether its logits and boxes are finite
 NO_STEP = "no optimizer step was taken, the last checkpoint is intact; look at these images, or lower schedule.lr"
 
 
@@ -61,8 +62,9 @@ def train(
     ask = None if teacher is None else partial(distiller.ask, teacher)
     module, optimizer = fabric.setup(distiller, make_optimizer(distiller, schedule))
     state = resume(folder / "checkpoint.pt", distiller, optimizer, total) or {"step": 0, "curve": [], "seconds": 0.0, "resumed": 0}
-    if fabric.is_global_zero:
-        require_space(folder / "checkpoint.pt", distiller)
+    # All processes refuse together: one that waits for another in a collective operation hears no signal.
+    if refused := fabric.broadcast(lack_of_space(folder / "checkpoint.pt", distiller) if fabric.is_global_zero else ""):
+        raise InputError(refused)
     commits = state.get("commits", [])
     state["commits"] = commits + [commit] * (commit is not None and commit not in commits)
 
@@ -94,7 +96,7 @@ def train(
                 values = to_host(fabric, parts | {"stop": norm.new_full((), len(asked))}, norm)
                 stopping = values.pop("stop") > 0
                 refuse_non_finite(values, step, images)
-                values = {name: value for name, value in values.items() if not name.startswith("teacher's")}  # zero
+                values = {name: value for name, value in values.items() if not name.startswith(TEACHER)}  # zero
             optimizer.step()
             optimizer.zero_grad()
             state["step"] = step
@@ -108,7 +110,7 @@ def train(
                 state["seconds"], clock = state["seconds"] + time.monotonic() - clock, time.monotonic()
                 state["metrics"], held = evaluate(distiller.student)
                 point = {"step": step, "AP": state["metrics"]["AP"]} | changes(held, state.get("held"))
-                state["curve"], state["held"] = [*state["curve"], point], held[-1]
+                state["curve"], state["held"] = [*state["curve"], point], held[-1].clone()  # not the storage of all stages
                 clock = time.monotonic()
             if step in marks or stopping or time.monotonic() - last_save > CHECKPOINT_SECONDS:
                 state["seconds"], clock = state["seconds"] + time.monotonic() - clock, time.monotonic()
@@ -118,7 +120,8 @@ def train(
                         {"model": distiller.state_dict(), "optimizer": optimizer.state_dict(), "state": state},
                     )
                 last_save = time.monotonic()
-            if stopping:
+            # SIGTERM that came since is told of with the next step's losses, after the last step by a word of its own.
+            if stopping or (step == total and fabric.all_reduce(norm.new_full((), len(asked)), reduce_op="sum") > 0):
                 fabric.barrier()  # torchrun ends all processes as soon as one has ended
                 raise StoppedError(f"{recipe.title}: SIGTERM after step {step} of {total}; saved in {folder}, run it again to continue")
     return state
@@ -158,7 +161,7 @@ def accumulate_gradients(
         for name in ("logits", "boxes") if answers else ():
             # Zero, and NaN where the teacher's answer is NaN or infinite: with an infinite logit every loss can still be finite.
             zero = torch.stack([(getattr(answer, name).detach() * 0).sum() for answer in answers]).sum()
-            parts[f"teacher's {name}"] = parts.get(f"teacher's {name}", 0) + zero
+            parts[TEACHER + name] = parts.get(TEACHER + name, 0) + zero
     return parts
 
 
@@ -186,7 +189,7 @@ def changes(held: Int[Tensor, "S B Q"], before: Int[Tensor, "B Q"] | None) -> di
 def refuse_non_finite(values: dict[str, float], step: int, images: list[int]) -> None:
     """Raise NonFiniteError if any value is NaN or infinite; names these and lists the others."""
     bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
-    rest = [f"{name} {value:.4g}" for name, value in values.items() if math.isfinite(value)]
+    rest = [f"{name} {value:.4g}" for name, value in values.items() if math.isfinite(value) and not name.startswith(TEACHER)]
     if bad:
         raise NonFiniteError(f"step {step}, images {images}: {', '.join(bad)} (finite: {', '.join(rest) or 'nothing'})")
 

@@ -157,7 +157,7 @@ REFUSED = [
     (images_with(width=10**400), "image 2: width 1000"),
     (images_with(file_name=None), "image 2: file_name is None, not text"),
     (images_with(file_name=""), "image 2: file_name is ''"),
-    (images_with(file_name="\ud800.png"), "impossible name"),
+    (images_with(file_name="\ud800.png"), "letters that cannot be printed"),
     (images_with(file_name="x" * 5000), "cannot be read"),
     (GOOD | {"annotations": [{"id": 1, "image_id": 1, "category_id": 9, "bbox": [1, 1, 2, 2]}]}, "none of 1 annotations can be used"),
     (

@@ -1,5 +1,6 @@
 """Every fault of annotations, images and paths is reported or refused by id when a folder is opened, never met in a later epoch."""
 
+import errno
 import json
 import os
 import struct
@@ -18,6 +19,7 @@ from detrdistill import cli
 from detrdistill.criterion import SetCriterion
 from detrdistill.data.coco import CocoDataset, collate
 from detrdistill.data.crops import object_crops
+from detrdistill.data.images import read_image
 from detrdistill.data.transforms import build_transform
 from detrdistill.errors import InputError
 from detrdistill.experiments.page import Section, write_page
@@ -130,7 +132,8 @@ REFUSED = {
     "linked folder": ({"file_name": "up/outside.png"}, "'up/outside.png' leads out of .*images; images must lie inside"),
     "link to itself": ({"file_name": "loop.png"}, "'loop.png' (in .* cannot be read|is missing|leads out).*correct the file"),
     "folder as image": ({"file_name": "chapter"}, "'chapter' in .* is not a file; correct the file or the folder"),
-    "NUL in a name": ({"file_name": "1.png\0"}, r"cannot be read \(impossible name\); correct the file or the folder"),
+    "NUL in a name": ({"file_name": "1.png\0"}, "has letters that cannot be printed; correct the file"),
+    "escape code in a name": ({"file_name": "\x1b[2J\n1.png"}, "has letters that cannot be printed; correct the file"),
     "wrong size": ({"width": 65}, r"1\.png has 64 x 48 pixels, the annotations say 65 x 48; correct width and height and its boxes"),
     "sides swapped": ({"width": 48, "height": 64}, "has 64 x 48 pixels, the annotations say 48 x 64; correct width and height"),
     "size of no pixels": ({"width": 0}, "width 0, height 48; whole numbers of pixels above 0 are needed"),
@@ -145,7 +148,16 @@ def test_image_faults_are_refused(fault: str, root: Path, tries) -> None:
     change(root, "images", 1, **changes)
     with tries(fault), pytest.raises(InputError, match=rf"^{root}/instances_train\.json: image 1: .*{text}") as refusal:
         cli.check(root)
-    assert "\n" not in str(refusal.value)
+    assert str(refusal.value).isprintable()
+
+
+def test_a_file_that_cannot_be_read_is_not_called_damaged(root: Path, monkeypatch: pytest.MonkeyPatch, tries) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Image, "open", full)
+    with tries("too many open files"), pytest.raises(InputError, match=r"1\.png cannot be read \(Too many open files\); make it readable"):
+        read_image(root / "images" / "1.png", 64, 48)
 
 
 HARMS = {

@@ -78,7 +78,7 @@ def test_a_name_that_papermill_only_warns_of_is_refused(tmp_path: Path, monkeypa
             assert done.returncode == 1
             assert "InputError: parameters: unknown sede, injected by papermill; known here: preset, seeds" in done.stderr
             (checking,) = [cell for cell in nbformat.read(executed, as_version=4).cells if "validate(" in cell.source]
-            assert checking.metadata.papermill.duration < 1
+            assert checking.metadata.papermill.duration < 5  # a fraction of a second where nothing else runs
             assert not (tmp_path / "results").exists()
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from detrdistill.errors import InputError
+from detrdistill.errors import InputError, StoppedError
+from detrdistill.experiments import runs
 from detrdistill.experiments.recipes import run_id
-from detrdistill.experiments.runs import run
 from detrdistill.experiments.store import Store
 from detrdistill.training.checkpointing import load_checkpoint
 from tests.faults.killing import RECIPE, Death, Whole, command, ended, holder, start, steps, until
@@ -108,6 +108,24 @@ def test_sigterm_saves_and_exits(whole: Whole, stores: Callable[[], Store], time
             assert store.record(RECIPE).cost["resumed"] == 1
 
 
+@pytest.mark.parametrize(("number", "step"), [(1, 3), (2, 5)])
+def test_sigterm_in_an_evaluation(stores: Callable[[], Store], monkeypatch: pytest.MonkeyPatch, tries, number: int, step: int) -> None:
+    """It ends first. Also in the last: nothing else is started then, such as the student of a teacher that has just been trained."""
+    store, kept, seen = stores(), runs.evaluate, []
+
+    def signalled(*words: object, **named: object) -> object:
+        seen.append(1)
+        if len(seen) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return kept(*words, **named)
+
+    monkeypatch.setattr(runs, "evaluate", signalled)
+    with tries("SIGTERM in an evaluation"):
+        with pytest.raises(StoppedError, match=f"SIGTERM after step {step} of 5"):
+            runs.run(RECIPE, store, device="cpu", progress=False)
+        assert runs.run(RECIPE, store, device="cpu", progress=False).cost["resumed"] == 1
+
+
 def test_sigterm_before_training_ends_at_once(stores: Callable[[], Store], tries) -> None:
     store = stores()
     with tries("SIGTERM to the trainer"):
@@ -124,7 +142,7 @@ def test_two_runs_on_one_folder(whole: Whole, stores: Callable[[], Store], tries
         until(lambda: steps(store), child)
         with tries("a second run on one folder"):
             with pytest.raises(InputError) as error:
-                run(RECIPE, store, device="cpu", progress=False)
+                runs.run(RECIPE, store, device="cpu", progress=False)
             here = f"process {child.pid} on {socket.gethostname()}"
             assert str(error.value) == f"run {run_id(RECIPE)} is being trained by {here}; wait for it, or stop it"
         trainer = psutil.Process(child.pid)
