@@ -24,7 +24,7 @@ def bars(published: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Figu
         summary: of `main_results`; whiskers are 95 % intervals over seeds, rows without a run say so.
     """
     with style.paper():
-        ours = list(dict.fromkeys(summary["detector"]))
+        ours = [name for name in DETECTORS if name in set(summary["detector"])]
         figure = style.Picture(figsize=(style.WIDTH, 3.3))
         spans = [len(DETECTORS) + 0.2, max(len(ours) + 0.2, 1.7)]
         left, right = figure.subplots(1, 2, width_ratios=spans)

@@ -1,5 +1,6 @@
 """How all figures look, and how they are saved: fonts readable in print, one colour a setting, the same bytes for the same data."""
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
@@ -101,6 +102,8 @@ def save(figure: Figure, stem: Path | str) -> list[Path]:
 def note(figure: Figure, text: str) -> None:
     """Where the figure comes from, small, below everything."""
     if text:
+        letters = int(20 * figure.get_figwidth())  # of this size that fit into a line
+        text = "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, letters))
         figure.supxlabel(text, x=0.01, ha="left", fontsize=6.5, color=FAINT)
 
 
