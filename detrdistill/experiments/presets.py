@@ -185,7 +185,7 @@ def bccd(detector: str = DEFORMABLE) -> Preset:
         levels=3,
         dropout=0.0,
         data=Folder(path=Path("data/bccd")),
-        resize=Resize(train="flip", short=240, long=320),
+        resize=Resize(train="flip", short=180, long=240),
         schedule=Schedule(steps=1000, batch=8, lr=4e-4, warmup=50, decay="cosine", clip_norm=1.0, evaluations=5),
         precision="bf16",
     )
