@@ -191,8 +191,10 @@ def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
     second = {path.relative_to(tmp_path): path.read_bytes() for path in write_report("quick", [0, 1, 2], tmp_path)}
     assert first == second
     assert {str(path) for path in first} == {f"tables/main_results.{suffix}" for suffix in ("csv", "md", "tex")} | {
+        "tables/claims.csv", "tables/claims.md", "index.html",
+    } | {
         f"figures/{name}.{suffix}" for name in ("main_results", "convergence", "figure1", "loss_parts") for suffix in ("png", "pdf")
-    } | {"index.html"}
+    }  # fmt: skip
     markdown, latex = first[Path("tables/main_results.md")].decode(), first[Path("tables/main_results.tex")].decode()
     for text in (markdown, latex):
         assert "embedded digits, 96 px; not a COCO result; data dddddddd; commit 01234567; 3 seeds" in text
@@ -202,7 +204,7 @@ def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
 def test_report_of_an_empty_store_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from detrdistill.experiments.report import write_report; "
-        f"assert len(write_report('quick', [0], {str(tmp_path)!r})) == 12; assert 'torch' not in sys.modules"
+        f"assert len(write_report('quick', [0], {str(tmp_path)!r})) == 14; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert "not run" in (tmp_path / "tables" / "main_results.md").read_text()

@@ -16,8 +16,10 @@ from detrdistill.files import write_text
 # Words that may be said of a row, a sign for those who do not see colours, and what they mean.
 STATUSES = {
     "reproduced": ("✓", f"on COCO itself: AP within {REPRODUCED_WITHIN:g} of the published value"),
+    "holds": ("▲", "a claim whose difference excludes 0"),
+    "opposite": ("▼", "a claim whose difference excludes 0, with the other sign"),
     "same direction": ("↗", "the gain's interval excludes 0, and its sign is the published one"),
-    "within noise": ("≈", "the gain's interval includes 0"),
+    "within noise": ("≈", "the interval includes 0"),
     "differs": ("≠", "the gain has the other sign, or AP on COCO itself is another"),
     "one seed": ("1", "measured once, so nothing is known about noise"),
     "measured": ("●", "measured here; no published gain to compare with"),
@@ -82,7 +84,10 @@ figure img { display: block; width: 100%; max-width: 52rem; height: auto; backgr
   h2 { break-after: avoid; }
 }
 """
-LOOKS = {"reproduced": "good", "same direction": "good", "within noise": "fair", "one seed": "fair", "differs": "bad", NOT_RUN: "none"}
+LOOKS = {
+    "reproduced": "good", "holds": "good", "same direction": "good", "within noise": "fair", "one seed": "fair", "differs": "bad",
+    "opposite": "bad", NOT_RUN: "none",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from detrdistill.experiments.claims import NOTE, claim_cells, weigh, write_claims
 from detrdistill.experiments.page import Section, write_page
 from detrdistill.experiments.paper_tables import TABLES, make_table, usual_tables
 from detrdistill.experiments.presets import get_presets
@@ -46,14 +47,17 @@ def write_report(
     store = open_store(preset_name) if store_root is None else Store(store_root)
     wanted = {name: make_table(name, presets, seeds) for name in tables or usual_tables(preset_name)}
     there = {name for name in TABLES if (store.root / "tables" / f"{name}.csv").exists()}
+    made = [wanted.get(name) or make_table(name, presets, seeds) for name in TABLES if name in wanted or name in there]
     paths, sections = [], []
-    for name in TABLES:
-        if name in wanted or name in there:
-            table = wanted.get(name) or make_table(name, presets, seeds)
-            written, section = write_one(table, store)
-            paths += written
-            sections.append(section)
+    for table in made:
+        written, section = write_one(table, store)
+        paths += written
+        sections.append(section)
     about = f"Preset {preset_name}. {sections[0].note}" if sections else ""
+    weighed = weigh(made, store)
+    paths += (files := write_claims(weighed, preset_name, store.root / "tables"))
+    files = [path.relative_to(store.root).as_posix() for path in files]
+    sections.append(Section("claims", "The paper's claims", claim_cells(weighed), NOTE, files=files))
     return [*paths, write_page(store.root, f"detrdistill: {preset_name}", about, sections)]
 
 

@@ -101,7 +101,7 @@ def collect(table: Table, store: Store) -> pd.DataFrame:
             record = find(store, recipe)
             line = {"table": table.name, "preset": table.preset, "detector": row.detector, "setting": row.setting, "seed": seed}
             line |= {"run": record.id if record else run_id(recipe)}
-            line |= {name: _nan(value) for name, value in _metrics(record, row.at).items()}
+            line |= {name: _nan(value) for name, value in metrics_at(record, row.at).items()}
             line |= {"status": "measured" if record else NOT_RUN}
             about = record.provenance if record else {}
             records += [record] if record else []
@@ -112,7 +112,7 @@ def collect(table: Table, store: Store) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def _metrics(record: Record | None, at: float) -> dict[str, float | None]:
+def metrics_at(record: Record | None, at: float) -> dict[str, float | None]:
     """The twelve numbers, or the AP of the last evaluation up to a part of the schedule."""
     if record is None or at == 1:
         return record.metrics if record else dict.fromkeys(METRICS)
