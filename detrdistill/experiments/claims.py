@@ -143,7 +143,7 @@ def verdict(difference: float, half: float, seeds: int) -> str:
 
 def claim_cells(weighed: pd.DataFrame) -> pd.DataFrame:
     """The claims as text, of `weigh`."""
-    signed = lambda value, empty: empty if math.isnan(value) else f"{value:+.1f}"  # noqa: E731
+    signed = lambda value, empty: empty if math.isnan(value) else f"{round(value, 1) + 0.0:+.1f}"  # noqa: E731  (never -0.0)
     lines = []
     for line in weighed.to_dict("records"):
         interval = "" if math.isnan(line["half"]) else f" ± {line['half']:.1f}"
@@ -152,7 +152,7 @@ def claim_cells(weighed: pd.DataFrame) -> pd.DataFrame:
                 "Claim": line["claim"],
                 "Detector": line["detector"],
                 "Measure": line["measure"],
-                "Difference of": f"{line['ahead']} - {line['than']}",
+                "Compared": f"{line['ahead']} over {line['than']}",
                 "Difference": signed(line["difference"], NOT_RUN) + interval,
                 "Published": signed(line["published"], "-"),
                 "Seeds": f"{line['seeds']} of {line['seeds_wanted']}",

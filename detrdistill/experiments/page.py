@@ -16,8 +16,8 @@ from detrdistill.files import write_text
 # Words that may be said of a row, a sign for those who do not see colours, and what they mean.
 STATUSES = {
     "reproduced": ("✓", f"on COCO itself: AP within {REPRODUCED_WITHIN:g} of the published value"),
-    "holds": ("▲", "a claim whose difference excludes 0"),
-    "opposite": ("▼", "a claim whose difference excludes 0, with the other sign"),
+    "holds": ("▲", "a claim: the interval of its difference excludes 0"),
+    "opposite": ("▼", "a claim: the interval of its difference excludes 0, with the other sign"),
     "same direction": ("↗", "the gain's interval excludes 0, and its sign is the published one"),
     "within noise": ("≈", "the interval includes 0"),
     "differs": ("≠", "the gain has the other sign, or AP on COCO itself is another"),

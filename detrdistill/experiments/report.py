@@ -57,7 +57,7 @@ def write_report(
     weighed = weigh(made, store)
     paths += (files := write_claims(weighed, preset_name, store.root / "tables"))
     files = [path.relative_to(store.root).as_posix() for path in files]
-    sections.append(Section("claims", "The paper's claims", claim_cells(weighed), NOTE, files=files))
+    sections.insert(0, Section("claims", "The paper's claims", claim_cells(weighed), NOTE, files=files))
     return [*paths, write_page(store.root, f"detrdistill: {preset_name}", about, sections)]
 
 
