@@ -149,6 +149,15 @@ def test_detections_show_pixels_boxes_and_labels() -> None:
     assert {"3 0.90", "7 0.80", "7 0.60", "3", "7"} <= texts(figure) and "7 0.10" not in texts(figure)
 
 
+def test_crowded_pictures_leave_the_commonest_class_unlabelled() -> None:
+    many = Objects(np.tile([[2.0, 2, 20, 22]], (13, 1)), ["7"] * 12 + ["3"])
+    figure = compare([image()], {"ground truth": [many], "student": [found()]})
+    assert {"3", "3 0.90"} <= texts(figure) and not {"7", "7 0.80"} & texts(figure)
+    assert any("Without a label: 7." in text for text in texts(figure))
+    assert sum(not patch.get_fill() for patch in figure.axes[0].patches) == 13, "all boxes are drawn"
+    assert not any("Without a label" in text for text in texts(compare([image()], {"student": [found()]})))
+
+
 def test_labels_stay_in_the_image_and_off_their_objects() -> None:
     figure = compare([image()] * 2, {"ground truth": [truth(), Objects(np.zeros((0, 4)), [])], "teacher": [found(), found()]})
     for axes, objects in ((figure.axes[0], truth()), (figure.axes[1], found().above(0.3))):
@@ -169,11 +178,12 @@ def test_masks_are_cut_at_zero_and_scaled_to_their_maximum() -> None:
 
 
 def test_spread_keeps_order_and_distance() -> None:
-    assert style.spread([1, 5, 3], 1) == pytest.approx([1, 5, 3])
-    assert style.spread([2, 2, 9], 1) == pytest.approx([1.5, 2.5, 9])
-    placed = style.spread([3, 1, 1.1, 1.2, 3.3], 0.5)
+    assert style.spread([1, 5, 3], [1, 1, 1]) == pytest.approx([1, 5, 3])
+    assert style.spread([2, 2, 9], [1, 1, 1]) == pytest.approx([1.5, 2.5, 9])
+    assert style.spread([2, 2, 9], [1, 3, 1]) == pytest.approx([1, 3, 9]), "half of one and half of three"
+    placed = style.spread([3, 1, 1.1, 1.2, 3.3], [0.5] * 5)
     assert np.argsort(placed).tolist() == [1, 2, 3, 0, 4] and np.diff(sorted(placed)).min() >= 0.5 - 1e-9
-    assert style.spread([], 1) == []
+    assert style.spread([], []) == []
 
 
 def test_palette_is_seaborns_colour_blind_one() -> None:

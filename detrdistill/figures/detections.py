@@ -1,5 +1,6 @@
 """Images with boxes, class names and scores; and what several detectors see on the same images."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from detrdistill.experiments.tables import TITLES
 from detrdistill.figures import style
 
 SIZE = 6  # points of the labels
+CROWDED = 12  # boxes; with more, labels would cover what they tell of
 PIXELS = 480  # small images are enlarged to about this side by repeating pixels: crisp in every viewer
 
 
@@ -42,7 +44,8 @@ class Objects:
 def compare(images: Sequence[np.ndarray], columns: Mapping[str, Sequence[Objects]], note: str = "", *, least_score: float = 0.3) -> Figure:
     """A row an image, a column a detector: "ground truth" first, then settings such as student, detrdistill, teacher.
 
-    Boxes are dashed where no object of that class lies (IoU with all of them under 0.5, or found already by a better box).
+    Boxes are dashed where no object of that class lies (IoU with all of them under 0.5, or found already by a better box). Where a
+    picture would be crowded with labels, those of the commonest class are left out.
 
     Args:
         images: [H W 3], uint8.
@@ -59,18 +62,29 @@ def compare(images: Sequence[np.ndarray], columns: Mapping[str, Sequence[Objects
         room = {"left": 0, "right": 1, "top": 1 - top / height, "bottom": bottom / height, "wspace": gap / side, "hspace": gap / high}
         panels = figure.subplots(len(images), len(columns), squeeze=False, gridspec_kw=room)
         truths = columns.get("ground truth", [None] * len(images))
+        columns = {setting: [one.above(least_score) for one in objects] for setting, objects in columns.items()}
+        everything = [one for objects in columns.values() for one in objects]
+        crowded = max(len(one.boxes) for one in everything) > CROWDED
+        common = Counter(name for one in everything for name in one.names).most_common(1)[0][0] if crowded else None
         for j, (setting, objects) in enumerate(columns.items()):
             title = TITLES.get(setting, setting.capitalize())
             panels[0, j].set_title(title, color=style.COLOURS.get(setting, style.TEXT), fontweight="bold", pad=4)
             for i, image in enumerate(images):
-                draw(panels[i, j], image, objects[i].above(least_score), setting, truths[i])
-        how = f"Dashed: no such object there. Detections with a score of at least {least_score:g}."
+                draw(panels[i, j], image, objects[i], setting, truths[i], common)
+        how = (
+            f"Dashed: no such object there. Detections with a score of at least {least_score:g}." + f" Without a label: {common}." * crowded
+        )
         figure.text(0, 0.05 / height, f"{how}\n{note}".strip(), va="bottom", fontsize=6.5, color=style.FAINT)
     return figure
 
 
-def draw(axes: Axes, image: np.ndarray, objects: Objects, setting: str = "detrdistill", truth: Objects | None = None) -> None:
-    """One image with boxes in the setting's colour, each with a label outside it; dashed where `truth` has no such object."""
+def draw(
+    axes: Axes, image: np.ndarray, objects: Objects, setting: str = "detrdistill", truth: Objects | None = None, unnamed: str | None = None
+) -> None:
+    """One image with boxes in the setting's colour, dashed where `truth` has no such object.
+
+    Each has a label outside of it, but for those of class `unnamed`.
+    """
     show_image(axes, image)
     colour = style.COLOURS.get(setting, style.GREY)
     right = np.ones(len(objects.boxes), bool) if truth is None or objects.scores is None else hits(objects, truth)
@@ -82,7 +96,9 @@ def draw(axes: Axes, image: np.ndarray, objects: Objects, setting: str = "detrdi
         box = Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.3, linestyle="-" if hit else (0, (2.5, 1.5)))
         box.set_path_effects(halo)
         axes.add_patch(box)
-    for (x, y, wide, tall), text in zip(place_labels(axes, image, objects.boxes, labels), labels, strict=True):
+    told = [i for i, name in enumerate(objects.names) if name != unnamed]
+    labels = [labels[i] for i in told]
+    for (x, y, wide, tall), text in zip(place_labels(axes, image, objects.boxes[told], labels), labels, strict=True):
         axes.add_patch(Rectangle((x, y), wide, tall, color=colour, linewidth=0, zorder=3))
         axes.text(x + wide / 2, y + tall / 2, text, color="white", fontsize=SIZE, ha="center", va="center_baseline", clip_on=True)
 

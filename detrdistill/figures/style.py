@@ -113,18 +113,20 @@ def not_run(axes: Axes, text: str = "not run") -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color=FAINT, fontsize=10)
 
 
-def spread(values: Sequence[float], gap: float) -> list[float]:
-    """The values moved apart to at least `gap`, as little as possible, in the same order: for labels at the ends of lines."""
+def spread(values: Sequence[float], heights: Sequence[float]) -> list[float]:
+    """Centres of labels of these heights, moved apart until none overlap, as little as possible, in the same order."""
     order = np.argsort(values, kind="stable")
+    tall = np.asarray(heights, float)[order]
+    offsets = np.cumsum(tall) - tall / 2
     # Distances already kept become plateaus: what remains is the closest non-decreasing sequence.
-    wanted = [[values[i] - rank * gap] for rank, i in enumerate(order)]
+    wanted = [[values[i] - offset] for i, offset in zip(order, offsets, strict=True)]
     blocks: list[list[float]] = []
     for block in wanted:
         blocks.append(block)
         while len(blocks) > 1 and np.mean(blocks[-2]) > np.mean(blocks[-1]):
             blocks[-2:] = [blocks[-2] + blocks[-1]]
     level = [float(np.mean(block)) for block in blocks for _ in block]
-    placed = dict(zip(order.tolist(), (value + rank * gap for rank, value in enumerate(level)), strict=True))
+    placed = dict(zip(order.tolist(), np.add(level, offsets).tolist(), strict=True))
     return [placed[i] for i in range(len(values))]
 
 
@@ -132,8 +134,9 @@ def label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]], size: float
     """Write (height, text, colour) just right of the panel, at that height or as near as the others allow; set the limits first."""
     height = axes.get_position().height * axes.figure.get_figheight()
     low, high = axes.get_ylim()
-    gap = size * 1.25 / 72 / height * (high - low)
-    for (_, text, colour), y in zip(labels, spread([label[0] for label in labels], gap), strict=True):
+    line = size * 1.25 / 72 / height * (high - low)
+    places = spread([label[0] for label in labels], [line * (1 + label[1].count("\n")) for label in labels])
+    for (_, text, colour), y in zip(labels, places, strict=True):
         axes.annotate(
             text,
             (1, y),
