@@ -1,4 +1,4 @@
-"""The paper's claims, weighed with hand-made records."""
+"""Claims, weighed with hand-made records."""
 
 import math
 from dataclasses import replace
@@ -7,7 +7,18 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from detrdistill.experiments.claims import CHANGES, CLAIMS, HALFWAY, claim_cells, claims_of, measured, verdict, weigh, write_claims
+from detrdistill.experiments.claims import (
+    ALL,
+    CHANGES,
+    CLAIMS,
+    HALFWAY,
+    claim_cells,
+    claims_of,
+    measured_difference,
+    verdict,
+    weigh,
+    write_claims,
+)
 from detrdistill.experiments.paper_tables import TABLES, full_schedule, main_results, make_table
 from detrdistill.experiments.presets import get_preset, get_presets
 from detrdistill.experiments.recipes import Recipe, run_id
@@ -43,14 +54,14 @@ def test_differences_are_paired_by_seed(tmp_path: Path) -> None:
         put(store, QUICK.recipe("detrdistill", seed), distilled, halfway=5.0 + seed, changes=2.0 + seed / 2)
     weighed = weigh([main_results([QUICK], [0, 1, 2])], store)
     helps = of(weighed, "DETRDistill helps the student")
-    assert helps["difference"] == pytest.approx(2.0) and helps["half"] < 0.3 and helps["status"] == "holds"
+    assert helps["difference"] == pytest.approx(2.0) and helps["half"] < 0.3 and helps["status"] == "shows"
     assert helps["published"] == pytest.approx(2.5) and (helps["seeds"], helps["seeds_wanted"]) == (3, 3)
-    faster, steadier = of(weighed, "It learns faster"), of(weighed, "Its assignments are steadier")
+    faster, steadier = of(weighed, "DETRDistill is ahead halfway"), of(weighed, "DETRDistill's assignments are steadier")
     assert (faster["measure"], faster["difference"], faster["status"]) == (HALFWAY, pytest.approx(2.0), "within noise")
     assert (steadier["measure"], steadier["difference"], steadier["status"]) == (CHANGES, pytest.approx(-0.5), "within noise")
     text = claim_cells(weighed).set_index("Claim")
     assert text.loc["DETRDistill helps the student", ["Difference", "Published", "Seeds", "Status"]].tolist() == [
-        "+2.0 ± 0.2", "+2.5", "3 of 3", "holds",
+        "+2.0 ± 0.2", "+2.5", "3 of 3", "shows",
     ]  # fmt: skip
 
 
@@ -68,31 +79,69 @@ def test_the_teacher_is_compared_with_every_seed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("difference", "half", "seeds", "word"),
+    ("difference", "half", "seeds", "ran", "word"),
     [
-        (2.0, 1.9, 3, "holds"),
-        (-2.0, 1.9, 3, "opposite"),
-        (2.0, 2.0, 3, "within noise"),
-        (2.0, math.nan, 1, "one seed"),
-        (math.nan, math.nan, 0, "not run"),
+        (2.0, 1.9, 3, True, "shows"),
+        (-2.0, 1.9, 3, True, "opposite"),
+        (2.0, 2.0, 3, True, "within noise"),
+        (2.0, math.nan, 1, True, "one seed"),
+        (math.nan, math.nan, 0, True, "not stored"),
+        (math.nan, math.nan, 0, False, "not run"),
     ],
 )
-def test_verdicts(difference: float, half: float, seeds: int, word: str) -> None:
-    assert verdict(difference, half, seeds) == word
+def test_verdicts(difference: float, half: float, seeds: int, ran: bool, word: str) -> None:
+    assert verdict(difference, half, seeds, ran) == word
 
 
 def test_what_was_not_run_or_not_measured_has_no_difference(tmp_path: Path) -> None:
     store = Store(tmp_path)
     put(store, QUICK.recipe("student"), 10.0)
     put(store, QUICK.recipe("detrdistill"), 12.0)  # by code that did not count changes
-    table = main_results([QUICK], [0])
-    weighed = weigh([table], store)
+    weighed = weigh([main_results([QUICK], [0]), full_schedule([QUICK], [0])], store)
     assert of(weighed, "DETRDistill helps the student")["status"] == "one seed"
-    assert of(weighed, "Its assignments are steadier")["status"] == "not run"
-    assert measured(table.rows[0], "AP", store) != measured(table.rows[0], "AP", store), "NaN for a teacher that was not run"
-    csv, markdown = (path.read_text() for path in write_claims(weighed, "quick", tmp_path))
+    assert of(weighed, "DETRDistill's assignments are steadier")["status"] == "not stored"
+    assert of(weighed, "A distilled student passes its teacher")["status"] == "not run"
+    csv, markdown = (path.read_text() for path in write_claims(weighed, "Measured somewhere.", tmp_path))
     assert ",," not in csv and "|  |" not in markdown and "| +2.0 | +2.5 | 1 of 1 | one seed |" in markdown
-    assert write_claims(weigh([], store), "quick", tmp_path)[0].read_text().startswith("claim,table,")
+    assert markdown.endswith("Measured somewhere.\n") and set(weighed["measured_on"]) == {"embedded digits, 96 px; not a COCO result"}
+
+
+def test_seeds_that_differ_are_not_paired(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    put(store, QUICK.recipe("student", 0), 10.0)
+    put(store, QUICK.recipe("detrdistill", 1), 12.0)
+    line = of(weigh([main_results([QUICK], [0, 1])], store), "DETRDistill helps the student")
+    assert line["seeds"] == 0 and line["status"] == "not run"
+
+
+def test_a_row_inside_the_schedule_is_read_there(tmp_path: Path) -> None:
+    store, table = Store(tmp_path), make_table("prior_methods", get_presets("mini", ["adamixer"]), [0])
+    rows = {row.setting: row for row in table.rows}
+    put(store, rows["student at whole"].recipes[0], 20.0, halfway=5.0)
+    put(store, rows["fkd at whole"].recipes[0], 21.0, halfway=8.0)
+    at = lambda part: measured_difference(rows[f"fkd at {part}"], rows[f"student at {part}"], "AP", store)[0][0]  # noqa: E731
+    assert (at("2/3"), at("whole")) == (pytest.approx(3.0), pytest.approx(1.0))
+
+
+def test_nothing_to_decide_writes_nothing(tmp_path: Path) -> None:
+    weighed = weigh([make_table("follow_ups", [QUICK], [0])], Store(tmp_path))
+    assert weighed.empty and write_claims(weighed, "", tmp_path) == [] and claim_cells(weighed).empty
+
+
+def test_published_differences_are_those_of_the_paper(tmp_path: Path) -> None:
+    presets = get_presets("coco")
+    tables = [make_table(name, presets, [0]) for name in ("encoder_decoder", "light_backbones", "logits", "components")]
+    known = {
+        (line["claim"], line["detector"], line["ahead"], line["than"]): line["published"]
+        for line in weigh(tables, Store(tmp_path)).to_dict("records")
+    }
+    depth = [value for key, value in known.items() if key[0].startswith("The decoder's depth")]
+    assert depth == [pytest.approx(33.0 - 30.3)]
+    light = [value for key, value in known.items() if "lighter" in key[0] and key[1] == "Deformable DETR"]
+    assert light == pytest.approx([3.3, 3.5])
+    together = {key[3]: value for key, value in known.items() if key[0].startswith("All losses")}
+    assert together["Logits + features"] == pytest.approx(0.4) and math.isnan(together["Features + assignment"])
+    assert all(math.isnan(value) for key, value in known.items() if key[0] in ("Negatives help", "Teaching every stage helps"))
 
 
 def test_every_claim_finds_its_rows() -> None:
@@ -100,9 +149,11 @@ def test_every_claim_finds_its_rows() -> None:
     presets = get_presets("coco")
     for name in TABLES:
         table = make_table(name, presets, [0])
-        detectors = {row.detector for row in table.rows}
-        for detector in detectors:
+        for detector in {row.detector for row in table.rows}:
             assert set(CLAIMS.get(name, ())) <= set(claims_of(table, detector)), f"a row of {name} has another name"
-    assert len(claims_of(make_table("encoder_decoder", presets, [0]), "Conditional DETR")) == 5
+    fewer = [claim.ahead for claim in claims_of(make_table("encoder_decoder", presets, [0]), "Conditional DETR")]
+    assert fewer == ["detrdistill 6/3", "detrdistill 3/6", "detrdistill 3/3", "student 3/6"]
+    all_sets = {row.setting for row in make_table("components", presets, [0]).rows} - {"student", ALL}
+    assert {claim.than for claim in CLAIMS["components"] if claim.ahead == ALL} == all_sets
     few = {claim.than for claim in claims_of(main_results([replace(QUICK, rivals=())], [0]), "Deformable DETR")}
     assert few == {"student", "detrdistill"}

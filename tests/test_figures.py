@@ -56,7 +56,9 @@ def log() -> list[dict[str, float]]:
 
 
 FIGURES = {
-    "convergence": lambda: convergence({"teacher": [curve(20, 57)], "student": [curve(5, 15), curve(7, 17)], "detrdistill": []}, "note"),
+    "convergence": lambda: convergence(
+        {"teacher": [curve(20, 40, 57)], "student": [curve(5, 15), curve(7, 17)], "detrdistill": []}, "note"
+    ),
     "bars": lambda: bars(published("figure1"), summary(), "note"),
     "loss_parts": lambda: loss_parts(log(), "run", "note"),
     "detections": lambda: compare([image()], {"ground truth": [truth()], "student": [found()]}, "note"),
@@ -96,7 +98,12 @@ def test_convergence_ends_at_the_mean_over_seeds() -> None:
     assert mean.get_color() == style.COLOURS["student"]
     level = [line for line in axes.lines if line.get_color() == style.COLOURS["teacher"]]
     assert len(level) == 1 and set(level[0].get_ydata()) == {57}
-    assert {"Student 16.0 ± 12.7", "Teacher 57.0\nafter 200 steps", "not run: DETRDistill"} <= texts(figure)
+    assert {"Student 16.0 ± 12.7", "Teacher 57.0\nafter 300 steps", "not run: DETRDistill"} <= texts(figure)
+
+
+def test_a_teacher_of_the_same_schedule_is_a_curve() -> None:
+    axes = convergence({"teacher": [curve(20, 57)], "student": [curve(5, 15)]}).axes[0]
+    assert sorted(line.get_ydata()[-1] for line in axes.lines if line.get_marker() == "o") == [15, 57]
 
 
 def test_convergence_of_a_teacher_alone_is_a_curve() -> None:
@@ -156,6 +163,9 @@ def test_crowded_pictures_leave_the_commonest_class_unlabelled() -> None:
     assert any("Without a label: 7." in text for text in texts(figure))
     assert sum(not patch.get_fill() for patch in figure.axes[0].patches) == 13, "all boxes are drawn"
     assert not any("Without a label" in text for text in texts(compare([image()], {"student": [found()]})))
+    (label,) = (patch for patch in figure.axes[0].patches if patch.get_fill())
+    x, y, wide, tall = *label.get_xy(), label.get_width(), label.get_height()
+    assert max(0, min(20, x + wide) - max(2, x)) * max(0, min(22, y + tall) - max(2, y)) < 0.3 * 18 * 20, "off the boxes without a label"
 
 
 def test_labels_stay_in_the_image_and_off_their_objects() -> None:

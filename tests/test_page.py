@@ -122,7 +122,7 @@ def test_statuses_are_counted_in_words(folder: Path) -> None:
 
 def test_every_status_of_the_tables_is_explained() -> None:
     of_tables = {"reproduced", "same direction", "within noise", "differs", "one seed", "measured", "not run"}
-    assert set(STATUSES) == of_tables | {"holds", "opposite"}
+    assert set(STATUSES) == of_tables | {"shows", "opposite", "not stored"}
     assert len({sign for sign, _ in STATUSES.values()}) == len(STATUSES)
 
 

@@ -185,7 +185,10 @@ def follow_ups(presets: Presets, seeds: Seeds) -> Table:
 
 
 def full_schedule(presets: Presets, seeds: Seeds) -> Table:
-    """Students that train as long as their teacher, as all of the paper's do: whether they reach it. On COCO these are the main results."""
+    """Students that train as long as their teacher, as all of the paper's do: whether they reach it. On COCO, runs of the main results.
+
+    For the first detector alone, since each run takes as long as a teacher.
+    """
     preset = presets[0]
     preset = replace(preset, student=preset.student.replace(schedule=preset.teacher.schedule))
     detector = DETECTORS[preset.student.detector]

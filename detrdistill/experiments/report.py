@@ -55,9 +55,10 @@ def write_report(
         sections.append(section)
     about = f"Preset {preset_name}. {sections[0].note}" if sections else ""
     weighed = weigh(made, store)
-    paths += (files := write_claims(weighed, preset_name, store.root / "tables"))
-    files = [path.relative_to(store.root).as_posix() for path in files]
-    sections.insert(0, Section("claims", "The paper's claims", claim_cells(weighed), NOTE, files=files))
+    if files := write_claims(weighed, about.removesuffix(NOTES) + NOTE, store.root / "tables"):
+        paths += files
+        named = [path.relative_to(store.root).as_posix() for path in files]
+        sections.insert(0, Section("claims", "Claims", claim_cells(weighed), NOTE, files=named))
     return [*paths, write_page(store.root, f"detrdistill: {preset_name}", about, sections)]
 
 

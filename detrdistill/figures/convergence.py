@@ -17,7 +17,7 @@ Curve = Sequence[Mapping[str, float | None]]
 def convergence(curves: Mapping[str, Sequence[Curve]], note: str = "") -> Figure:
     """How fast each setting learns: thick the mean over seeds, thin each seed, the final AP at the line's end.
 
-    The teacher is a level to reach, and not a curve, unless it is all there is: it trains on another schedule.
+    A teacher that trains for another number of steps than the others is a level to reach, and not a curve.
 
     Args:
         curves: for every setting a list over seeds of `Record.curve`; an empty list is shown as "not run".
@@ -27,11 +27,12 @@ def convergence(curves: Mapping[str, Sequence[Curve]], note: str = "") -> Figure
         axes = figure.subplots()
         ran = {setting: [series(curve, "AP") for curve in runs] for setting, runs in curves.items() if runs}
         ends, colours = [], style.colours(list(ran))
+        last = {runs[0].index[-1] for setting, runs in ran.items() if setting != "teacher"}
         for setting, runs in ran.items():
             colour, title = colours[setting], TITLES.get(setting, setting)
             final, half = mean_and_half(pd.Series([run.iloc[-1] for run in runs]))
             text = f"{title} {final:.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
-            if setting == "teacher" and len(ran) > 1:
+            if setting == "teacher" and last and runs[0].index[-1] not in last:
                 axes.axhline(final, color=colour, linestyle=(0, (5, 3)), linewidth=1.4)
                 text += f"\nafter {runs[0].index[-1]:,} steps"
             else:

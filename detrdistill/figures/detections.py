@@ -45,7 +45,7 @@ def compare(images: Sequence[np.ndarray], columns: Mapping[str, Sequence[Objects
     """A row an image, a column a detector: "ground truth" first, then settings such as student, detrdistill, teacher.
 
     Boxes are dashed where no object of that class lies (IoU with all of them under 0.5, or found already by a better box). Where a
-    picture would be crowded with labels, those of the commonest class are left out.
+    picture would be crowded with labels, those of the commonest class are left out of the whole figure.
 
     Args:
         images: [H W 3], uint8.
@@ -71,9 +71,9 @@ def compare(images: Sequence[np.ndarray], columns: Mapping[str, Sequence[Objects
             panels[0, j].set_title(title, color=style.COLOURS.get(setting, style.TEXT), fontweight="bold", pad=4)
             for i, image in enumerate(images):
                 draw(panels[i, j], image, objects[i], setting, truths[i], common)
-        how = (
-            f"Dashed: no such object there. Detections with a score of at least {least_score:g}." + f" Without a label: {common}." * crowded
-        )
+        how = f"Dashed: no such object there. Detections with a score of at least {least_score:g}."
+        if crowded:
+            how += f" Without a label: {common}."
         figure.text(0, 0.05 / height, f"{how}\n{note}".strip(), va="bottom", fontsize=6.5, color=style.FAINT)
     return figure
 
@@ -98,7 +98,8 @@ def draw(
         axes.add_patch(box)
     told = [i for i, name in enumerate(objects.names) if name != unnamed]
     labels = [labels[i] for i in told]
-    for (x, y, wide, tall), text in zip(place_labels(axes, image, objects.boxes[told], labels), labels, strict=True):
+    places = place_labels(axes, image, objects.boxes[told], labels, around=objects.boxes)
+    for (x, y, wide, tall), text in zip(places, labels, strict=True):
         axes.add_patch(Rectangle((x, y), wide, tall, color=colour, linewidth=0, zorder=3))
         axes.text(x + wide / 2, y + tall / 2, text, color="white", fontsize=SIZE, ha="center", va="center_baseline", clip_on=True)
 
@@ -113,12 +114,18 @@ def show_image(axes: Axes, image: np.ndarray) -> None:
     axes.spines[:].set_visible(False)
 
 
-def place_labels(axes: Axes, image: np.ndarray, boxes: np.ndarray, labels: Sequence[str]) -> list[tuple[float, float, float, float]]:
-    """Left, top, width and height of the labels: above, below or beside their boxes, within the image, where they cover least."""
+def place_labels(
+    axes: Axes, image: np.ndarray, boxes: np.ndarray, labels: Sequence[str], around: np.ndarray
+) -> list[tuple[float, float, float, float]]:
+    """Left, top, width and height of the labels: above, below or beside their boxes, within the image, where they cover least.
+
+    Args:
+        around: all boxes of the image, those without a label too.
+    """
     height, width = image.shape[:2]
     area, sheet = axes.get_position(), axes.figure
     point = max(width / (area.width * sheet.get_figwidth()), height / (area.height * sheet.get_figheight())) / 72  # in image pixels
-    tall, gap, taken, placed = 1.3 * SIZE * point, 1.3 * point, list(boxes), []
+    tall, gap, taken, placed = 1.3 * SIZE * point, 1.3 * point, list(around), []
     for (x0, y0, x1, y1), text in zip(boxes, labels, strict=True):
         wide = (TextPath((0, 0), text, size=SIZE).get_extents().width + 4) * point
         above, below = y0 - tall - gap, y1 + gap
