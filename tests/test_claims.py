@@ -20,7 +20,7 @@ from detrdistill.experiments.claims import (
     write_claims,
 )
 from detrdistill.experiments.paper_tables import TABLES, full_schedule, main_results, make_table
-from detrdistill.experiments.presets import get_preset, get_presets
+from detrdistill.experiments.presets import PRESETS, get_preset, get_presets
 from detrdistill.experiments.recipes import Recipe, run_id
 from detrdistill.experiments.store import Record, Store
 from detrdistill.experiments.tables import METRICS
@@ -155,5 +155,10 @@ def test_every_claim_finds_its_rows() -> None:
     assert fewer == ["detrdistill 6/3", "detrdistill 3/6", "detrdistill 3/3", "student 3/6"]
     all_sets = {row.setting for row in make_table("components", presets, [0]).rows} - {"student", ALL}
     assert {claim.than for claim in CLAIMS["components"] if claim.ahead == ALL} == all_sets
+    passing = "A distilled student passes its teacher"
+    trained_as_long = {
+        one: passing in {claim.text for claim in claims_of(main_results([get_preset(one)], [0]), "Deformable DETR")} for one in PRESETS
+    }
+    assert trained_as_long == {"smoke": True, "quick": False, "mini": False, "bccd": True, "coco": True}
     few = {claim.than for claim in claims_of(main_results([replace(QUICK, rivals=())], [0]), "Deformable DETR")}
     assert few == {"student", "detrdistill"}

@@ -18,7 +18,11 @@ SEEDS = (0, 1, 2)
 
 @pytest.mark.parametrize(
     ("preset", "folder", "seeds"),
-    [("quick", RESULTS / "reference" / "quick", SEEDS), ("mini", RESULTS / "mini", SEEDS), ("bccd", RESULTS / "reference" / "bccd", (0,))],
+    [
+        ("quick", RESULTS / "reference" / "quick", SEEDS),
+        ("mini", RESULTS / "mini", SEEDS),
+        ("bccd", RESULTS / "reference" / "bccd", (0, 1)),
+    ],
 )
 def test_the_committed_report_is_made_from_the_committed_records(
     preset: str, folder: Path, seeds: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

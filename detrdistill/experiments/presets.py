@@ -166,7 +166,7 @@ def smoke(detector: str = DEFORMABLE) -> Preset:
 
 
 def bccd(detector: str = DEFORMABLE) -> Preset:
-    """Real photographs: blood cells under a microscope, data/bccd (README), ResNet-50 to MobileNetV2. Hours on two cores.
+    """Real photographs: blood cells under a microscope, data/bccd (README), ResNet-50 to MobileNetV2. An hour of one core for a seed and the teacher.
 
     Backbones start from the ImageNet weights in data/weights, where these files are, and otherwise from torchvision's, which are
     downloaded: two recipes, whose results do not mix.
