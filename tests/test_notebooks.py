@@ -13,6 +13,7 @@ import pytest
 from detrdistill.experiments.notebooks import execute
 from detrdistill.experiments.paper_tables import TABLES, make_table
 from detrdistill.experiments.presets import get_preset, get_presets
+from detrdistill.experiments.runs import run
 from detrdistill.experiments.store import Store
 from detrdistill.experiments.tables import collect, summarise
 
@@ -57,6 +58,25 @@ def test_runs_and_shows_what_it_measured(path: Path, results: Path, monkeypatch:
             row = rf">{re.escape(html.escape(line['title'], quote=False))}</td>\s*<td[^>]*>{line['AP']:.1f}</td>"
             assert re.search(row, shown), f"the AP of row {line['title']} beside its title"
             assert f">{line['published_AP']:.1f}<" in shown or line["published_AP"] != line["published_AP"]
+
+
+@pytest.mark.parametrize("name", ["01_main_results", "12_stability"])
+def test_a_run_without_weights_is_left_out_of_what_needs_them(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most students of the committed results are records and logs alone: a batch that has no more to train must not stop at them."""
+    monkeypatch.setenv("DETRDISTILL_RESULTS", str(tmp_path))
+    store, recipe = Store(tmp_path / "smoke"), get_preset("smoke").recipe("student")
+    run(recipe, store, device="cpu", progress=False)
+    store.weights(recipe).unlink()
+    path = ROOT / "notebooks" / f"{name}.ipynb"
+    one = {"detectors": "deformable_detr"} if "detectors" in papermill.inspect_notebook(str(path)) else {}
+    execute(path, tmp_path / path.name, {"preset": "smoke", "seeds": "[0]", "progress": "False"} | one, timeout=280)
+    assert not store.weights(recipe).exists(), "trained again"
+    if name == "12_stability":
+        tables = "".join(
+            o.get("data", {}).get("text/html", "") for c in nbformat.read(tmp_path / path.name, 4).cells for o in c.get("outputs", ())
+        )
+        counted = tables.partition("percent of objects a step")[2]
+        assert "<th>DETRDistill</th>" in counted and "<th>Student</th>" not in counted
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

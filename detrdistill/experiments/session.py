@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -165,6 +165,10 @@ class Session:
         # A teacher is known by its name: its curve is a level to reach.
         names = [row.setting if row.setting in TITLES else row.title.partition(", whole")[0] for row in rows]
         return {name: [self.store.record(one).curve for one in row.recipes.values()] for name, row in zip(names, rows, strict=True)}
+
+    def with_weights(self, records: Sequence[Record]) -> list[Record]:
+        """Those of the runs whose weights are stored: of some results the repository holds records and logs alone."""
+        return [record for record in records if self.store.weights(record.recipe).exists()]
 
     def detector(self, record: Record, dataset: "CocoDataset") -> "nn.Module":
         """The detector that a run trained, ready to use."""
