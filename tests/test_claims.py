@@ -124,7 +124,8 @@ def test_a_row_inside_the_schedule_is_read_there(tmp_path: Path) -> None:
 
 
 def test_nothing_to_decide_writes_nothing(tmp_path: Path) -> None:
-    weighed = weigh([make_table("follow_ups", [QUICK], [0])], Store(tmp_path))
+    table = make_table("follow_ups", [QUICK], [0])
+    weighed = weigh([replace(table, rows=table.rows[:2])], Store(tmp_path))  # teacher and student
     assert weighed.empty and write_claims(weighed, "", tmp_path) == [] and claim_cells(weighed).empty
 
 
@@ -151,6 +152,8 @@ def test_every_claim_finds_its_rows() -> None:
         table = make_table(name, presets, [0])
         for detector in {row.detector for row in table.rows}:
             assert set(CLAIMS.get(name, ())) <= set(claims_of(table, detector)), f"a row of {name} has another name"
+    switches = [claim.than for claim in claims_of(make_table("discrepancies", presets, [0]), "Deformable DETR")]
+    assert len(switches) == 8 and switches[-1] == "released" and "student" not in switches
     fewer = [claim.ahead for claim in claims_of(make_table("encoder_decoder", presets, [0]), "Conditional DETR")]
     assert fewer == ["detrdistill 6/3", "detrdistill 3/6", "detrdistill 3/3", "student 3/6"]
     all_sets = {row.setting for row in make_table("components", presets, [0]).rows} - {"student", ALL}
