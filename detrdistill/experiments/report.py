@@ -48,23 +48,23 @@ def write_report(
     wanted = {name: make_table(name, presets, seeds) for name in tables or usual_tables(preset_name)}
     there = {name for name in TABLES if (store.root / "tables" / f"{name}.csv").exists()}
     made = [wanted.get(name) or make_table(name, presets, seeds) for name in TABLES if name in wanted or name in there]
+    frames = [collect(table, store) for table in made]
     paths, sections = [], []
-    for table in made:
-        written, section = write_one(table, store)
+    for table, frame in zip(made, frames, strict=True):
+        written, section = write_one(table, frame, store)
         paths += written
         sections.append(section)
-    about = f"Preset {preset_name}. {sections[0].note}" if sections else ""
+    about = f"Preset {preset_name}. {provenance_line(pd.concat(frames))}"  # of all tables, which may differ in code and seeds
     weighed = weigh(made, store)
-    if files := write_claims(weighed, about.removesuffix(NOTES) + NOTE, store.root / "tables"):
+    if files := write_claims(weighed, f"{about} {NOTE}", store.root / "tables"):
         paths += files
         named = [path.relative_to(store.root).as_posix() for path in files]
         sections.insert(0, Section("claims", "Claims", claim_cells(weighed), NOTE, files=named))
-    return [*paths, write_page(store.root, f"detrdistill: {preset_name}", about, sections)]
+    return [*paths, write_page(store.root, f"detrdistill: {preset_name}", f"{about} {NOTES}", sections)]
 
 
-def write_one(table: Table, store: Store) -> tuple[list[Path], Section]:
+def write_one(table: Table, frame: pd.DataFrame, store: Store) -> tuple[list[Path], Section]:
     """One table with its figures, and its part of the page."""
-    frame = collect(table, store)
     summary, note = summarise(table, frame), provenance_line(frame)
     files = write_table(table, frame, store.root / "tables")
     figures = {table.name: comparison(frame, summary, note)}
