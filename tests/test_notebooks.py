@@ -63,10 +63,15 @@ def test_runs_and_shows_what_it_measured(path: Path, results: Path, monkeypatch:
 @pytest.mark.parametrize("name", ["01_main_results", "12_stability"])
 def test_a_run_without_weights_is_left_out_of_what_needs_them(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most students of the committed results are records and logs alone: a batch that has no more to train must not stop at them."""
+    from detrdistill.experiments.session import validate
+
     monkeypatch.setenv("DETRDISTILL_RESULTS", str(tmp_path))
     store, recipe = Store(tmp_path / "smoke"), get_preset("smoke").recipe("student")
-    run(recipe, store, device="cpu", progress=False)
+    record = run(recipe, store, device="cpu", progress=False)
+    chosen = validate(preset="smoke", seeds=[0], device="cpu", progress=False)
+    assert chosen.with_weights([record]) == [record]
     store.weights(recipe).unlink()
+    assert chosen.with_weights([record]) == []
     path = ROOT / "notebooks" / f"{name}.ipynb"
     one = {"detectors": "deformable_detr"} if "detectors" in papermill.inspect_notebook(str(path)) else {}
     execute(path, tmp_path / path.name, {"preset": "smoke", "seeds": "[0]", "progress": "False"} | one, timeout=280)
