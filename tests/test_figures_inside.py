@@ -116,7 +116,7 @@ def test_active_regions_tell_the_share_inside() -> None:
 def test_instability_bars_are_means() -> None:
     left, right = FIGURES["instability"]().axes
     assert [bar.get_height() for bar in left.patches] == [1, 2, 3, 6]
-    assert left.get_ylim()[0] == 0 and {"not run", "1.00", "6.00", "stage 2 to 3"} <= texts(left.figure)
+    assert left.get_ylim()[0] == 0 and {"no weights", "1.00", "6.00", "stage 2 to 3"} <= texts(left.figure)
     assert right.get_ylabel() == "objects an image"
     assert any("interval over images" in text for text in texts(left.figure))
 
@@ -130,11 +130,11 @@ def test_instability_of_seeds_has_a_dot_a_seed() -> None:
     assert any(text.startswith("Dots: seeds.") for text in texts(figure))
 
 
-def test_instability_without_runs_or_steps_says_so(tmp_path: Path) -> None:
+def test_instability_without_weights_or_steps_says_so(tmp_path: Path) -> None:
     nothing = instability({"student": []}, {"student": []})
     one_stage = instability({"student": [np.zeros((3, 0))]}, {"student": [np.zeros((3, 0))]})
     steady = instability({"student": [np.zeros((3, 2))]}, {"student": [np.zeros((3, 2))]})
-    assert "not run" in texts(nothing) and "one decoder stage: nothing can change" in texts(one_stage) and "0.00" in texts(steady)
+    assert "no weights" in texts(nothing) and "one decoder stage: nothing can change" in texts(one_stage) and "0.00" in texts(steady)
     for figure in (nothing, one_stage, steady):
         style.save(figure, tmp_path / "a")
 

@@ -186,7 +186,8 @@ def test_the_gradient_is_that_of_the_detection_loss(untrained: nn.Module, val: C
 
 def test_stability_table_counts_objects(val: CocoDataset) -> None:
     scores = {"student": [{"queries": np.array([[2, 0], [1, 1]]), "objects": np.array([[1, 0], [1, 0]])}]}
-    (line,) = stability.instability_table(scores, val, [0, 1]).to_dict("records")
+    line, empty = stability.instability_table(scores | {"teacher": []}, val, [0, 1]).to_dict("records")
+    assert empty["seeds"] == 0 and np.isnan([empty["queries an image"], empty["percent of objects a step"]]).all()
     objects = sum(len(one.boxes) for one in views.ground_truth(val, [0, 1]))
     assert (line["queries an image"], line["objects an image"]) == (2, 1)
     assert line["percent of objects a step"] == pytest.approx(100 * 2 / (2 * objects), abs=0.01)

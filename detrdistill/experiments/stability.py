@@ -1,6 +1,6 @@
 """Figure 7: which object each query is matched with at each decoder stage, and how often that changes from stage to stage."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -42,11 +42,15 @@ def instability_table(
     """A line a setting, means over seeds: changed queries and objects an image over all steps, and the part of objects a step.
 
     Args:
-        scores: for every setting a list over seeds of `instability` on the images `indices`.
+        scores: for every setting a list over seeds of `instability` on the images `indices`; its means are empty if the list is.
     """
     objects, lines = sum(len(truth.boxes) for truth in ground_truth(dataset, indices)), []
     for setting, runs in scores.items():
-        means = {f"{name} an image": np.mean([run[name].sum(1).mean() for run in runs]) for name in ("queries", "objects")}
-        part = np.mean([run["objects"].sum() / max(objects * run["objects"].shape[1], 1) for run in runs])
+        means = {f"{name} an image": _mean(run[name].sum(1).mean() for run in runs) for name in ("queries", "objects")}
+        part = _mean(run["objects"].sum() / max(objects * run["objects"].shape[1], 1) for run in runs)
         lines.append({"changed": TITLES.get(setting, setting), "seeds": len(runs), **means, "percent of objects a step": 100 * part})
     return pd.DataFrame(lines).set_index("changed").round(2)
+
+
+def _mean(values: Iterable[float]) -> float:
+    return pd.Series([*values], dtype=float).mean()  # NaN without values, where numpy warns

@@ -22,7 +22,7 @@ def instability(queries: Mapping[str, Runs], objects: Mapping[str, Runs], note: 
     Bars are means over images and seeds. Whiskers: 95 % interval over the images of one run, or, with several seeds, a dot a seed.
 
     Args:
-        queries: for every setting a list over seeds of counts [images, steps]; an empty list is shown as "not run".
+        queries: for every setting a list over seeds of counts [images, steps]; an empty list is shown as "no weights".
         objects: the same for objects.
     """
     with style.paper():
@@ -79,14 +79,14 @@ def instability_in_training(curves: Mapping[str, Sequence[Curve]], note: str = "
 def _panel(axes: Axes, scores: Mapping[str, Runs]) -> None:
     steps = max((run.shape[1] for runs in scores.values() for run in runs), default=0)
     if steps == 0:
-        style.not_run(axes, "not run" if not any(scores.values()) else "one decoder stage: nothing can change")
+        style.not_run(axes, "no weights" if not any(scores.values()) else "one decoder stage: nothing can change")
         return
     wide = 0.8 / len(scores)
     for place, (setting, runs) in enumerate(scores.items()):
         shift = wide * (place - (len(scores) - 1) / 2)
         colour = style.COLOURS.get(setting, style.GREY)
         if not runs:
-            axes.annotate("not run", (shift, 0), (0, 4), textcoords="offset points", rotation=90, ha="center", color=style.FAINT)
+            axes.annotate("no weights", (shift, 0), (0, 4), textcoords="offset points", rotation=90, ha="center", color=style.FAINT)
             continue
         means = np.stack([run.mean(0) for run in runs])
         x = np.arange(means.shape[1]) + shift
