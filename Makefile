@@ -70,7 +70,10 @@ faults: setup
 OWNER := .snakemake/owner
 SNAKEMAKE := $(BIN)/snakemake --snakefile workflow/Snakefile --config preset=$(PRESET) seeds="$(SEEDS)" tables="$(TABLE)" detectors="$(DETECTORS)" $(if $(GPUS),gpus=$(GPUS))
 
-WHICH = --preset $(PRESET) --seeds $(SEEDS) $(if $(TABLE),--tables $(TABLE)) $(if $(DETECTORS),--detectors $(DETECTORS))
+NAMED = --preset $(PRESET) $(if $(TABLE),--tables $(TABLE)) $(if $(DETECTORS),--detectors $(DETECTORS))
+WHICH = $(NAMED) --seeds $(SEEDS)
+# Seeds that are not stated are all that are stored: a report of one must not stand in the place of one of three.
+REPORTED = $(NAMED) $(if $(filter-out file,$(origin SEEDS)),--seeds $(SEEDS))
 
 reproduce: setup
 	$(if $(DRY),@$(BIN)/detrdistill plan $(WHICH))
@@ -82,7 +85,7 @@ reproduce: setup
 	status=$$?; if [ $$status -lt 128 ]; then rm -f $(OWNER); fi; exit $$status
 
 report: setup
-	$(BIN)/detrdistill report $(WHICH) $(ARGS)
+	$(BIN)/detrdistill report $(REPORTED) $(ARGS)
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -13,7 +13,7 @@ _HOME = {
     "InputError": "detrdistill.errors",
     "NonFiniteError": "detrdistill.errors",
     "Recipe": "detrdistill.experiments.recipes",
-    "Store": "detrdistill.experiments.runs",
+    "Store": "detrdistill.experiments.store",
     "run": "detrdistill.experiments.runs",
     "build_detector": "detrdistill.models",
 }

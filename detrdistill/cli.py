@@ -32,7 +32,7 @@ def train(
     data: Path | None = None,
     results: Path | None = None,
     device: str = "auto",
-    workers: int = 0,
+    workers: int | None = None,
 ) -> None:
     """Train one row of a preset's tables, and what it depends on; nothing is trained twice.
 
@@ -51,7 +51,7 @@ def train(
         data: folder of COCO json and images, instead of the preset's data.
         results: folder for runs instead of results/<preset>.
         device: auto, cpu or cuda.
-        workers: processes that load images.
+        workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
     """
     from detrdistill.experiments.presets import get_preset
     from detrdistill.experiments.store import Store, open_store
@@ -91,7 +91,7 @@ def on_other_data(recipe: "Recipe", data: Path) -> "Recipe":
     """The recipe and its teacher's on another data folder; a floor stated for the preset's data means nothing there."""
     changes: dict[str, object] = {"data": {"name": "folder", "path": data}}
     if getattr(recipe, "teacher", None) is not None:
-        changes |= {"teacher": on_other_data(recipe.teacher, data), "teacher_floor": 0.0}
+        changes |= {"teacher": on_other_data(recipe.teacher, data), "teacher_floor": min(recipe.teacher_floor, 0.0)}
     return recipe.replace(**changes)
 
 
@@ -136,19 +136,19 @@ def check(folder: tyro.conf.Positional[Path], /) -> None:
         raise InputError("; ".join(damaged[:10]) + (f"; and {len(damaged) - 10} more" if len(damaged) > 10 else ""))
 
 
-def report(preset: str = "quick", seeds: tuple[int, ...] = (0,), tables: tuple[str, ...] = (), detectors: tuple[str, ...] = ()) -> None:
+def report(preset: str = "quick", seeds: tuple[int, ...] = (), tables: tuple[str, ...] = (), detectors: tuple[str, ...] = ()) -> None:
     """Write tables, figures and the page of a preset again, from its stored records; nothing is trained.
 
     Args:
         preset: smoke, quick, mini, bccd or coco.
-        seeds: of the students.
+        seeds: of the students; without, all that have a record.
         tables: names of tables; without, those that are there already and the preset's usual ones.
         detectors: names of detectors; without, all that the preset has recipes for.
     """
-    from detrdistill.experiments.report import write_report
+    from detrdistill.experiments.report import stored_seeds, write_report
     from detrdistill.experiments.store import open_store
 
-    for path in write_report(preset, seeds, open_store(preset).root, tables, detectors):
+    for path in write_report(preset, seeds or stored_seeds(preset, detectors), open_store(preset).root, tables, detectors):
         print(path)
 
 

@@ -117,7 +117,11 @@ def _compare(a: Float[Tensor, "*#any 4"], b: Float[Tensor, "*#any 4"], l1: str) 
 
 
 def matched_objects(output: DetectorOutput, targets: Targets) -> Int[Tensor, "S B Q"]:
-    """The object of its image that each query is matched with at each stage, by the price of the detection loss; -1 for none."""
+    """The object of its image that each query is matched with at each stage, by the price of the detection loss; -1 for none.
+
+    Raises:
+        NonFiniteError: a prediction is NaN or infinite.
+    """
     pairs = match({"objects": Problem(target_cost(output, targets), targets.counts)})["objects"]
     found = torch.full(output.logits.shape[:3], -1, device=output.logits.device)
     found[pairs.stage, pairs.image, pairs.query] = pairs.target

@@ -102,7 +102,8 @@ def _solve(name: str, problem: Problem, cost: np.ndarray, solved: Mapping[str, n
             return np.empty((4, 0), dtype=np.int64)
         block = cost[stage, image] if len(columns) == width else cost[stage, image][:, columns]
         if not np.isfinite(block).all():
-            raise NonFiniteError(f"matching '{name}': the cost at stage {stage + 1}, image {image} of the batch is NaN or infinite")
+            where = f"stage (or pair of stages) {stage + 1}, image {image + 1} of the batch"
+            raise NonFiniteError(f"matching '{name}': the cost at {where} is NaN or infinite")
         rows, chosen = linear_sum_assignment(block)
         return np.stack([np.full_like(rows, stage), np.full_like(rows, image), rows, columns[chosen]])
 

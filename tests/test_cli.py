@@ -273,7 +273,7 @@ def test_switches_of_methods(monkeypatch, tmp_path):
         call(monkeypatch, *words, "--set", "detrdistill.variant=released", "--set", "fgd.maps=features", "--set", "schedule.steps=3")
     (recipe,) = seen
     assert recipe.detector == "adamixer" and recipe.schedule.steps == 3
-    assert recipe.methods == (FGD(maps="features"), DETRDistill(variant="released", features=0.1))
+    assert recipe.methods == (FGD(maps="features"), DETRDistill(variant="released"))
 
 
 @pytest.mark.parametrize(

@@ -126,7 +126,7 @@ class Data(list):
         labels, annotations = [[1], [0, 1]], []
         self.categories = [Category(0, 4, "cat"), Category(1, 9, "dog")]
         for i, (height, width) in enumerate(sizes):
-            where = {"image_id": 20 + i, "size": (height, width), "original_size": (2 * height, 2 * width)}
+            where = {"image_id": 20 + i, "original_size": (2 * height, 2 * width)}
             target = {"labels": torch.tensor(labels[i]), "boxes": torch.tensor(boxes[i])} | where
             self.append((torch.full((3, height, width), float(i)), target))
             for label, (cx, cy, w, h) in zip(labels[i], boxes[i], strict=True):
@@ -174,6 +174,14 @@ def test_evaluate_measures_the_last_stage_and_leaves_the_mode_alone(batch: int, 
     assert metrics["AP"] == pytest.approx(100) and metrics["ARm"] == pytest.approx(100)
     assert held.shape[:2] == (2, len(detector.data)) and held.max() >= 0
     assert detector.training is training
+
+
+def test_batches_may_have_different_numbers_of_queries() -> None:
+    """As in two-stage detectors: an image of few tokens has few proposals."""
+    detector = KnowsAll(Data())
+    detector.queries = lambda memory: 2 + memory[0]
+    held = evaluate(detector, detector.data, batch=1)[1]
+    assert held.shape == (2, 2, 3) and held[:, 0, 2].tolist() == [-1, -1] and held[-1, 0].max() == 0
 
 
 def test_a_non_finite_prediction_stops_and_names_its_image() -> None:

@@ -89,7 +89,7 @@ def test_no_targets():
 def test_non_finite_cost_names_problem_stage_and_image(value):
     cost = random_cost(2, 3, 4, 2)
     cost[1, 2, 3, 0] = value
-    with pytest.raises(NonFiniteError, match=r"'positive'.* stage 2, image 2 of the batch"):
+    with pytest.raises(NonFiniteError, match=r"'positive'.* stage \(or pair of stages\) 2, image 3 of the batch"):
         match({"student": Problem(random_cost(2, 3, 4, 2)), "positive": Problem(cost)})
 
 

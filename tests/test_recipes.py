@@ -115,7 +115,7 @@ OTHER = {
     "backbone.crops.batch": 8, "backbone.crops.lr": 1e-3, "backbone.crops.weight_decay": 0.0, "backbone.crops.size": 16,
     "backbone.crops.seed": 1, "backbone.crops.precision": "fp32",
     "backbone.name": "resnet18", "dim": 64, "heads": 8, "ffn": 128, "encoder_layers": 2, "decoder_layers": 1,
-    "queries": 7, "levels": 2, "points": 2, "dropout": 0.1, "teacher_floor": 3.0, "data.size": 32, "data.train": 31, "data.val": 9,
+    "queries": 7, "levels": 2, "points": 2, "dropout": 0.1, "teacher_floor": 3.0, "data.size": 40, "data.train": 31, "data.val": 9,
     "data.seed": 1, "resize.train": "flip", "resize.short": 63, "resize.long": 65, "schedule.steps": 7, "schedule.batch": 8,
     "schedule.accumulate": 2, "schedule.lr": 2e-3, "schedule.backbone_lr": 0.1, "schedule.sampling_lr": 0.1, "schedule.weight_decay": 0.0,
     "schedule.clip_norm": 0.5, "schedule.warmup": 1, "schedule.decay": "step", "schedule.drops": (0.5,), "schedule.evaluations": 2,
@@ -244,6 +244,9 @@ def test_variants_set_all_switches_together():
     for replaced in (DETRDistill(gamma=0.3, mask="ones").replace(variant="released"), DETRDistill(variant="released", gamma=0.3)):
         assert replaced == released.replace(gamma=0.3) and replaced.mask == "released"
     assert released.replace(variant="paper", mask="ones") == DETRDistill(mask="ones")
+    for preset in PRESETS:  # whose lambdas are its own
+        assert get_preset(preset).method.replace(variant="released") == released
+    assert get_preset("quick").method.replace(variant="released", features=0.3).features == 0.3
     assert KDDETR().replace(form="tprd") == KDDETR(form="tprd")
     read_again = DISTILLED.replace(methods=(stated,)).replace(seed=3).methods
     assert read_again == (stated,)

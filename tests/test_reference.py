@@ -32,7 +32,7 @@ def test_the_committed_report_is_made_from_the_committed_records(
         for name in ("resnet50_msra.pth", "mobilenet_v2.pth"):
             (tmp_path / "data" / "weights" / name).touch()
         monkeypatch.chdir(tmp_path)
-    for part in ("runs", "tables", "notebooks"):
+    for part in ("runs", "tables", "notebooks", "figures"):
         if (folder / part).is_dir():
             shutil.copytree(folder / part, tmp_path / part)
     tables = [path.stem for path in (folder / "tables").glob("*.csv") if path.stem in TABLES]

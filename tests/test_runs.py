@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -245,6 +246,31 @@ def test_the_backbone_s_start_is_in_the_record(store, tmp_path):
     assert record.parents == {"backbone": {"file": "mine.pt", "sha256": file_hash(tmp_path / "mine.pt")}}
 
 
+def test_another_file_under_the_name_of_a_backbone_is_refused(store, tmp_path):
+    """A run is named by the path: its record says nothing of the weights that lie there now."""
+    path = tmp_path / "mine.pt"
+    recipe = STUDENT.replace(**{"schedule.steps": 1, "schedule.evaluations": 1, "backbone.weights": path})
+    weights = read_weights(store.weights(parents(STUDENT)["backbone"]))[0]
+    torch.save(weights, path)
+    record = go(recipe, store)
+    torch.save(weights | {"conv1.weight": weights["conv1.weight"] + 1}, path)
+    with pytest.raises(
+        InputError, match=rf"backbone weights .*mine\.pt are others .* than run {record.id} started from .* a name of its own"
+    ):
+        go(recipe, store)
+    path.unlink()
+    assert go(recipe, store) == record, "what was measured stands without the file"
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "processes", "wanted"), [("cpu", 16, 1, 0), ("cuda", 16, 1, 4), ("cuda", 16, 8, 1), ("cuda", 1, 1, 0)]
+)
+def test_who_loads_images_if_nothing_is_said(monkeypatch, device, cores, processes, wanted):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert runs.loaders(SimpleNamespace(device=torch.device(device))) == wanted
+
+
 def test_which_imagenet_weights_is_in_the_record_too(monkeypatch, tmp_path):
     class Body:
         def load(self, state, source):
@@ -252,7 +278,7 @@ def test_which_imagenet_weights_is_in_the_record_too(monkeypatch, tmp_path):
 
     monkeypatch.setattr(runs, "imagenet_weights", lambda name: {})
     recipe = STUDENT.replace(backbone={"name": "resnet50", "weights": "imagenet"})
-    assert start_backbone(Body(), recipe, Store(tmp_path)) == {"weights": "ResNet50_Weights.IMAGENET1K_V2"}
+    assert start_backbone(Body(), recipe, Store(tmp_path)) == {"weights": "ResNet50_Weights.IMAGENET1K_V1"}
 
 
 def test_the_commits_of_all_sittings(store, monkeypatch):

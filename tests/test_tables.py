@@ -14,7 +14,7 @@ from detrdistill.errors import InputError
 from detrdistill.experiments.paper_tables import main_results, make_table
 from detrdistill.experiments.presets import get_preset
 from detrdistill.experiments.recipes import Digits, Folder, Recipe, run_id
-from detrdistill.experiments.report import write_report
+from detrdistill.experiments.report import stored_seeds, write_report
 from detrdistill.experiments.store import Record, Store
 from detrdistill.experiments.tables import (
     METRICS,
@@ -208,6 +208,30 @@ def test_report_of_an_empty_store_needs_no_torch(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert "not run" in (tmp_path / "tables" / "main_results.md").read_text()
+
+
+def test_seeds_that_are_not_stated_are_those_stored(tmp_path: Path) -> None:
+    """The teacher's own seed is none of them."""
+    store, smoke = Store(tmp_path), get_preset("smoke")
+    assert stored_seeds("smoke", store=store) == (0,)
+    put(store, smoke.teacher, 50.0)
+    assert smoke.teacher.seed == 1 and stored_seeds("smoke", store=store) == (0,)
+    for seed in (4, 2):
+        put(store, smoke.recipe("detrdistill", seed), 20.0)
+    assert stored_seeds("smoke", store=store) == (2, 4)
+
+
+def test_the_page_shows_what_makes_no_table(tmp_path: Path) -> None:
+    fill(Store(tmp_path))
+    write_report("quick", [0], tmp_path)
+    assert "Inside the detectors" not in (tmp_path / "index.html").read_text()
+    for name in ("notebooks/01_main_results.ipynb", "notebooks/10_query_masks.ipynb", "notebooks/12.failed.ipynb", "figures/figure4.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    write_report("quick", [0], tmp_path)
+    before, after = (tmp_path / "index.html").read_text().split('<section id="inside">')
+    assert "01_main_results" in before and "main_results.png" in before and "01_main_results" not in after
+    assert 'href="notebooks/10_query_masks.ipynb"' in after and 'src="figures/figure4.png"' in after and "failed" not in after
 
 
 def test_unknown_preset_is_refused(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class CocoDataset(CocoDetection):
 
         Returns:
             image: normalised, [3 H W].
-            target: labels [n] (class indices), boxes [n 4] (cxcywh, relative), image_id, size and original_size (height, width).
+            target: labels [n] (class indices), boxes [n 4] (cxcywh, relative), image_id and original_size (height, width).
                 Crowds are not among them.
 
         Raises:
@@ -96,7 +96,7 @@ class CocoDataset(CocoDetection):
         height, width = image.shape[-2:]
         boxes = v2.functional.convert_bounding_box_format(target["boxes"], new_format="CXCYWH").as_subclass(Tensor)
         boxes = boxes / torch.tensor([width, height, width, height])
-        where = {"image_id": image_id, "size": (height, width), "original_size": size}
+        where = {"image_id": image_id, "original_size": size}
         return image.as_subclass(Tensor), {"labels": target["labels"], "boxes": boxes, **where}
 
     def load_image(self, id: int) -> Image.Image:
@@ -154,7 +154,6 @@ class Batch:
 
     Attributes:
         padding: True on padding.
-        sizes: (height, width) of each image in `pixels`.
         original_sizes: (height, width) of each image in its file, which the annotations' boxes refer to.
     """
 
@@ -162,7 +161,6 @@ class Batch:
     padding: Bool[Tensor, "B H W"]
     targets: Targets
     image_ids: list[int]
-    sizes: list[tuple[int, int]]
     original_sizes: list[tuple[int, int]]
 
     def __len__(self) -> int:
@@ -187,6 +185,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
     for i, image in enumerate(images):
         h, w = image.shape[-2:]
         pixels[i, :, :h, :w], padding[i, :h, :w] = image, False
-    ids, sizes, original_sizes = ([target[key] for target in targets] for key in ("image_id", "size", "original_size"))
+    ids, original_sizes = ([target[key] for target in targets] for key in ("image_id", "original_size"))
     packed = Targets.pack([target["labels"] for target in targets], [target["boxes"] for target in targets])
-    return Batch(pixels, padding, packed, ids, sizes, original_sizes)
+    return Batch(pixels, padding, packed, ids, original_sizes)

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from detrdistill.data.coco import CocoDataset
+from detrdistill.errors import InputError
 
 CONTEXT = 0.5  # a crop is up to this much wider than its box
 SHIFT = 0.1  # and off centre by up to this part of its width
@@ -20,10 +21,12 @@ def object_crops(dataset: CocoDataset, size: int, seed: int, most: int = 50_000)
     Deterministic in `seed`. Crowds are left out. A crop keeps the object's proportions unless the image ends first.
 
     Raises:
-        InputError: an image cannot be decoded.
+        InputError: there is no object, or an image cannot be decoded.
     """
     rng = np.random.default_rng(seed)
     objects = [a for image_id in dataset.ids for a in dataset.coco.imgToAnns[image_id] if not a["iscrowd"]]
+    if not objects:
+        raise InputError(f"{dataset.report.file}: no objects to cut out and classify; annotate some, or set backbone.weights to 'none'")
     chosen = np.sort(rng.permutation(len(objects))[:most])  # in order of images, so that each is decoded once
     crops = torch.empty(len(chosen), 3, size, size, dtype=torch.uint8)
     labels = torch.tensor([dataset.index_of[objects[k]["category_id"]] for k in chosen], dtype=torch.long)

@@ -40,7 +40,7 @@ def data_hash(spec: Digits | Folder, cache: Path) -> str:
     """SHA-256 over the two annotation files, train then val: `cat instances_train.json instances_val.json | sha256sum`.
 
     Raises:
-        InputError: the recipe states a hash and the folder has another.
+        InputError: the folder is missing or not laid out as expected, or the recipe states another hash than it has.
     """
     digest = sha256()
     for split in SPLITS:
@@ -54,7 +54,11 @@ def data_hash(spec: Digits | Folder, cache: Path) -> str:
 
 
 def layout(spec: Digits | Folder, split: Split, cache: Path) -> tuple[Path, Path]:
-    """Annotation file and image folder of a split."""
+    """Annotation file and image folder of a split.
+
+    Raises:
+        InputError: the folder is missing or not laid out as expected.
+    """
     root = write_digits(spec, cache) if isinstance(spec, Digits) else nearby(spec.path)
     if not root.is_dir():
         raise InputError(f"data folder {root}: {'not a folder' if root.exists() else 'does not exist'}; expected there: {LAYOUT}")

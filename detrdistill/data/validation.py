@@ -90,7 +90,7 @@ def validate(content: Any, file: Path, images: Path) -> tuple[dict[str, Any], Re
     """Clean a parsed COCO file. Annotations keep only what boxes need: id, image_id, category_id, bbox, area, iscrowd.
 
     Raises:
-        InputError: sections, categories or images cannot be trusted, or no annotation survives.
+        InputError: sections, categories or images cannot be trusted, there is no image, or no annotation survives.
     """
     if not isinstance(content, dict):
         raise InputError(f"{file}: the top level is a {type(content).__name__}, not an object; COCO has images, annotations and categories")
@@ -98,6 +98,8 @@ def validate(content: Any, file: Path, images: Path) -> tuple[dict[str, Any], Re
         if not isinstance(content.get(section), list):
             found = "is missing" if section not in content else f"is {_show(content[section])}, not a list"
             raise InputError(f"{file}: section '{section}' {found}; COCO has lists of images, annotations and categories")
+    if not content["images"]:
+        raise InputError(f"{file}: section 'images' is empty; give at least one image")
     report = Report(Path(file), len(content["images"]), len(content["annotations"]))
     categories = list(_categories(content["categories"], report))
     entries = list(_images(content["images"], Path(images), report))

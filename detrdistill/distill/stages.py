@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from itertools import pairwise
 
+from detrdistill.errors import InputError
+
 
 @dataclass(frozen=True)
 class StagePairs:
@@ -29,6 +31,9 @@ def pair_stages(student: int, teacher: int, strategy: str) -> StagePairs:
 
     With equal depths the first four are the same: stage k teaches stage k. Whether the paper sums or averages over a group was not
     found; here each student stage counts once, so a group is averaged.
+
+    Raises:
+        InputError: an unknown strategy.
     """
     if strategy == "grouped":
         bounds = [stage * teacher // student for stage in range(student + 1)]
@@ -42,7 +47,9 @@ def pair_stages(student: int, teacher: int, strategy: str) -> StagePairs:
         taught = [(stage + teacher - student,) if stage + teacher >= student else () for stage in range(student)]
     elif strategy == "last_to_all":
         taught = [(teacher - 1,)] * student
-    else:
+    elif strategy == "last_only":
         taught = [()] * (student - 1) + [(teacher - 1,)]
+    else:
+        raise InputError(f"stages '{strategy}' is unknown; known: grouped, first, last, uniform, last_to_all, last_only")
     pairs = [(own, other, 1 / len(others)) for own, others in enumerate(taught) for other in others]
     return StagePairs(*zip(*pairs, strict=True))

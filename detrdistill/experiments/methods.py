@@ -44,6 +44,7 @@ class MapMethod(Method):
 
 
 RELEASED = {
+    "logits": 1.0, "features": 1.0, "assignment": 1.0,
     "matching": "joint", "normaliser": "pairs", "mask": "released", "maps": "neck", "adapter": False, "pairing": "student",
     "references": "student", "contrast": 0.2, "stages": "first",
 }  # fmt: skip
@@ -53,12 +54,12 @@ class DETRDistill(Method):
     """DETRDistill (ICCV 2023). 0 switches a part off, as in the component ablation (Table 7).
 
     L = L_det + logits * Eq. 3-5 + features * Eq. 9 + assignment * Eq. 10. Neither the paper's lambdas nor its gamma were found in
-    any source we could reach; the values here are this kit's own. `variant="released"` sets the switches to what the authors' code
-    does, whose lambdas are 1; a switch that is stated beside it holds.
+    any source we could reach; the values here are this kit's own. `variant="released"` sets lambdas and switches to what the
+    authors' code does, also where a preset has others; one that is stated beside it holds.
     """
 
     name: Literal["detrdistill"] = "detrdistill"
-    variant: Literal["paper", "released"] = Field("paper", description="sets all switches below as the paper or the released code has them")
+    variant: Literal["paper", "released"] = Field("paper", description="sets all below as the paper or the released code has it")
     logits: NonNegativeFloat = Field(1.0, description="lambda_1 (not found in any source)")
     features: NonNegativeFloat = Field(1.0, description="lambda_2 (not found in any source)")
     assignment: NonNegativeFloat = Field(1.0, description="lambda_3 (not found in any source)")

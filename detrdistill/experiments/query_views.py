@@ -165,7 +165,7 @@ def read_image(path: Path, dataset: CocoDataset) -> tuple[Sample, np.ndarray]:
     }
     pixels, _ = dataset.transforms(tv_tensors.Image(pil_to_tensor(image)), nothing)
     target = {"labels": nothing["labels"], "boxes": torch.zeros(0, 4)}
-    where = {"image_id": -1, "size": tuple(pixels.shape[-2:]), "original_size": size}
+    where = {"image_id": -1, "original_size": size}
     return (pixels.as_subclass(Tensor), target | where), np.asarray(image)
 
 

@@ -9,8 +9,10 @@ from matplotlib.figure import Figure
 from detrdistill.experiments.claims import NOTE, claim_cells, weigh, write_claims
 from detrdistill.experiments.page import Section, write_page
 from detrdistill.experiments.paper_tables import TABLES, make_table, usual_tables
+from detrdistill.experiments.plan import records
 from detrdistill.experiments.presets import get_presets
 from detrdistill.experiments.published import published
+from detrdistill.experiments.recipes import Recipe, run_id
 from detrdistill.experiments.store import Store, open_store
 from detrdistill.experiments.tables import NOTES, Row, Table, cells, collect, find, provenance_line, summarise, write_table
 from detrdistill.figures import style
@@ -60,7 +62,24 @@ def write_report(
         paths += files
         named = [path.relative_to(store.root).as_posix() for path in files]
         sections.insert(0, Section("claims", "Claims", claim_cells(weighed), NOTE, files=named))
+    sections += beside(sections, store.root)
     return [*paths, write_page(store.root, f"detrdistill: {preset_name}", f"{about} {NOTES}", sections)]
+
+
+def stored_seeds(preset_name: str, detectors: Sequence[str] = (), store: Store | None = None) -> tuple[int, ...]:
+    """The seeds of all students that have a record; 0 if there are none."""
+    teachers = {run_id(preset.pinned().teacher) for preset in get_presets(preset_name, detectors)}
+    stored = records([(store or open_store(preset_name)).root])
+    return tuple(sorted({one.recipe.seed for one in stored if isinstance(one.recipe, Recipe) and one.id not in teachers})) or (0,)
+
+
+def beside(sections: Sequence[Section], root: Path) -> list[Section]:
+    """A section for the notebooks that make no table, and their figures, as far as they are there."""
+    shown = {Path(path).name for section in sections for path in (*section.notebooks, *section.figures)}
+    there = lambda pattern: [path for path in sorted(root.glob(pattern)) if path.name not in shown]  # noqa: E731
+    notebooks = [path for path in there("notebooks/[0-9]*.ipynb") if not path.name.endswith(".failed.ipynb")]
+    inside = [[path.relative_to(root).as_posix() for path in found] for found in (there("figures/*.png"), notebooks)]
+    return [Section("inside", "Inside the detectors", figures=inside[0], notebooks=inside[1])] if any(inside) else []
 
 
 def write_one(table: Table, frame: pd.DataFrame, store: Store) -> tuple[list[Path], Section]:

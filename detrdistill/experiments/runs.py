@@ -15,7 +15,6 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 from torch import nn
-from torchvision import models
 
 from detrdistill.data.coco import CocoDataset, open_dataset, require_same_categories
 from detrdistill.data.layout import data_cache, data_hash, pinned
@@ -26,8 +25,8 @@ from detrdistill.experiments.recipes import CropRecipe, Digits, Folder, Recipe, 
 from detrdistill.experiments.store import Record, Store, commit, provenance
 from detrdistill.files import file_hash, nearby
 from detrdistill.models import Backbone, build_detector
-from detrdistill.models.backbones import file_weights, imagenet_weights
-from detrdistill.models.weights import load_weights, read_weights, save_weights
+from detrdistill.models.backbones import file_weights, imagenet_version, imagenet_weights
+from detrdistill.models.weights import classes_of, classes_text, load_weights, read_weights, save_weights
 from detrdistill.training.batches import mix
 from detrdistill.training.crops import train_on_crops
 from detrdistill.training.evaluation import evaluate
@@ -37,29 +36,30 @@ LOG = logging.getLogger(__name__)
 ON_CUDA = "sums of backward passes, in any order: grid_sample (which has no other form), indexing, interpolation"
 
 
-def run(recipe: Recipe | CropRecipe, store: Store, *, device: str = "auto", workers: int = 0, progress: bool = True) -> Record:
+def run(recipe: Recipe | CropRecipe, store: Store, *, device: str = "auto", workers: int | None = None, progress: bool = True) -> Record:
     """Train what `recipe` says and evaluate it, or return the record if that has been done.
 
     An interrupted run continues from its last checkpoint. Under torchrun all processes call this and train together.
 
     Args:
         device: "auto" (cuda if there is one), "cpu" or "cuda". Not part of the recipe, but in the record.
-        workers: processes that load images; 0 loads them in this one.
+        workers: processes that load images, which changes no number; 0 loads them in this one. None: as many as `loaders` says.
 
     Raises:
         InputError: data, weights or folders are not usable, another process trains this run, or the teacher is below its floor.
         NonFiniteError: training met a NaN or an infinity.
         StoppedError: SIGTERM came while training.
     """
-    if workers < 0:
+    if workers is not None and workers < 0:
         raise InputError(f"workers {workers}: a number of processes; give 0 or more")
     recipe = pinned(recipe)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and (record := store.record(recipe)) is not None:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and (record := stored(recipe, store)) is not None:
         return record
     code()
     fabric = make_fabric(device, recipe.backbone.crops.precision if isinstance(recipe, CropRecipe) else recipe.precision)
     if (record := _look_up(fabric, recipe, store)) is not None:
         return record
+    workers = loaders(fabric) if workers is None else workers
     if isinstance(recipe, CropRecipe):
         if fabric.is_global_zero:
             with store.hold(recipe):
@@ -78,7 +78,24 @@ def run(recipe: Recipe | CropRecipe, store: Store, *, device: str = "auto", work
 
 def _look_up(fabric: Fabric, recipe: Recipe | CropRecipe, store: Store) -> Record | None:
     """The record as the first process finds it: what each saw on a shared disk for itself could differ."""
-    return fabric.broadcast(store.record(recipe) if fabric.is_global_zero else None)
+    return fabric.broadcast(stored(recipe, store) if fabric.is_global_zero else None)
+
+
+def stored(recipe: Recipe | CropRecipe, store: Store) -> Record | None:
+    """The record, if there is one.
+
+    Raises:
+        InputError: the backbone started from a file that now holds other weights: a run is named by the file's path.
+    """
+    record = store.record(recipe)
+    if record is not None and isinstance(recipe.backbone.weights, Path) and "backbone" in record.parents:
+        path, held = nearby(recipe.backbone.weights), record.parents["backbone"]["sha256"]
+        if path.is_file() and (found := file_hash(path)) != held:
+            raise InputError(
+                f"backbone weights {path} are others (sha256 {found[:8]}) than run {record.id} started from ({held[:8]}); "
+                "give the new file a name of its own, or put the old one back"
+            )
+    return record
 
 
 @functools.cache
@@ -102,12 +119,11 @@ def load_detector(recipe: Recipe, store: Store, dataset: CocoDataset) -> nn.Modu
     record = store.record(recipe)
     if record is None:
         raise InputError(f"run {run_id(recipe)} is not complete in {store.root}; run it first")
-    names = category_names(dataset)
+    names = [category.name for category in dataset.categories]
     detector = build_detector(recipe, len(dataset.categories))
     path = store.check_weights(record)
     about = read_weights(path)[1]
-    if about.get("categories") != names:
-        trained = about.get("categories")
+    if (trained := classes_of(about)) != names:
         raise InputError(f"weights {path} were trained for the classes {trained}, the data has {names}; use a detector of this data")
     load_weights(detector, path)
     return detector.eval()
@@ -149,6 +165,14 @@ def make_fabric(device: str, precision: str) -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def loaders(fabric: Fabric) -> int:
+    """How many processes load images if nothing is said: beside a GPU up to four; on the CPU none, since training takes its cores."""
+    if fabric.device.type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # those of this job
+    return max(0, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
 
 
 def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool) -> None:
@@ -205,7 +229,8 @@ def _run_detector(fabric: Fabric, recipe: Recipe, store: Store, records: dict[st
     state = train(fabric, distiller, teacher, train_set, recipe, folder, measure, workers=workers, progress=progress, commit=code())
     if not fabric.is_global_zero:
         return
-    save_weights(store.weights(recipe), student, {"run": run_id(recipe), "categories": category_names(train_set)})
+    classes = classes_text([category.name for category in train_set.categories])
+    save_weights(store.weights(recipe), student, {"run": run_id(recipe), "categories": classes})
     store.write(
         Record(
             id=run_id(recipe),
@@ -225,6 +250,9 @@ def start_backbone(backbone: Backbone, recipe: Recipe, store: Store) -> dict[str
 
     Returns:
         which they are, for the record; empty where they are a run's, or none.
+
+    Raises:
+        InputError: they are missing, damaged, or of another architecture.
     """
     weights = recipe.backbone.weights
     if weights == "none":
@@ -234,15 +262,11 @@ def start_backbone(backbone: Backbone, recipe: Recipe, store: Store) -> dict[str
         backbone.load(read_weights(path)[0], str(path))
     elif weights == "imagenet":
         backbone.load(imagenet_weights(recipe.backbone.name), "of torchvision")
-        return {"weights": str(models.get_model_weights(recipe.backbone.name).DEFAULT)}
+        return {"weights": str(imagenet_version(recipe.backbone.name))}
     else:
         backbone.load(file_weights(weights), str(weights))
         return {"file": weights.name, "sha256": file_hash(nearby(weights))}
     return {}
-
-
-def category_names(dataset: CocoDataset) -> str:
-    return ", ".join(category.name for category in dataset.categories)
 
 
 def _evaluate_once(
@@ -273,7 +297,7 @@ def _provenance(fabric: Fabric, data: Digits | Folder, weights: Path) -> dict[st
 
 
 class _Watch:
-    """Wall time and peak memory of a run."""
+    """Wall time and peak memory of a run; on the CPU the peak is the process's, which an earlier run in it may have set."""
 
     def __init__(self, fabric: Fabric) -> None:
         self._clock, self._device = time.monotonic, fabric.device

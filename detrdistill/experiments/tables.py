@@ -167,6 +167,11 @@ def refuse_mixed(records: Sequence[Record]) -> None:
                 "a table compares runs on one data set: delete the folder of the outdated one and run it again"
             )
         for name, parent in record.parents.items():
+            if "sha256" in parent and weights.setdefault(path := str(record.recipe.backbone.weights), parent["sha256"]) != parent["sha256"]:
+                raise InputError(
+                    f"run {record.id} started from other backbone weights {path} (sha256 {parent['sha256'][:8]}) than other runs of the "
+                    f"table ({weights[path][:8]}); delete the folder of the outdated one and run it again"
+                )
             # A parent that is not in the table is what the first record that names it says.
             if "run" in parent and (wanted := weights.setdefault(parent["run"], parent["weights_sha256"])) != parent["weights_sha256"]:
                 raise InputError(

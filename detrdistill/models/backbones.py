@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision import models
+from torchvision.models import WeightsEnum
 from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.resnet import BasicBlock, conv1x1, conv3x3
 from torchvision.ops import FrozenBatchNorm2d
@@ -90,8 +91,9 @@ class Backbone(nn.Module):
         strides: of the maps returned, in pixels.
 
     With learned weights every BatchNorm is frozen (statistics and affine), and the stem and first stage of an ImageNet backbone
-    get no gradient, as in the official DETRs. A backbone without learned weights trains whole, since frozen statistics of random
-    weights learn nothing.
+    get no gradient, as in the official DETRs. These have no MobileNetV2; DETRDistill's released configuration freezes no stage of
+    it, here what comes before its stage of stride 8 is frozen as in a ResNet. A backbone without learned weights trains whole, since
+    frozen statistics of random weights learn nothing.
     """
 
     def __init__(self, recipe: recipes.Backbone, first_level: int = 3) -> None:
@@ -141,13 +143,18 @@ class Backbone(nn.Module):
         self.body.load_state_dict({name: state[name].to(own[name].dtype) for name in own if name in state}, strict=False)
 
 
+def imagenet_version(name: str) -> WeightsEnum:
+    """Which of torchvision's weights of a model: the first version, which the official DETRs start from, and not whichever is newest."""
+    return models.get_model_weights(name)["IMAGENET1K_V1"]
+
+
 def imagenet_weights(name: str) -> dict[str, Tensor]:
     """torchvision's ImageNet weights, downloaded once into torch's cache.
 
     Raises:
         InputError: no network and not in the cache, or a damaged file.
     """
-    weights = models.get_model_weights(name).DEFAULT
+    weights = imagenet_version(name)
     file = Path(torch.hub.get_dir(), "checkpoints", weights.url.rpartition("/")[2])
     try:
         # torch compares the hash in the file's name when it downloads, and never again.

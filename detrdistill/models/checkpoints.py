@@ -20,7 +20,7 @@ from detrdistill.experiments.store import read_record
 from detrdistill.models import AdaMixer, ConditionalDETR, DeformableDETR, build_detector, names
 from detrdistill.models.hugging_face import equal, form_of, positive, read_folder, told_by_config
 from detrdistill.models.sizes import settings_of
-from detrdistill.models.weights import few, fit, named_tensors, read_pickle, read_weights
+from detrdistill.models.weights import classes_of, few, fit, named_tensors, read_pickle, read_weights
 
 FAMILIES = {"conditional_detr": ConditionalDETR, "deformable_detr": DeformableDETR, "adamixer": AdaMixer}
 SHARED_FIELDS = ("detector", "backbone", "dim", "heads", "ffn", "decoder_layers", "queries", "dropout")
@@ -308,7 +308,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return read_folder(path), told_by_config(path / "config.json")
     if path.suffix == ".safetensors":
         tensors, header = read_weights(path)
-        told: dict[str, Any] = {"names": header["categories"].split(", ")} if "categories" in header else {}
+        told: dict[str, Any] = {"names": names} if (names := classes_of(header)) is not None else {}
         if (path.parent / "record.json").is_file():
             recipe = read_record(path.parent / "record.json").recipe
             if isinstance(recipe, Recipe):

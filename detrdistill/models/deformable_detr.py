@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from detrdistill.boxes import add_reference, inverse_sigmoid
+from detrdistill.errors import InputError
 from detrdistill.models.attention import (
     MLP,
     DeformableAttention,
@@ -114,6 +115,9 @@ class DeformableDETR(nn.Module):
         classes: number of classes C (no background class: focal loss).
         form: "plain", "box_refine" or "two_stage" (which refines boxes as well).
         levels: feature levels L; one: C5 alone; more than the backbone gives: 3x3 convolutions of stride 2 from C5 on.
+
+    Raises:
+        InputError: an unknown form.
     """
 
     query_position = True  # queries carry an embedding of their own
@@ -136,6 +140,8 @@ class DeformableDETR(nn.Module):
         dropout: float = 0.1,
     ) -> None:
         super().__init__()
+        if form not in ("plain", "box_refine", "two_stage"):
+            raise InputError(f"form '{form}' is unknown; known: plain, box_refine, two_stage")
         self.backbone, self.dim, self.levels, self.form = backbone, dim, levels, form
         self.refine, self.two_stage = form != "plain", form == "two_stage"
         self.used = backbone.channels[-1:] if levels == 1 else backbone.channels[:levels]

@@ -51,6 +51,20 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise InputError(f"weights {path}: damaged or not a safetensors file ({error}); restore or retrain it") from None
 
 
+def classes_text(names: Sequence[str]) -> str:
+    """Names of classes, in the order of a head's outputs, as text for a header; `classes_of` reads it."""
+    text = ", ".join(names)
+    return text if text.split(", ") == [*names] and not text.startswith("[") else json.dumps([*names], ensure_ascii=False)
+
+
+def classes_of(header: Mapping[str, str]) -> list[str] | None:
+    """The names of the classes in a header, None if it has none."""
+    text = header.get("categories")
+    if text is None:
+        return None
+    return json.loads(text) if text.startswith("[") else text.split(", ")
+
+
 def load_weights(module: nn.Module, path: Path) -> dict[str, str]:
     """Load a safetensors file of the kit into a module, strictly; returns the file's header.
 

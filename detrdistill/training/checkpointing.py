@@ -15,7 +15,11 @@ AFRESH = "delete it to start this run afresh"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write everything a run needs to continue; a kill while writing leaves the previous checkpoint."""
+    """Write everything a run needs to continue; a kill while writing leaves the previous checkpoint.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written to.
+    """
     # Into a file of Python's: torch's own does not tell why it cannot be written.
     with atomic(path) as temporary, temporary.open("wb") as file:
         torch.save(state, file)

@@ -26,9 +26,14 @@ def train_on_crops(
 
     Returns:
         the classifier and its accuracy on crops of `val`, in percent.
+
+    Raises:
+        InputError: a split has no objects, or an image cannot be decoded.
+        NonFiniteError: the loss or the gradient is NaN or infinite.
     """
     plan = recipe.backbone.crops
     images, labels = object_crops(train, plan.size, plan.seed)
+    unseen = object_crops(val, plan.size, plan.seed)  # now: if it has no objects, that is said before an hour of training
     # Around the training too, for backbones with dropout.
     with torch.random.fork_rng(devices=[fabric.device] if fabric.device.type == "cuda" else []):
         torch.manual_seed(plan.seed)
@@ -54,7 +59,7 @@ def train_on_crops(
             optimizer.step()
             optimizer.zero_grad()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return model, accuracy(fabric, model, *object_crops(val, plan.size, plan.seed))
+    return model, accuracy(fabric, model, *unseen)
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from faster_coco_eval import COCO, COCOeval_faster
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -69,6 +70,9 @@ def evaluate(
             held.append(matched_objects(output, samples.targets.to(device)).cpu().to(torch.int32))
     finally:
         detector.train(training)
+    # A two-stage detector has fewer queries where an image has fewer tokens than it wants.
+    widest = max(one.shape[2] for one in held)
+    held = [F.pad(one, (0, widest - one.shape[2]), value=-1) for one in held]
     return coco_metrics(dataset.coco.dataset, results), torch.cat(held, dim=1)
 
 

@@ -27,7 +27,10 @@ from detrdistill.training.logging import Log
 
 CHECKPOINT_SECONDS = 30.0
 TEACHER = "teacher's "  # among the loss parts: whether its logits and boxes are finite
-NO_STEP = "no optimizer step was taken, the last checkpoint is intact; look at these images, or lower schedule.lr"
+NO_STEP = (
+    "no optimizer step was taken, the last checkpoint is intact; look at these images, at the teacher's weights if it is the teacher's "
+    "prediction, or lower schedule.lr"
+)
 
 
 def train(
@@ -85,12 +88,13 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["factor"]
             module.train()
-            images = [image for batch in batches for image in batch.image_ids]
+            images = str([image for batch in batches for image in batch.image_ids])
+            images += " or another process's" if fabric.world_size > 1 else ""
             with kept_for_inspection(folder / f"stopped-step{step}-process{fabric.global_rank}.pt", step, batches):
                 try:
                     parts = accumulate_gradients(fabric, module, ask, batches, schedule)
                 except NonFiniteError as error:
-                    raise NonFiniteError(f"step {step}, images {images}: {error}") from None
+                    raise NonFiniteError(f"step {step}, {error}") from None
                 norm = nn.utils.clip_grad_norm_(distiller.parameters(), schedule.clip_norm or math.inf)
                 # With the losses, processes tell each other that they must stop: they all do so after the same step.
                 values = to_host(fabric, parts | {"stop": norm.new_full((), len(asked))}, norm)
@@ -138,6 +142,9 @@ def accumulate_gradients(
 
     Returns:
         the parts of the loss; and for the teacher's logits and boxes 0, or NaN if they are not finite.
+
+    Raises:
+        NonFiniteError: a prediction is NaN or infinite, found when it is matched; names the images of its micro-batch.
     """
     boxes = float(sum(sum(batch.targets.counts) for batch in batches))
     if fabric.world_size > 1:
@@ -153,7 +160,10 @@ def accumulate_gradients(
             with fabric.autocast():
                 answers = ask(pixels, padding)
         with fabric.no_backward_sync(module, enabled=i < len(batches) - 1):
-            losses = module(pixels, padding, targets, answers)
+            try:
+                losses = module(pixels, padding, targets, answers)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"images {batch.image_ids}: {error}") from None
             # Processes average their gradients; the normalisers already count all of them.
             fabric.backward(torch.stack([value.sum() for value in losses.values()]).sum() * fabric.world_size)
         for name, value in losses.items():
@@ -186,7 +196,7 @@ def changes(held: Int[Tensor, "S B Q"], before: Int[Tensor, "B Q"] | None) -> di
     return found if before is None else found | {"changes_since_last": (held[-1] != before).sum().item() / held.shape[1]}
 
 
-def refuse_non_finite(values: dict[str, float], step: int, images: list[int]) -> None:
+def refuse_non_finite(values: dict[str, float], step: int, images: str) -> None:
     """Raise NonFiniteError if any value is NaN or infinite; names these and lists the others."""
     bad = [f"{name} is {value}" for name, value in values.items() if not math.isfinite(value)]
     rest = [f"{name} {value:.4g}" for name, value in values.items() if math.isfinite(value) and not name.startswith(TEACHER)]

@@ -75,7 +75,7 @@ def test_item_is_normalised_and_boxes_relative(folder):
     image, target = opened(folder)[1]
     assert type(image) is torch.Tensor and type(target["boxes"]) is torch.Tensor
     assert image.shape == (3, 32, 64) and image.dtype == torch.float32
-    assert (target["image_id"], target["size"], target["original_size"]) == (5, (32, 64), (32, 64))
+    assert (target["image_id"], target["original_size"]) == (5, (32, 64))
     torch.testing.assert_close(target["boxes"], torch.tensor([[0.125, 0.25, 0.25, 0.5], [0.5, 0.5, 0.5, 0.5]]))
     raw = torch.from_numpy(np.array(Image.open(folder / "images" / "5.png"))).permute(2, 0, 1) / 255
     torch.testing.assert_close(image, (raw - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None])
@@ -111,13 +111,13 @@ def test_batch_is_padded_and_masked(folder):
     data = opened(folder)
     batch = collate([data[i] for i in range(3)])
     assert len(batch) == 3 and batch.pixels.shape == (3, 3, 64, 64) and batch.padding.shape == (3, 64, 64)
-    assert batch.image_ids == [2, 5, 9] and batch.sizes == [(32, 32), (32, 64), (64, 32)]
-    for i, (h, w) in enumerate(batch.sizes):
+    assert batch.image_ids == [2, 5, 9] and batch.original_sizes == [(32, 32), (32, 64), (64, 32)]
+    for i, (h, w) in enumerate(batch.original_sizes):
         assert torch.equal(batch.pixels[i, :, :h, :w], data[i][0]) and not batch.padding[i, :h, :w].any()
         assert batch.padding[i].sum() == 64 * 64 - h * w and (batch.pixels[i][:, batch.padding[i]] == 0).all()
     assert batch.targets.counts == [1, 2, 0] and batch.targets.labels[1].tolist() == [2, 1]
     torch.testing.assert_close(batch.targets.boxes[0, 0], torch.tensor([0.25, 0.25, 0.25, 0.25]))
-    assert batch.to("cpu").sizes == batch.sizes
+    assert batch.to("cpu").original_sizes == batch.original_sizes
 
 
 def test_coco_s_own_layout(folder):
@@ -198,7 +198,7 @@ def test_a_file_of_another_size_put_in_later_is_named(folder):
 
 
 def test_digits_are_coco_data_like_any_other(tmp_path):
-    spec = Digits(size=32, train=4, val=2)
+    spec = Digits(size=40, train=4, val=2)
     train, val = (open_dataset(spec, split, tmp_path, EVALUATION) for split in ("train", "val"))
     require_same_categories(train, val)
     assert (len(train), len(val), len(train.categories)) == (4, 2, 10) and train.report.faults == []

@@ -142,6 +142,7 @@ REFUSED = [
     (GOOD | {"images": {}}, r"section 'images' is \{\}, not a list"),
     ({"images": [], "annotations": []}, "section 'categories' is missing"),
     (GOOD | {"categories": []}, "'categories' is empty"),
+    (GOOD | {"images": [], "annotations": []}, "section 'images' is empty; give at least one image"),
     (GOOD | {"categories": [{"id": 1}]}, "category 1 has the name None"),
     (GOOD | {"categories": [{"id": "1", "name": "a"}]}, r"categories\[0\] .* no whole number as 'id'"),
     (GOOD | {"categories": [3]}, r"categories\[0\] = 3"),

@@ -6,6 +6,7 @@ import torch
 from detrdistill.distill.distiller import Distiller, Term, align
 from detrdistill.distill.logits import LogitsDistillation
 from detrdistill.distill.stages import pair_stages
+from detrdistill.errors import InputError
 from tests.examples import some_output, some_targets
 
 STRATEGIES = ("grouped", "first", "last", "uniform", "last_to_all", "last_only")
@@ -30,6 +31,11 @@ def pairs(student: int, teacher: int, strategy: str) -> list[tuple[int, int]]:
 )
 def test_six_stages_teach_three(strategy, wanted):
     assert pairs(3, 6, strategy) == wanted
+
+
+def test_an_unknown_strategy_is_refused():
+    with pytest.raises(InputError, match="stages 'groupd' is unknown; known: grouped, first, last, uniform, last_to_all, last_only"):
+        pair_stages(3, 6, "groupd")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[:4])

@@ -37,7 +37,7 @@ TEACHER, DISTILLED = smoke().recipe("teacher"), smoke().recipe("detrdistill")
 
 # Where a NaN appears, and what the message says of it.
 PLACES = {
-    "images": "matching 'student': the cost at stage 1, image 0 of the batch",
+    "images": "matching 'student': the cost at stage (or pair of stages) 1, image 1 of the batch",
     "logits": "",
     "boxes": "",
     "teacher's logits": "",
@@ -107,7 +107,7 @@ def test_a_non_finite_number_stops_before_the_optimizer_step(tmp_path, place, ti
             assert message.startswith(f"step {step}, images {poison.images}: ") and "\n" not in message
             assert PLACES[place] in message and message.endswith(
                 f"; the batch is in {file}; no optimizer step was taken, the last checkpoint is intact; "
-                "look at these images, or lower schedule.lr"
+                "look at these images, at the teacher's weights if it is the teacher's prediction, or lower schedule.lr"
             )
             if "loss" in place or "gradient" in place:
                 assert "detection/giou " in message and " is " in message and "(finite: " in message, "all loss parts are told"

@@ -15,7 +15,7 @@ from detrdistill.experiments.paper_tables import make_table
 from detrdistill.experiments.presets import get_preset
 from detrdistill.experiments.report import write_report
 from detrdistill.experiments.store import Record, Store, read_record
-from detrdistill.experiments.tables import collect, summarise
+from detrdistill.experiments.tables import collect, refuse_mixed, summarise
 from tests.test_tables import SMOKE, fill, put
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -152,6 +152,21 @@ def test_a_teacher_trained_again_is_noticed(store: Store, tries, table: str) -> 
         collect(make_table(table, [QUICK], [0, 1, 2]), store)
     message = str(error.value)
     assert "used another teacher (weights vvvvvvvv) than" in message and "(wwwwwwww); delete the folder of the outdated one" in message
+
+
+def test_backbones_from_two_contents_of_one_file_do_not_mix(store: Store, tries) -> None:
+    records = []
+    for seed, content in enumerate("aab"):
+        recipe = QUICK.recipe("student", seed)
+        recipe = recipe.replace(backbone=recipe.backbone.replace(weights=Path("mine.pt"), crops=None))
+        parents = {"backbone": {"file": "mine.pt", "sha256": content * 64}}
+        records.append(store.record(QUICK.recipe("student", seed)).model_copy(update={"recipe": recipe, "parents": parents}))
+    refuse_mixed(records[:2])
+    with (
+        tries("backbones mixed"),
+        pytest.raises(InputError, match=r"other backbone weights mine\.pt \(sha256 bbbbbbbb\) than .* \(aaaaaaaa\)"),
+    ):
+        refuse_mixed(records)
 
 
 def of(store: Store, record: Record, **about: Any) -> None:

@@ -20,7 +20,7 @@ from detrdistill.models import build_detector
 from detrdistill.models.checkpoints import load_detector_weights, load_pretrained, read_detector_weights
 from detrdistill.models.hugging_face import export_hugging_face
 from detrdistill.models.names import ADAMIXER, COCO_91, rename
-from detrdistill.models.weights import save_weights
+from detrdistill.models.weights import classes_of, classes_text, save_weights
 from tests.models.small import CLASSES, KINDS, batch, randomise, small_detector
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -106,6 +106,13 @@ def test_the_kits_own(kind: str, tmp_path: Path) -> None:
     other = small_detector(kind, seed=7)
     load_detector_weights(other, path)
     same(detector, other)
+
+
+@pytest.mark.parametrize("names", [["a", "b", "c"], ["cup, mug", "plate", "Ü"], ["[a]", "b", "c"], ['["a"]'], [""]])
+def test_names_of_classes_in_a_header(names: list[str]) -> None:
+    text = classes_text(names)
+    assert classes_of({"categories": text}) == names and classes_of({}) is None
+    assert (text == ", ".join(names)) == (names[0] in ("a", "")), "as in files that were written before commas were thought of"
 
 
 def test_a_runs_folder_tells_everything_and_is_exported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
