@@ -31,7 +31,7 @@ help:
 	@echo "make report       write tables and figures again from stored results, without training (PRESET=$(PRESET))"
 	@echo "make lab          open the notebooks in JupyterLab"
 	@echo "make lint         check style, and that source notebooks carry no outputs"
-	@echo "make benchmark    measure times and ratios, print them, write benchmarks/results.csv"
+	@echo "make benchmark    measure times and ratios, print them, write benchmarks/*.csv"
 	@echo "make constraints  write the versions installed in .venv into constraints.txt"
 	@echo "make clean        remove caches; results, data and .venv stay"
 
