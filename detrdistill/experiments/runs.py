@@ -123,8 +123,9 @@ def load_detector(recipe: Recipe, store: Store, dataset: CocoDataset) -> nn.Modu
     detector = build_detector(recipe, len(dataset.categories))
     path = store.check_weights(record)
     about = read_weights(path)[1]
-    if (trained := classes_of(about)) != names:
-        raise InputError(f"weights {path} were trained for the classes {trained}, the data has {names}; use a detector of this data")
+    if classes_of(about) != names:
+        trained, given = about.get("categories"), classes_text(names)
+        raise InputError(f"weights {path} were trained for the classes {trained}, the data has {given}; use a detector of this data")
     load_weights(detector, path)
     return detector.eval()
 
