@@ -148,7 +148,7 @@ def report(preset: str = "quick", seeds: tuple[int, ...] = (), tables: tuple[str
     from detrdistill.experiments.report import stored_seeds, write_report
     from detrdistill.experiments.store import open_store
 
-    for path in write_report(preset, seeds or stored_seeds(preset, detectors), open_store(preset).root, tables, detectors):
+    for path in write_report(preset, seeds or stored_seeds(preset, tables, detectors), open_store(preset).root, tables, detectors):
         print(path)
 
 

@@ -93,15 +93,17 @@ def test_nothing_stated_is_the_preset_s_own_choice(tmp_path: Path, environment: 
     assert "notebooks/10_query_masks.ipynb" in jobs and "06_components" not in jobs and "15_your_own_data" not in jobs
 
 
-def test_a_named_detector_is_that_of_all_notebooks(tmp_path: Path, environment: None) -> None:
-    """Also of those that make no table: none trains another one."""
-    words = [*snakemake(workplace(tmp_path), "tables=", "detectors=adamixer", "--dry-run")]
+@pytest.mark.parametrize("detector", ["adamixer", "deformable_detr"])
+def test_a_named_detector_is_that_of_all_notebooks(tmp_path: Path, environment: None, detector: str) -> None:
+    """Also of those that make no table: none trains another one. The quickstart has no choice."""
+    words = [*snakemake(workplace(tmp_path), "tables=", f"detectors={detector}", "--dry-run")]
     plan = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
     jobs = plan.stdout + plan.stderr
     assert plan.returncode == 0, jobs
     calls = {line.split("notebooks/")[1][:2]: line for line in jobs.splitlines() if " notebook notebooks/" in line}
-    assert {"01", "10", "11", "12"} <= calls.keys() and not {"00", "15"} & calls.keys()
-    assert all("detector=adamixer" in call or "detectors='adamixer'" in call for call in calls.values())
+    assert {"01", "10", "11", "12"} <= calls.keys() and "15" not in calls and ("00" in calls) == (detector == "deformable_detr")
+    assert "--parameters detector" not in calls.pop("00", "")
+    assert all(f"detector={detector}" in call or f"detectors='{detector}'" in call for call in calls.values())
 
 
 def test_unknown_tables_are_refused(folder: Path, environment: None) -> None:

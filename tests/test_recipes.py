@@ -246,7 +246,8 @@ def test_variants_set_all_switches_together():
     assert released.replace(variant="paper", mask="ones") == DETRDistill(mask="ones")
     for preset in PRESETS:  # whose lambdas are its own
         assert get_preset(preset).method.replace(variant="released") == released
-    assert get_preset("quick").method.replace(variant="released", features=0.3).features == 0.3
+    quick = get_preset("quick").method
+    assert quick.replace(variant="released", features=0.3).features == 0.3 and quick.replace(variant="paper") == quick
     assert KDDETR().replace(form="tprd") == KDDETR(form="tprd")
     read_again = DISTILLED.replace(methods=(stated,)).replace(seed=3).methods
     assert read_again == (stated,)

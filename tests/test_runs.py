@@ -254,12 +254,20 @@ def test_another_file_under_the_name_of_a_backbone_is_refused(store, tmp_path):
     torch.save(weights, path)
     record = go(recipe, store)
     torch.save(weights | {"conv1.weight": weights["conv1.weight"] + 1}, path)
-    with pytest.raises(
-        InputError, match=rf"backbone weights .*mine\.pt are others .* than run {record.id} started from .* a name of its own"
-    ):
+    with pytest.raises(InputError, match=rf"backbone weights .*mine\.pt are others now .* than run {record.id} started from"):
         go(recipe, store)
     path.unlink()
     assert go(recipe, store) == record, "what was measured stands without the file"
+
+
+def test_runs_from_other_weights_of_torchvision_are_refused(store):
+    recipe = STUDENT.replace(backbone={"name": "resnet18", "weights": "imagenet"})
+    old = store.record(TEACHER).model_copy(update={"id": run_id(recipe), "recipe": recipe, "parents": {"backbone": {"weights": "V0"}}})
+    store.write(old)
+    with pytest.raises(InputError, match=r"imagenet are others now \(ResNet18_Weights.IMAGENET1K_V1\) than run .* started from \(V0\)"):
+        go(recipe, store)
+    store.write(old.model_copy(update={"parents": {"backbone": {"weights": "ResNet18_Weights.IMAGENET1K_V1"}}}))
+    assert go(recipe, store).recipe == recipe
 
 
 @pytest.mark.parametrize(

@@ -218,19 +218,29 @@ def test_seeds_that_are_not_stated_are_those_stored(tmp_path: Path) -> None:
     assert smoke.teacher.seed == 1 and stored_seeds("smoke", store=store) == (0,)
     for seed in (4, 2):
         put(store, smoke.recipe("detrdistill", seed), 20.0)
-    assert stored_seeds("smoke", store=store) == (2, 4)
+    put(store, get_preset("smoke", "adamixer").recipe("student", 5), 20.0)
+    put(store, smoke.student.replace(seed=7, queries=19), 20.0)  # a trial, of no table
+    assert stored_seeds("smoke", store=store) == (2, 4, 5)
+    assert stored_seeds("smoke", ["components"], ["deformable_detr"], store) == (2, 4)
 
 
 def test_the_page_shows_what_makes_no_table(tmp_path: Path) -> None:
     fill(Store(tmp_path))
     write_report("quick", [0], tmp_path)
     assert "Inside the detectors" not in (tmp_path / "index.html").read_text()
-    for name in ("notebooks/01_main_results.ipynb", "notebooks/10_query_masks.ipynb", "notebooks/12.failed.ipynb", "figures/figure4.png"):
+    for name in (
+        "notebooks/01_main_results.ipynb",
+        "notebooks/10_query_masks.ipynb",
+        "notebooks/12.failed.ipynb",
+        "figures/figure4.png",
+        "figures/convergence_adamixer.png",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     write_report("quick", [0], tmp_path)
     before, after = (tmp_path / "index.html").read_text().split('<section id="inside">')
     assert "01_main_results" in before and "main_results.png" in before and "01_main_results" not in after
+    assert "convergence" not in after, "of a report of more detectors, before"
     assert 'href="notebooks/10_query_masks.ipynb"' in after and 'src="figures/figure4.png"' in after and "failed" not in after
 
 

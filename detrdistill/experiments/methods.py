@@ -43,8 +43,8 @@ class MapMethod(Method):
         return True
 
 
-RELEASED = {
-    "logits": 1.0, "features": 1.0, "assignment": 1.0,
+LAMBDAS = {"logits": 1.0, "features": 1.0, "assignment": 1.0}  # of the released code; the paper's are not known
+RELEASED = LAMBDAS | {
     "matching": "joint", "normaliser": "pairs", "mask": "released", "maps": "neck", "adapter": False, "pairing": "student",
     "references": "student", "contrast": 0.2, "stages": "first",
 }  # fmt: skip
@@ -59,7 +59,9 @@ class DETRDistill(Method):
     """
 
     name: Literal["detrdistill"] = "detrdistill"
-    variant: Literal["paper", "released"] = Field("paper", description="sets all below as the paper or the released code has it")
+    variant: Literal["paper", "released"] = Field(
+        "paper", description="sets switches as paper or released code have them; released: lambdas too"
+    )
     logits: NonNegativeFloat = Field(1.0, description="lambda_1 (not found in any source)")
     features: NonNegativeFloat = Field(1.0, description="lambda_2 (not found in any source)")
     assignment: NonNegativeFloat = Field(1.0, description="lambda_3 (not found in any source)")
@@ -93,7 +95,9 @@ class DETRDistill(Method):
 
     @classmethod
     def decided_by(cls, changes: Mapping[str, Any]) -> set[str]:
-        return set(RELEASED) if "variant" in changes else set()
+        if "variant" not in changes:
+            return set()
+        return set(RELEASED) if changes["variant"] == "released" else RELEASED.keys() - LAMBDAS.keys()
 
     @model_validator(mode="after")
     def _contrast_needs_pairs(self) -> "DETRDistill":

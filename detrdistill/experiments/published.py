@@ -8,7 +8,13 @@ from detrdistill.errors import InputError
 
 # In the repository and not in the package: the kit is used from a clone (`pip install -e`).
 FOLDER = Path(__file__).resolve().parents[2] / "results" / "published"
+GUESSED = ("table5", "table6", "table9")
 COLUMNS = ["table", "row", "column", "value", "unit", "source", "confidence"]
+
+
+def in_words(table: str) -> str:
+    """ "table3" as "Table 3"; a number that is only a guess (the README there) is said to be one."""
+    return f"{'probably ' if table in GUESSED else ''}{table.replace('table', 'Table ')}"
 
 
 def published(table: str) -> pd.DataFrame:

@@ -11,8 +11,8 @@ from detrdistill.experiments.page import Section, write_page
 from detrdistill.experiments.paper_tables import TABLES, make_table, usual_tables
 from detrdistill.experiments.plan import records
 from detrdistill.experiments.presets import get_presets
-from detrdistill.experiments.published import published
-from detrdistill.experiments.recipes import Recipe, run_id
+from detrdistill.experiments.published import in_words, published
+from detrdistill.experiments.recipes import Recipe
 from detrdistill.experiments.store import Store, open_store
 from detrdistill.experiments.tables import NOTES, Row, Table, cells, collect, find, provenance_line, summarise, write_table
 from detrdistill.figures import style
@@ -22,6 +22,7 @@ from detrdistill.figures.convergence import convergence
 from detrdistill.figures.loss_parts import loss_parts
 from detrdistill.training.logging import read_log
 
+MAIN_FIGURES = ("figure1", "convergence", "loss_parts")  # of the main results, beside their own
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 
@@ -47,9 +48,7 @@ def write_report(
     """
     presets = get_presets(preset_name, detectors)
     store = open_store(preset_name) if store_root is None else Store(store_root)
-    wanted = {name: make_table(name, presets, seeds) for name in tables or usual_tables(preset_name)}
-    there = {name for name in TABLES if (store.root / "tables" / f"{name}.csv").exists()}
-    made = [wanted.get(name) or make_table(name, presets, seeds) for name in TABLES if name in wanted or name in there]
+    made = [make_table(name, presets, seeds) for name in tables_of(preset_name, tables, store)]
     frames = [collect(table, store) for table in made]
     paths, sections = [], []
     for table, frame in zip(made, frames, strict=True):
@@ -66,19 +65,33 @@ def write_report(
     return [*paths, write_page(store.root, f"detrdistill: {preset_name}", f"{about} {NOTES}", sections)]
 
 
-def stored_seeds(preset_name: str, detectors: Sequence[str] = (), store: Store | None = None) -> tuple[int, ...]:
-    """The seeds of all students that have a record; 0 if there are none."""
-    teachers = {run_id(preset.pinned().teacher) for preset in get_presets(preset_name, detectors)}
-    stored = records([(store or open_store(preset_name)).root])
-    return tuple(sorted({one.recipe.seed for one in stored if isinstance(one.recipe, Recipe) and one.id not in teachers})) or (0,)
+def stored_seeds(
+    preset_name: str, tables: Sequence[str] = (), detectors: Sequence[str] = (), store: Store | None = None
+) -> tuple[int, ...]:
+    """The seeds of which these tables have a student's record; 0 if there are none."""
+    presets, store = get_presets(preset_name, detectors), store or open_store(preset_name)
+    teachers, names = [preset.teacher for preset in presets], tables_of(preset_name, tables, store)
+
+    def has_student(seed: int) -> bool:
+        recipes = [recipe for name in names for recipe in make_table(name, presets, [seed]).recipes()]
+        return any(find(store, one) for one in recipes if one.seed == seed and one not in teachers)
+
+    seeds = {one.recipe.seed for one in records([store.root]) if isinstance(one.recipe, Recipe)}
+    return tuple(seed for seed in sorted(seeds) if has_student(seed)) or (0,)
+
+
+def tables_of(preset_name: str, tables: Sequence[str], store: Store) -> list[str]:
+    """Those named, or else the preset's usual ones, and those that are there already; in the paper's order."""
+    names = {*(tables or usual_tables(preset_name)), *(name for name in TABLES if (store.root / "tables" / f"{name}.csv").exists())}
+    return sorted(names, key=[*TABLES, *names].index)
 
 
 def beside(sections: Sequence[Section], root: Path) -> list[Section]:
     """A section for the notebooks that make no table, and their figures, as far as they are there."""
-    shown = {Path(path).name for section in sections for path in (*section.notebooks, *section.figures)}
-    there = lambda pattern: [path for path in sorted(root.glob(pattern)) if path.name not in shown]  # noqa: E731
-    notebooks = [path for path in there("notebooks/[0-9]*.ipynb") if not path.name.endswith(".failed.ipynb")]
-    inside = [[path.relative_to(root).as_posix() for path in found] for found in (there("figures/*.png"), notebooks)]
+    linked = {Path(path).name for section in sections for path in section.notebooks}
+    notebooks = [path for path in sorted(root.glob("notebooks/[0-9]*.ipynb")) if path.name not in linked and ".failed" not in path.name]
+    figures = [path for path in sorted(root.glob("figures/*.png")) if not path.stem.startswith((*TABLES, *MAIN_FIGURES))]
+    inside = [[path.relative_to(root).as_posix() for path in found] for found in (figures, notebooks)]
     return [Section("inside", "Inside the detectors", figures=inside[0], notebooks=inside[1])] if any(inside) else []
 
 
@@ -93,7 +106,7 @@ def write_one(table: Table, frame: pd.DataFrame, store: Store) -> tuple[list[Pat
     inside = lambda path: path.relative_to(store.root).as_posix()  # noqa: E731
     section = Section(
         name=table.name,
-        title=f"{table.title} ({table.published.replace('table', 'Table ')})" if table.published else table.title,
+        title=f"{table.title} ({in_words(table.published)})" if table.published else table.title,
         table=cells(summary),
         note=f"{note} {NOTES}",
         figures=[inside(path) for made in drawn.values() for path in made if path.suffix == ".png"],

@@ -85,16 +85,21 @@ def stored(recipe: Recipe | CropRecipe, store: Store) -> Record | None:
     """The record, if there is one.
 
     Raises:
-        InputError: the backbone started from a file that now holds other weights: a run is named by the file's path.
+        InputError: the backbone started from other weights than those that now go by that name: a file's path, or torchvision's.
     """
     record = store.record(recipe)
-    if record is not None and isinstance(recipe.backbone.weights, Path) and "backbone" in record.parents:
-        path, held = nearby(recipe.backbone.weights), record.parents["backbone"]["sha256"]
-        if path.is_file() and (found := file_hash(path)) != held:
-            raise InputError(
-                f"backbone weights {path} are others (sha256 {found[:8]}) than run {record.id} started from ({held[:8]}); "
-                "give the new file a name of its own, or put the old one back"
-            )
+    weights, about = recipe.backbone.weights, (record.parents if record else {}).get("backbone", {})
+    if isinstance(weights, Path) and "sha256" in about and nearby(weights).is_file():
+        now, then = file_hash(nearby(weights)), about["sha256"]
+    elif weights == "imagenet" and "weights" in about:
+        now, then = str(imagenet_version(recipe.backbone.name)), about["weights"]
+    else:
+        return record
+    if now != then:
+        raise InputError(
+            f"backbone weights {weights} are others now ({now}) than run {record.id} started from ({then}); give a new file a name "
+            "of its own, or delete the run's folder to train it again"
+        )
     return record
 
 

@@ -17,7 +17,7 @@ from scipy.special import stdtrit
 
 from detrdistill.errors import InputError
 from detrdistill.experiments.presets import Preset
-from detrdistill.experiments.published import published, published_value
+from detrdistill.experiments.published import in_words, published, published_value
 from detrdistill.experiments.recipes import Digits, Folder, Recipe, run_id
 from detrdistill.experiments.store import Record, Store, read_record, short_commit
 from detrdistill.files import write_text
@@ -167,10 +167,12 @@ def refuse_mixed(records: Sequence[Record]) -> None:
                 "a table compares runs on one data set: delete the folder of the outdated one and run it again"
             )
         for name, parent in record.parents.items():
-            if "sha256" in parent and weights.setdefault(path := str(record.recipe.backbone.weights), parent["sha256"]) != parent["sha256"]:
+            # A file by its hash, or which of torchvision's.
+            source, held = f"{record.recipe.backbone.name} {record.recipe.backbone.weights}", parent.get("sha256", parent.get("weights"))
+            if held and weights.setdefault(source, held) != held:
                 raise InputError(
-                    f"run {record.id} started from other backbone weights {path} (sha256 {parent['sha256'][:8]}) than other runs of the "
-                    f"table ({weights[path][:8]}); delete the folder of the outdated one and run it again"
+                    f"run {record.id} started from other backbone weights, {source} ({held}), than other runs of the table "
+                    f"({weights[source]}); delete the folder of the outdated one and run it again"
                 )
             # A parent that is not in the table is what the first record that names it says.
             if "run" in parent and (wanted := weights.setdefault(parent["run"], parent["weights_sha256"])) != parent["weights_sha256"]:
@@ -318,7 +320,7 @@ NOTES = (
 def write_table(table: Table, frame: pd.DataFrame, folder: Path) -> list[Path]:
     """Write `<name>.csv` (a line a run), `<name>.md` and `<name>.tex` (a line a row); the same bytes for the same records."""
     text = cells(summarise(table, frame))
-    beside = f", beside the paper's {table.published.replace('table', 'Table ')}" if table.published else ""
+    beside = f", beside the paper's {in_words(table.published)}" if table.published else ""
     title = f"{table.title}, preset {table.preset}{beside}"
     provenance = f"{provenance_line(frame)} {NOTES}"
     forms = {"csv": to_csv(frame), "md": to_markdown(text, title, provenance), "tex": to_latex(text, title, provenance)}

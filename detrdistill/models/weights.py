@@ -62,7 +62,11 @@ def classes_of(header: Mapping[str, str]) -> list[str] | None:
     text = header.get("categories")
     if text is None:
         return None
-    return json.loads(text) if text.startswith("[") else text.split(", ")
+    try:
+        names = json.loads(text)
+    except ValueError:
+        names = None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else text.split(", ")
 
 
 def load_weights(module: nn.Module, path: Path) -> dict[str, str]:

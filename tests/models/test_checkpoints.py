@@ -112,6 +112,7 @@ def test_the_kits_own(kind: str, tmp_path: Path) -> None:
 def test_names_of_classes_in_a_header(names: list[str]) -> None:
     text = classes_text(names)
     assert classes_of({"categories": text}) == names and classes_of({}) is None
+    assert classes_of({"categories": "[a], b"}) == ["[a]", "b"] and classes_of({"categories": "[1, 2]"}) == ["[1", "2]"]
     assert (text == ", ".join(names)) == (names[0] in ("a", "")), "as in files that were written before commas were thought of"
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from detrdistill.distill.build import build_distiller
 from detrdistill.distill.distiller import Distiller
-from detrdistill.errors import InputError
+from detrdistill.errors import InputError, NonFiniteError
 from detrdistill.experiments.methods import DETRDistill
 from detrdistill.experiments.presets import smoke
 from detrdistill.experiments.recipes import Backbone, CropRecipe, CropTraining, Recipe, Schedule, parents
@@ -125,6 +125,23 @@ def test_crops_with_dropout_are_reproducible():
         models.append(train_on_crops(fabric, data, data, recipe, progress=False)[0])
         assert torch.equal(torch.get_rng_state(), before)
     assert same_weights(*models)
+
+
+def test_a_nan_names_the_images_of_its_micro_batch(tmp_path, monkeypatch):
+    kept, calls = Distiller.forward, []
+
+    def forward(self, *inputs):
+        calls.append(inputs)
+        if len(calls) == 2:
+            raise NonFiniteError("here")
+        return kept(self, *inputs)
+
+    monkeypatch.setattr(Distiller, "forward", forward)
+    with pytest.raises(NonFiniteError) as error:
+        sit(tmp_path / "run", plain(**{"schedule.accumulate": 2}))
+    first, second = torch.load(tmp_path / "run" / "stopped-step1-process0.pt", weights_only=True)["batches"]
+    assert first["image_ids"] != second["image_ids"]
+    assert str(error.value).startswith(f"step 1, images {second['image_ids']}: here; the batch is in ")
 
 
 @pytest.mark.parametrize("workers", [0, 2])
