@@ -118,7 +118,7 @@ def test_instability_bars_are_means() -> None:
     assert [bar.get_height() for bar in left.patches] == [1, 2, 3, 6]
     assert left.get_ylim()[0] == 0 and {"no weights", "1.00", "6.00", "stage 2 to 3"} <= texts(left.figure)
     assert right.get_ylabel() == "objects an image"
-    assert any("interval over images" in text for text in texts(left.figure))
+    assert any(text.startswith("Whiskers: 95 % interval over the images") for text in texts(left.figure))
 
 
 def test_instability_of_seeds_has_a_dot_a_seed() -> None:
@@ -127,7 +127,8 @@ def test_instability_of_seeds_has_a_dot_a_seed() -> None:
     dots = figure.axes[0].lines
     assert [dot.get_ydata().tolist() for dot in dots] == [[1, 2, 3, 6], [2, 4, 2, 4]]
     assert [bar.get_height() for bar in figure.axes[0].patches] == [2, 4, 2, 4]
-    assert any(text.startswith("Dots: seeds.") for text in texts(figure))
+    assert any(text.startswith("Dots: seeds.") and "Whiskers" not in text for text in texts(figure))
+    assert any(text.startswith("Dots: seeds. Whiskers: ") for text in texts(instability(scores | {"teacher": runs(1)}, scores, "note")))
 
 
 def test_instability_without_weights_or_steps_says_so(tmp_path: Path) -> None:

@@ -29,15 +29,15 @@ def instability(queries: Mapping[str, Runs], objects: Mapping[str, Runs], note: 
         figure = style.Picture(figsize=(style.WIDTH, 2.9))
         panels = figure.subplots(1, 2)
         figure.get_layout_engine().set(wspace=0.06)
-        several = any(len(runs) > 1 for runs in queries.values())
+        counts = {len(runs) for runs in queries.values()}
         for axes, scores, title in zip(panels, (queries, objects), ("queries", "objects"), strict=True):
             _panel(axes, scores)
             axes.set_title(f"{title.capitalize()} that change", loc="left")
             axes.set_ylabel(f"{title} an image")
         handles = [Patch(color=style.COLOURS.get(name, style.GREY), label=TITLES.get(name, name)) for name in queries]
         figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), handlelength=1, columnspacing=1.5)
-        how = "Dots: seeds." if several else "Whiskers: 95 % interval over images."
-        style.note(figure, f"{how}\n{note}".strip())
+        how = ["Dots: seeds."] * (max(counts, default=0) > 1) + ["Whiskers: 95 % interval over the images of one run."] * (1 in counts)
+        style.note(figure, f"{' '.join(how)}\n{note}".strip())
     return figure
 
 
