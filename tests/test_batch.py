@@ -10,6 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from detrdistill.experiments.presets import coco
+from detrdistill.experiments.recipes import Folder, run_id
+from detrdistill.experiments.runs import pinned
+from tests.folders import write_folder
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -135,3 +140,33 @@ def test_a_stored_teacher_asks_for_nothing(folder: Path, environment: None, tmp_
     wanted = f"{tmp_path}/results/smoke/runs/{teacher.name}/record.json"
     plan = subprocess.run([*snakemake(tmp_path, "--dry-run"), wanted], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert plan.returncode == 0 and "Nothing to be done" in plan.stdout + plan.stderr, plan.stderr
+
+
+def plan(folder: Path, **config: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "1", "--dry-run", "--directory", folder]
+    command += ["--config", *(f"{name}={value}" for name, value in config.items())]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_batch_waits_for_runs_by_their_data_s_hash(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETRDISTILL_RESULTS", str(tmp_path / "results"))
+    data = Folder(path=write_folder(tmp_path / "data" / "coco"))
+    done = plan(tmp_path, preset="coco", seeds="0")
+    assert done.returncode == 0, done.stderr
+    for setting in ("teacher", "student", "detrdistill"):
+        recipe = pinned(coco().recipe(setting).replace(data=data, **({"teacher.data": data} if setting == "detrdistill" else {})))
+        assert f"/runs/{run_id(recipe)}/record.json" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("preset", "seeds", "message"),
+    [
+        ("coco", "0", "data folder data/coco: does not exist; expected there: instances_train.json"),
+        ("smok", "0", "preset 'smok' is unknown; known: smoke, quick, mini, bccd, coco"),
+        ("smoke", "a", "seeds 'a': whole numbers, such as SEEDS='0 1 2'"),
+    ],
+)
+def test_a_batch_that_cannot_be(tmp_path, preset, seeds, message):
+    done = plan(tmp_path, preset=preset, seeds=seeds)
+    told = done.stdout + done.stderr
+    assert done.returncode and message in told and "Traceback" not in told

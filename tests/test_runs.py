@@ -6,10 +6,8 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,9 +17,9 @@ from detrdistill.distill.distiller import Distiller
 from detrdistill.errors import InputError
 from detrdistill.experiments import runs
 from detrdistill.experiments.paper_tables import named_runs
-from detrdistill.experiments.presets import coco, smoke
+from detrdistill.experiments.presets import smoke
 from detrdistill.experiments.recipes import Folder, Recipe, parents, run_id
-from detrdistill.experiments.runs import load_detector, make_fabric, open_split, pinned, run, start_backbone
+from detrdistill.experiments.runs import load_detector, open_split, pinned, run, start_backbone
 from detrdistill.experiments.store import Store, open_store, read_record
 from detrdistill.files import file_hash
 from detrdistill.models.weights import read_weights
@@ -134,29 +132,6 @@ def test_a_stored_detector_is_the_one_that_was_measured(finished):
     assert again == {name: pytest.approx(value, abs=1e-3) for name, value in Store(finished).record(DISTILLED).metrics.items()}
 
 
-def test_devices():
-    for device in ("tpu", "cuda:1"):
-        with pytest.raises(InputError, match=f"device '{device}' is unknown; use auto, cpu or cuda"):
-            make_fabric(device, "fp32")
-    assert make_fabric("cpu", "fp32").device == torch.device("cpu")
-
-
-def test_no_cuda(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match="device 'cuda': torch finds no CUDA device"):
-        make_fabric("cuda", "fp32")
-    assert make_fabric("auto", "fp32").device == torch.device("cpu")
-
-
-def test_more_processes_than_gpus(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    with pytest.raises(InputError, match="3 processes on this machine, which has 2 GPUs; start at most 2, or use device 'cpu'"):
-        make_fabric("auto", "fp32")
-
-
 def test_a_batch_trains_the_runs_it_waits_for(tmp_path):
     """The names that the preset tells before training are those of the records."""
     folder = {"data": Folder(path=write_folder(tmp_path / "mine")), "schedule.steps": 2, "schedule.evaluations": 1, "schedule.batch": 2}
@@ -167,36 +142,6 @@ def test_a_batch_trains_the_runs_it_waits_for(tmp_path):
         go(preset.recipe(setting), store)
     named = named_runs(["main_results"], [replace(preset.pinned(), rivals=())], (0,))
     assert {path.name for path in (store.root / "runs").iterdir()} == named.keys()
-
-
-def plan(folder: Path, **config: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "1", "--dry-run", "--directory", folder]
-    command += ["--config", *(f"{name}={value}" for name, value in config.items())]
-    return subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120, check=False)
-
-
-def test_the_batch_waits_for_runs_by_their_data_s_hash(tmp_path, monkeypatch):
-    monkeypatch.setenv("DETRDISTILL_RESULTS", str(tmp_path / "results"))
-    data = Folder(path=write_folder(tmp_path / "data" / "coco"))
-    done = plan(tmp_path, preset="coco", seeds="0")
-    assert done.returncode == 0, done.stderr
-    for setting in ("teacher", "student", "detrdistill"):
-        recipe = pinned(coco().recipe(setting).replace(data=data, **({"teacher.data": data} if setting == "detrdistill" else {})))
-        assert f"/runs/{run_id(recipe)}/record.json" in done.stdout + done.stderr
-
-
-@pytest.mark.parametrize(
-    ("preset", "seeds", "message"),
-    [
-        ("coco", "0", "data folder data/coco: does not exist; expected there: instances_train.json"),
-        ("smok", "0", "preset 'smok' is unknown; known: smoke, quick, mini, bccd, coco"),
-        ("smoke", "a", "seeds 'a': whole numbers, such as SEEDS='0 1 2'"),
-    ],
-)
-def test_a_batch_that_cannot_be(tmp_path, preset, seeds, message):
-    done = plan(tmp_path, preset=preset, seeds=seeds)
-    told = done.stdout + done.stderr
-    assert done.returncode and message in told and "Traceback" not in told
 
 
 def test_a_run_that_another_process_finished_meanwhile(store, finished, trained, monkeypatch):
@@ -268,15 +213,6 @@ def test_runs_from_other_weights_of_torchvision_are_refused(store):
         go(recipe, store)
     store.write(old.model_copy(update={"parents": {"backbone": {"weights": "ResNet18_Weights.IMAGENET1K_V1"}}}))
     assert go(recipe, store).recipe == recipe
-
-
-@pytest.mark.parametrize(
-    ("device", "cores", "processes", "wanted"), [("cpu", 16, 1, 0), ("cuda", 16, 1, 4), ("cuda", 16, 8, 1), ("cuda", 1, 1, 0)]
-)
-def test_who_loads_images_if_nothing_is_said(monkeypatch, device, cores, processes, wanted):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    assert runs.loaders(SimpleNamespace(device=torch.device(device))) == wanted
 
 
 def test_which_imagenet_weights_is_in_the_record_too(monkeypatch, tmp_path):

@@ -1,0 +1,42 @@
+"""Where a run computes: which device, how many processes, and who loads images."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from detrdistill.errors import InputError
+from detrdistill.experiments.runs import loaders, make_fabric
+
+
+def test_devices():
+    for device in ("tpu", "cuda:1"):
+        with pytest.raises(InputError, match=f"device '{device}' is unknown; use auto, cpu or cuda"):
+            make_fabric(device, "fp32")
+    assert make_fabric("cpu", "fp32").device == torch.device("cpu")
+
+
+def test_no_cuda(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match="device 'cuda': torch finds no CUDA device"):
+        make_fabric("cuda", "fp32")
+    assert make_fabric("auto", "fp32").device == torch.device("cpu")
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(InputError, match="3 processes on this machine, which has 2 GPUs; start at most 2, or use device 'cpu'"):
+        make_fabric("auto", "fp32")
+
+
+@pytest.mark.parametrize(
+    ("device", "cores", "processes", "wanted"), [("cpu", 16, 1, 0), ("cuda", 16, 1, 4), ("cuda", 16, 8, 1), ("cuda", 1, 1, 0)]
+)
+def test_who_loads_images_if_nothing_is_said(monkeypatch, device, cores, processes, wanted):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert loaders(SimpleNamespace(device=torch.device(device))) == wanted
