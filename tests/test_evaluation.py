@@ -4,6 +4,7 @@ import contextlib
 import copy
 import io
 import math
+import multiprocessing
 from types import SimpleNamespace
 from typing import Any
 
@@ -184,11 +185,12 @@ def test_batches_may_have_different_numbers_of_queries() -> None:
     assert held.shape == (2, 2, 3) and held[:, 0, 2].tolist() == [-1, -1] and held[-1, 0].max() == 0
 
 
-def test_a_non_finite_prediction_stops_and_names_its_image() -> None:
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_non_finite_prediction_stops_and_names_its_image(workers) -> None:
     detector = KnowsAll(Data(), broken=1)
     with pytest.raises(NonFiniteError, match=r"image ids 21 are NaN or infinite"):
-        evaluate(detector, detector.data, batch=2)
-    assert detector.training
+        evaluate(detector, detector.data, batch=2, workers=workers)
+    assert detector.training and not multiprocessing.active_children()
 
 
 def test_another_number_of_classes_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader
@@ -45,14 +47,24 @@ class Draws(Sequence[list[tuple[int, int]]]):
 
 
 def micro_batches(dataset: CocoDataset, draws: Draws, workers: int, pin: bool = False) -> Iterator[list[Batch]]:
-    """The micro-batches of each optimizer step in turn."""
-    options = {"collate_fn": collate, "num_workers": workers, "pin_memory": pin, "worker_init_fn": ignore_sigterm}
-    loader = iter(DataLoader(dataset, batch_sampler=draws, **options))
-    while True:
-        step = [batch for _, batch in zip(range(draws.accumulate), loader, strict=False)]
-        if not step:
-            return
-        yield step
+    """The micro-batches of each optimizer step in turn; close it, if it is not used up."""
+    with loading(dataset, workers, batch_sampler=draws, pin_memory=pin) as batches:
+        while step := [batch for _, batch in zip(range(draws.accumulate), batches, strict=False)]:
+            yield step
+
+
+@contextmanager
+def loading(dataset: CocoDataset, workers: int, **options: Any) -> Iterator[Iterator[Batch]]:
+    """Batches loaded by `workers` processes (0: by this one), which end with the block.
+
+    Python ends what processes it has left by SIGTERM, which these ignore: after an error it would wait for them forever.
+    """
+    batches = iter(DataLoader(dataset, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_sigterm, **options))
+    try:
+        yield batches
+    finally:
+        if workers:
+            batches._shutdown_workers()  # as torch does when the last traceback that holds it is gone, which may be never
 
 
 def ignore_sigterm(worker: int) -> None:

@@ -1,6 +1,7 @@
 """COCO evaluation: detections in pixels, and the twelve COCO numbers in percent."""
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -8,13 +9,12 @@ import torch.nn.functional as F
 from faster_coco_eval import COCO, COCOeval_faster
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from detrdistill.boxes import cxcywh_to_xyxy
 from detrdistill.criterion import matched_objects
-from detrdistill.data.coco import CocoDataset, collate
+from detrdistill.data.coco import CocoDataset
 from detrdistill.errors import InputError, NonFiniteError
-from detrdistill.training.batches import ignore_sigterm
+from detrdistill.training.batches import loading
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
@@ -56,10 +56,10 @@ def evaluate(
     """
     results: list[dict[str, Any]] = []
     held: list[Tensor] = []
-    training = detector.training
-    detector.eval()
-    try:
-        for samples in DataLoader(dataset, batch_size=batch, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_sigterm):
+    with loading(dataset, workers, batch_size=batch) as batches, ExitStack() as at_end:
+        at_end.callback(detector.train, detector.training)
+        detector.eval()
+        for samples in batches:
             pixels = samples.pixels.to(device, memory_format=torch.channels_last)
             memory = detector.encode(pixels, samples.padding.to(device))
             (output,) = detector.decode(memory, detector.queries(memory))
@@ -68,8 +68,6 @@ def evaluate(
             for image, found in zip(samples.image_ids, detections(logits, boxes, samples.original_sizes, top), strict=True):
                 results += _coco_results(image, found, [category.id for category in dataset.categories])
             held.append(matched_objects(output, samples.targets.to(device)).cpu().to(torch.int32))
-    finally:
-        detector.train(training)
     # A two-stage detector has fewer queries where an image has fewer tokens than it wants.
     widest = max(one.shape[2] for one in held)
     held = [F.pad(one, (0, widest - one.shape[2]), value=-1) for one in held]

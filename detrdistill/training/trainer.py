@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -80,8 +80,13 @@ def train(
     quiet = not progress or fabric.global_rank > 0
     bar = tqdm(total=total, initial=state["step"], desc=recipe.title, unit="step", disable=quiet, mininterval=1)
     asked: list[str] = []
-    with Log(folder / "log.jsonl" if fabric.is_global_zero else None, state["step"]) as log, bar, on_sigterm(lambda: asked.append("stop")):
-        for step, batches in enumerate(micro_batches(dataset, draws, workers, pin=fabric.device.type == "cuda"), start=state["step"] + 1):
+    with (
+        Log(folder / "log.jsonl" if fabric.is_global_zero else None, state["step"]) as log,
+        bar,
+        on_sigterm(lambda: asked.append("stop")),
+        closing(micro_batches(dataset, draws, workers, pin=fabric.device.type == "cuda")) as stream,
+    ):
+        for step, batches in enumerate(stream, start=state["step"] + 1):
             # Randomness that is left (dropout, what methods draw) is seeded by step: resuming is exact without saving generators.
             torch.manual_seed(mix(recipe.seed, step, fabric.global_rank))
             rate = schedule.lr * lr_factor(schedule, step, total)

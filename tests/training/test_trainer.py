@@ -1,6 +1,7 @@
 """The training loop on the smoke preset: exact resume, accumulation, faults, precision, schedules."""
 
 import math
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from detrdistill.data.coco import CocoDataset
 from detrdistill.distill.build import build_distiller
 from detrdistill.distill.distiller import Distiller
 from detrdistill.errors import InputError, NonFiniteError
@@ -151,6 +153,18 @@ def test_same_seed_same_bytes(tmp_path, workers):
     sit(tmp_path / "seed 7", plain(seed=7))
     one, other, different = ((tmp_path / name / "log.jsonl").read_bytes() for name in ("one", "other", "seed 7"))
     assert one == other and one != different
+
+
+def test_no_process_outlives_an_error(tmp_path, monkeypatch):
+    """Though its traceback is kept, as a notebook does: Python, when it ends, would wait for processes that do not mind SIGTERM."""
+
+    def damaged(*_) -> None:
+        raise InputError("image 3: cannot be decoded")
+
+    monkeypatch.setattr(CocoDataset, "load_image", damaged)
+    with pytest.raises(InputError, match="image 3") as kept:
+        sit(tmp_path / "run", plain(), workers=2)
+    assert kept.value.__traceback__ is not None and not multiprocessing.active_children()
 
 
 def gradient(recipe: Recipe, **changes) -> tuple[dict[str, Tensor], list[Tensor]]:
