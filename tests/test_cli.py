@@ -124,7 +124,8 @@ def test_imagenet_without_network(refused, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
     root = write_folder(tmp_path / "mine")
-    words = ("--data", root, "--set", "backbone.name=resnet18", "--set", "backbone.weights=imagenet")
+    changes = ("backbone.name=resnet18", "backbone.width=16", "backbone.weights=imagenet")
+    words = ("--data", root, *(word for change in changes for word in ("--set", change)))
     assert "ImageNet weights of resnet18 could not be downloaded (Network is unreachable); connect once" in refused(*TRAIN, *words)
 
 

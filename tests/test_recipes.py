@@ -64,6 +64,8 @@ def refusal(**changes: Any) -> str:
         ("dim", 30, ["'dim' 30 must be a multiple of 'heads' 4"]),
         ("dim", 48, ["multiple of 32"]),
         ("backbone.weights", "imagenet", ["no ImageNet weights exist for thin_resnet"]),
+        ("backbone.name", "resnet18", ["resnet18 has no 'width' (that is of thin_resnet); leave it at 16, not 8"]),
+        ("backbone", {"name": "resnet50", "blocks": [1, 1, 2, 1]}, ["resnet50 has no 'blocks'", "leave it at (1, 1, 1, 1)"]),
         ("backbone.crops", None, ["weights='crops' needs 'crops'"]),
         ("backbone.blocks", [1, 1, 1], ["'backbone.blocks"]),
         ("data.size", 8, ["'data.digits.size' = 8"]),
@@ -136,7 +138,8 @@ def test_every_field_has_another_value_here():
 
 @pytest.mark.parametrize("name", OTHER)
 def test_one_field_changes_exactly_what_depends_on_it(name):
-    changed = STUDENT.replace(**{name: OTHER[name]})
+    needed = {"backbone.width": 16} if name == "backbone.name" else {}  # a ResNet-18 has but one
+    changed = STUDENT.replace(**{name: OTHER[name]} | needed)
     assert run_id(changed) != run_id(STUDENT)
     if name != "backbone.weights":
         same = run_id(parents(changed)["backbone"]) == run_id(parents(STUDENT)["backbone"])
