@@ -1,12 +1,14 @@
 """Where a run computes: which device, how many processes, and who loads images."""
 
 import os
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from detrdistill.errors import InputError
+from detrdistill.experiments import runs
 from detrdistill.experiments.runs import loaders, make_fabric
 
 
@@ -31,6 +33,22 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     with pytest.raises(InputError, match="3 processes on this machine, which has 2 GPUs; start at most 2, or use device 'cpu'"):
         make_fabric("auto", "fp32")
+
+
+def test_one_process_in_a_slurm_job_of_many_tasks(monkeypatch):
+    """How cores are reserved on many clusters: Fabric would refuse it."""
+    for name, value in {"SLURM_NTASKS": "16", "SLURM_JOB_NAME": "job.sh", "SLURM_JOB_ID": "1", "SLURM_NODELIST": "n1"}.items():
+        monkeypatch.setenv(name, value)
+    assert make_fabric("cpu", "fp32").world_size == 1
+
+
+def test_processes_wait_for_an_evaluation_as_long_as_it_takes(monkeypatch):
+    """The first one evaluates; half an hour, as is usual, is too short for tens of thousands of images."""
+    made = {}
+    monkeypatch.setattr(runs, "Fabric", lambda **options: made.update(options) or SimpleNamespace(launch=lambda: None))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    make_fabric("cpu", "fp32")
+    assert made["strategy"]._timeout >= timedelta(hours=12)
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,15 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins import MixedPrecision
+from lightning_fabric.plugins import MixedPrecision, Precision
+from lightning_fabric.plugins.environments import LightningEnvironment
+from lightning_fabric.strategies import DDPStrategy
 from torch import nn
 
 from detrdistill.data.coco import CocoDataset, open_dataset, require_same_categories
@@ -33,6 +36,7 @@ from detrdistill.training.evaluation import evaluate
 from detrdistill.training.trainer import train
 
 LOG = logging.getLogger(__name__)
+PATIENCE = timedelta(days=1)  # of processes that wait for the first one's evaluation or crop training; the default is half an hour
 ON_CUDA = "sums of backward passes, in any order: grid_sample (which has no other form), indexing, interpolation"
 
 
@@ -162,12 +166,16 @@ def make_fabric(device: str, precision: str) -> Fabric:
     if on_gpu and local > torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise InputError(f"{local} processes on this machine, which has {count} GPUs; start at most {count}, or use device 'cpu'")
+    plugins: list[Any] = [Autocast("bf16-mixed", "cuda" if on_gpu else "cpu") if precision == "bf16" else Precision()]
+    if world == 1:
+        # Fabric would ask why a Slurm job of several tasks has but one process; such jobs are how people reserve cores.
+        plugins.append(LightningEnvironment())
     fabric = Fabric(
         accelerator="cuda" if on_gpu else "cpu",
         devices=local,
         num_nodes=world // local,
-        strategy="ddp" if world > 1 else "auto",
-        **({"plugins": [Autocast("bf16-mixed", "cuda" if on_gpu else "cpu")]} if precision == "bf16" else {"precision": "32-true"}),
+        strategy=DDPStrategy(timeout=PATIENCE) if world > 1 else "auto",
+        plugins=plugins,
     )
     fabric.launch()
     return fabric

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing import active_children
 from typing import Any
 
 import numpy as np
@@ -59,7 +60,13 @@ def loading(dataset: CocoDataset, workers: int, **options: Any) -> Iterator[Iter
 
     Python ends what processes it has left by SIGTERM, which these ignore: after an error it would wait for them forever.
     """
-    batches = iter(DataLoader(dataset, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_sigterm, **options))
+    before = set(active_children())
+    try:
+        batches = iter(DataLoader(dataset, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_sigterm, **options))
+    except BaseException:
+        for started in set(active_children()) - before:  # the system would not start all of them
+            started.kill()
+        raise
     try:
         yield batches
     finally:

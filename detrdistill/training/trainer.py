@@ -25,7 +25,7 @@ from detrdistill.training.batches import Draws, micro_batches, mix
 from detrdistill.training.checkpointing import lack_of_space, resume, save_checkpoint
 from detrdistill.training.logging import Log
 
-CHECKPOINT_SECONDS = 30.0
+CHECKPOINT_SECONDS = 30.0  # from one checkpoint to the next; longer where one takes more than a twentieth of it to write
 TEACHER = "teacher's "  # among the loss parts: whether its logits and boxes are finite
 NO_STEP = (
     "no optimizer step was taken, the last checkpoint is intact; look at these images, at the teacher's weights if it is the teacher's "
@@ -65,6 +65,9 @@ def train(
     ask = None if teacher is None else partial(distiller.ask, teacher)
     module, optimizer = fabric.setup(distiller, make_optimizer(distiller, schedule))
     state = resume(folder / "checkpoint.pt", distiller, optimizer, total) or {"step": 0, "curve": [], "seconds": 0.0, "resumed": 0}
+    steps = fabric.all_gather(torch.tensor(state["step"], device=fabric.device)).flatten().tolist()
+    if len(set(steps)) > 1:
+        raise InputError(f"{folder}: processes find checkpoints of different steps ({steps}); use a folder that all of them share")
     # All processes refuse together: one that waits for another in a collective operation hears no signal.
     if refused := fabric.broadcast(lack_of_space(folder / "checkpoint.pt", distiller) if fabric.is_global_zero else ""):
         raise InputError(refused)
@@ -77,6 +80,7 @@ def train(
     marks = {round(total * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)}
     every = max(1, total // 2000)
     clock = last_save = time.monotonic()
+    took = 0.0  # seconds to write a checkpoint
     quiet = not progress or fabric.global_rank > 0
     bar = tqdm(total=total, initial=state["step"], desc=recipe.title, unit="step", disable=quiet, mininterval=1)
     asked: list[str] = []
@@ -121,7 +125,7 @@ def train(
                 point = {"step": step, "AP": state["metrics"]["AP"]} | changes(held, state.get("held"))
                 state["curve"], state["held"] = [*state["curve"], point], held[-1].clone()  # not the storage of all stages
                 clock = time.monotonic()
-            if step in marks or stopping or time.monotonic() - last_save > CHECKPOINT_SECONDS:
+            if step in marks or stopping or time.monotonic() - last_save > CHECKPOINT_SECONDS * max(1.0, took / 1.5):
                 state["seconds"], clock = state["seconds"] + time.monotonic() - clock, time.monotonic()
                 if fabric.is_global_zero:
                     save_checkpoint(
@@ -129,6 +133,7 @@ def train(
                         {"model": distiller.state_dict(), "optimizer": optimizer.state_dict(), "state": state},
                     )
                 last_save = time.monotonic()
+                took = last_save - clock
             # SIGTERM that came since is told of with the next step's losses, after the last step by a word of its own.
             if stopping or (step == total and fabric.all_reduce(norm.new_full((), len(asked)), reduce_op="sum") > 0):
                 fabric.barrier()  # torchrun ends all processes as soon as one has ended

@@ -1,10 +1,15 @@
-"""Which images a step sees does not depend on resuming, micro-batches or processes."""
+"""Which images a step sees does not depend on resuming, micro-batches or processes; and what loads them ends."""
 
+import errno
 import itertools
+import signal
+from multiprocessing.process import BaseProcess
 
 import pytest
 
-from detrdistill.training.batches import Draws, mix
+from detrdistill.data.coco import CocoDataset
+from detrdistill.training.batches import Draws, loading, mix
+from tests.folders import write_folder
 
 
 def flat(draws: Draws) -> list[tuple[int, int]]:
@@ -46,3 +51,22 @@ def test_micro_batches_and_processes_share_out_the_same_images(accumulate, world
 def test_a_batch_may_be_larger_than_the_data():
     seen = [image for image, _ in flat(draws(images=3, batch=8, steps=3))]
     assert [sorted(seen[i : i + 3]) for i in range(0, 24, 3)] == [[0, 1, 2]] * 8
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's own, of a loader that was made by half
+def test_no_process_is_left_where_the_system_starts_no_more(monkeypatch, tmp_path):
+    start, started = BaseProcess.start, []
+
+    def start_one(self: BaseProcess) -> None:
+        if started:
+            raise OSError(errno.EAGAIN, "Resource temporarily unavailable")
+        started.append(self)
+        start(self)
+
+    monkeypatch.setattr(BaseProcess, "start", start_one)
+    root = write_folder(tmp_path / "mine")
+    data = CocoDataset(root / "instances_train.json", root / "images", None)
+    with pytest.raises(OSError, match="temporarily unavailable"), loading(data, 2):
+        pass
+    started[0].join(5)
+    assert started[0].exitcode == -signal.SIGKILL

@@ -10,12 +10,13 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from detrdistill.data.coco import CocoDataset
 from detrdistill.distill.build import build_distiller
 from detrdistill.distill.distiller import Distiller
 from detrdistill.errors import InputError, NonFiniteError
@@ -30,6 +31,7 @@ from detrdistill.training.batches import Draws, micro_batches
 from detrdistill.training.crops import train_on_crops
 from detrdistill.training.logging import read_log
 from detrdistill.training.trainer import accumulate_gradients, changes, lr_factor, make_optimizer, train
+from tests.folders import write_folder
 
 SCHEDULE = Schedule(steps=6, batch=4, lr=1e-3, backbone_lr=1.0, warmup=2, decay="cosine", evaluations=2)
 
@@ -155,16 +157,41 @@ def test_same_seed_same_bytes(tmp_path, workers):
     assert one == other and one != different
 
 
-def test_no_process_outlives_an_error(tmp_path, monkeypatch):
+def test_no_process_outlives_an_error(tmp_path):
     """Though its traceback is kept, as a notebook does: Python, when it ends, would wait for processes that do not mind SIGTERM."""
-
-    def damaged(*_) -> None:
-        raise InputError("image 3: cannot be decoded")
-
-    monkeypatch.setattr(CocoDataset, "load_image", damaged)
-    with pytest.raises(InputError, match="image 3") as kept:
-        sit(tmp_path / "run", plain(), workers=2)
+    root = write_folder(tmp_path / "mine")
+    for path in (root / "images").iterdir():
+        path.write_bytes(path.read_bytes()[:-2000])
+    with pytest.raises(InputError, match="cannot be decoded") as kept:
+        sit(tmp_path / "run", plain(data={"name": "folder", "path": root}), workers=2)
     assert kept.value.__traceback__ is not None and not multiprocessing.active_children()
+
+
+def test_checkpoints_take_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch):
+    """Large ones on a slow disk: all GPUs wait while one is written. Here a step takes 10 s, and a checkpoint 6."""
+    now, saved = [0.0], []
+
+    def step(values: dict[str, float], step: int, images: str) -> None:
+        now[0] += 10
+
+    def save(path: Path, content: dict) -> None:
+        now[0] += 6
+        saved.append(content["state"]["step"])
+
+    monkeypatch.setattr(trainer, "refuse_non_finite", step)
+    monkeypatch.setattr(trainer, "save_checkpoint", save)
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    sit(tmp_path / "run", plain(**{"schedule.steps": 20, "schedule.evaluations": 1}))
+    assert saved == [4, 17, 20], "after more than 30 s, then after more than 120, and at the end"
+
+
+def test_processes_that_resume_at_different_steps_are_refused(tmp_path, monkeypatch):
+    """As on nodes that do not share their disk."""
+    monkeypatch.setattr(Fabric, "all_gather", lambda self, step: torch.stack((step, step + 3)))
+    with pytest.raises(
+        InputError, match=r"run: processes find checkpoints of different steps \(\[0, 3\]\); use a folder that all of them share"
+    ):
+        sit(tmp_path / "run", plain())
 
 
 def gradient(recipe: Recipe, **changes) -> tuple[dict[str, Tensor], list[Tensor]]:
