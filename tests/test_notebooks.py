@@ -1,5 +1,6 @@
 """Every notebook runs top to bottom in the smoke preset, and is committed without outputs and without paths of a machine."""
 
+import ast
 import html
 import re
 import subprocess
@@ -94,6 +95,17 @@ def test_is_committed_clean(path: Path) -> None:
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(len(cell.source.splitlines()) <= 10 for cell in code), "a long cell belongs into the library"
     assert len(notebook.cells) - len(code) >= len(code) - 3, "as much text as code"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_its_cells_may_be_run_again(path: Path) -> None:
+    """Only the cell of the parameters gives them values."""
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    names = [
+        {node.id for node in ast.walk(ast.parse(cell)) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)} for cell in cells
+    ]
+    for parameter in papermill.inspect_notebook(str(path)):
+        assert sum(parameter in bound for bound in names) == 1, parameter
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

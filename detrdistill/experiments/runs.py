@@ -286,7 +286,10 @@ def start_backbone(backbone: Backbone, recipe: Recipe, store: Store) -> dict[str
 def _evaluate_once(
     fabric: Fabric, detector: nn.Module, dataset: CocoDataset, recipe: Recipe, workers: int
 ) -> tuple[dict[str, float | None], torch.Tensor]:
-    """Evaluate in one process, in full precision, as many images at once as it trains on, and tell the others."""
+    """Evaluate in one process, without autocast, as many images at once as it trains on, and tell the others.
+
+    Newer GPUs round what convolutions multiply to TF32 all the same: torch's default, left as the official codes leave it.
+    """
     found = None
     if fabric.is_global_zero:
         batch = max(1, recipe.schedule.batch // (recipe.schedule.accumulate * fabric.world_size))
