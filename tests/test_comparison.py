@@ -200,6 +200,15 @@ def test_wide_intervals_end_in_arrows_instead_of_squeezing_the_rest() -> None:
     assert sorted(line.get_marker() for line in axes.lines if line.get_marker() in ("<", ">")) == ["<", ">"]
 
 
+def test_intervals_of_ap_end_where_ap_does() -> None:
+    frame, summary = CASES["parts"]()
+    summary.loc[1, ["AP", "AP_half"]] = 6.0, 120.0
+    axes = comparison(frame, summary).axes[1]
+    low, high = axes.get_xlim()
+    assert -10 < low < 0 and high < 110
+    assert sorted(line.get_marker() for line in axes.lines if line.get_marker() in ("<", ">")) == ["<", ">"]
+
+
 def test_the_height_grows_with_the_rows_and_the_width_does_not() -> None:
     small, large = comparison(*CASES["one row"]()), comparison(*CASES["main"]())
     assert small.get_figwidth() == large.get_figwidth() == style.WIDTH

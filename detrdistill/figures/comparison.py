@@ -206,6 +206,8 @@ def _draw_measured(axes: Axes, shown: Sequence[Mark], name: str, frame: pd.DataF
     halves = [0.0 if math.isnan(line[f"{name}_half"]) else line[f"{name}_half"] for line, _, _ in shown]
     low = max(min(points) - span, min([min(points), *(line[name] - half for (line, _, _), half in zip(shown, halves, strict=True))]))
     high = min(max(points) + span, max([max(points), *(line[name] + half for (line, _, _), half in zip(shown, halves, strict=True))]))
+    if name == "AP":
+        low, high = max(low, 0.0), min(high, 100.0)  # an interval of few seeds knows no such limits
     pad = max(0.06 * (high - low), (SPAN_AT_LEAST - high + low) / 2)
     axes.set_xlim(low - pad, high + pad)
     if name == "gain":
