@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from detrdistill.experiments.presets import coco
+from detrdistill.experiments.presets import coco, smoke
 from detrdistill.experiments.recipes import Folder, run_id
 from detrdistill.experiments.runs import pinned
 from tests.folders import write_folder
@@ -127,17 +127,15 @@ def test_a_cluster_gets_every_run_as_a_job(tmp_path: Path, environment: None) ->
     assert "-m torch.distributed.run --standalone --nproc-per-node 2 -m detrdistill train smoke" in jobs
 
 
-def test_on_one_machine_runs_with_gpus_of_their_own_take_turns(folder: Path, environment: None, tmp_path: Path) -> None:
-    """Teacher and student could train side by side otherwise."""
-    runs = {name: next((folder / "results" / "smoke" / "runs").glob(f"{name}-*")) for name in ("crops", "*-plain-seed0", "*-plain-seed1")}
+def test_on_one_machine_runs_with_gpus_of_their_own_take_turns(environment: None, tmp_path: Path) -> None:
+    """Teacher and student could train side by side otherwise, once there is a backbone."""
     place = workplace(tmp_path)
-    shutil.copytree(runs["crops"], place / "results" / "smoke" / "runs" / runs["crops"].name)
-    wanted = [f"{place}/results/smoke/runs/{runs[name].name}/record.json" for name in ("*-plain-seed0", "*-plain-seed1")]
+    wanted = [f"{place}/results/smoke/runs/{run_id(recipe)}/record.json" for recipe in (smoke().teacher, smoke().student)]
     words = [*snakemake(place, "gpus=1", "--cores", "10"), *wanted]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
     told = done.stdout + done.stderr
     assert done.returncode == 0, told
-    assert re.findall(r"rule train:|Finished jobid", told) == ["rule train:", "Finished jobid"] * 2, told
+    assert re.findall(r"rule train:|Finished jobid", told) == ["rule train:", "Finished jobid"] * 3, told
 
 
 def test_other_seeds_make_table_and_notebooks_again(folder: Path, environment: None) -> None:

@@ -187,10 +187,10 @@ def test_batches_may_have_different_numbers_of_queries() -> None:
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_non_finite_prediction_stops_and_names_its_image(workers) -> None:
-    detector = KnowsAll(Data(), broken=1)
-    with pytest.raises(NonFiniteError, match=r"image ids 21 are NaN or infinite"):
+    detector, before = KnowsAll(Data(), broken=1), multiprocessing.active_children()
+    with pytest.raises(NonFiniteError, match=r"image ids 21 are NaN or infinite") as kept:
         evaluate(detector, detector.data, batch=2, workers=workers)
-    assert detector.training and not multiprocessing.active_children()
+    assert detector.training and kept.value.__traceback__ is not None and multiprocessing.active_children() == before
 
 
 def test_another_number_of_classes_is_refused() -> None:

@@ -49,10 +49,11 @@ class Backbone(Strict):
             )
         if self.name == "thin_resnet" and self.weights == "imagenet":
             raise ValueError("no ImageNet weights exist for thin_resnet; use weights='crops' or 'none'")
-        for name in ("width", "blocks"):
-            held, default = getattr(self, name), type(self).model_fields[name].default
-            if self.name != "thin_resnet" and held != default:
-                raise ValueError(f"{self.name} has no '{name}' (that is of thin_resnet); leave it at {default}, not {held}")
+        defaults = {name: type(self).model_fields[name].default for name in ("width", "blocks")}
+        held = {name: getattr(self, name) for name in defaults}
+        if self.name != "thin_resnet" and held != defaults:
+            given, needed = (", ".join(f"{name} {value}" for name, value in one.items()) for one in (held, defaults))
+            raise ValueError(f"{self.name} has no width and no blocks to choose ({given}), thin_resnet has; set {needed}")
         if self.weights == "crops" and self.crops is None:
             raise ValueError("weights='crops' needs 'crops', the recipe of the crop training")
         return self

@@ -36,7 +36,8 @@ from detrdistill.training.evaluation import evaluate
 from detrdistill.training.trainer import train
 
 LOG = logging.getLogger(__name__)
-PATIENCE = timedelta(days=1)  # of processes that wait for the first one's evaluation or crop training; the default is half an hour
+# How long processes wait for the first one's evaluation or crop training (the default is half an hour), and so for one that hangs.
+PATIENCE = timedelta(hours=12)
 ON_CUDA = "sums of backward passes, in any order: grid_sample (which has no other form), indexing, interpolation"
 
 

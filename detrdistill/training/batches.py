@@ -72,6 +72,8 @@ def loading(dataset: CocoDataset, workers: int, **options: Any) -> Iterator[Iter
     finally:
         if workers:
             batches._shutdown_workers()  # as torch does when the last traceback that holds it is gone, which may be never
+            for worker in batches._workers:  # one that waits for a disk has not heard of it
+                worker.kill()
 
 
 def ignore_sigterm(worker: int) -> None:

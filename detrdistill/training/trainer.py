@@ -65,9 +65,12 @@ def train(
     ask = None if teacher is None else partial(distiller.ask, teacher)
     module, optimizer = fabric.setup(distiller, make_optimizer(distiller, schedule))
     state = resume(folder / "checkpoint.pt", distiller, optimizer, total) or {"step": 0, "curve": [], "seconds": 0.0, "resumed": 0}
-    steps = fabric.all_gather(torch.tensor(state["step"], device=fabric.device)).flatten().tolist()
-    if len(set(steps)) > 1:
-        raise InputError(f"{folder}: processes find checkpoints of different steps ({steps}); use a folder that all of them share")
+    first = fabric.broadcast(state["step"])
+    if fabric.all_reduce(torch.tensor(float(state["step"] != first), device=fabric.device), reduce_op="sum") > 0:
+        raise InputError(
+            f"{folder}: process {fabric.global_rank} continues after step {state['step']} and the first one after step {first}, or another "
+            "one differs; use a folder that all of them share"
+        )
     # All processes refuse together: one that waits for another in a collective operation hears no signal.
     if refused := fabric.broadcast(lack_of_space(folder / "checkpoint.pt", distiller) if fabric.is_global_zero else ""):
         raise InputError(refused)
