@@ -4,12 +4,22 @@ import os
 from datetime import timedelta
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from detrdistill import matching
+from detrdistill.distill.build import build_distiller
 from detrdistill.errors import InputError
 from detrdistill.experiments import runs
+from detrdistill.experiments.paper_tables import TABLES, named_runs
+from detrdistill.experiments.presets import get_preset
+from detrdistill.experiments.recipes import Recipe
 from detrdistill.experiments.runs import loaders, make_fabric
+from detrdistill.models import build_detector
+from detrdistill.models.outputs import Targets
 
 
 def test_devices():
@@ -58,3 +68,46 @@ def test_who_loads_images_if_nothing_is_said(monkeypatch, device, cores, process
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)), raising=False)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert loaders(SimpleNamespace(device=torch.device(device))) == wanted
+
+
+def recipes(detector: str) -> list[Recipe]:
+    """All students of all tables, and a two-stage one."""
+    found = [one for one in named_runs(TABLES, [get_preset("smoke", detector)], [0]).values() if isinstance(one, Recipe)]
+    if detector == "deformable_detr":
+        taught = next(one for one in found if one.methods)
+        found.append(taught.replace(**{"form": "two_stage", "teacher.form": "two_stage"}))
+    return found
+
+
+def on_gpu(module: nn.Module) -> nn.Module:
+    """Moves parameters and buffers, and what is neither stays behind (`module.to` does not know fake tensors)."""
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            held |= {name: torch.empty(x.shape, dtype=x.dtype, device="cuda") for name, x in held.items() if x is not None}
+    return module
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this build of torch does not know cuda")
+@pytest.mark.parametrize("detector", ["deformable_detr", "conditional_detr", "adamixer"])
+def test_the_losses_of_a_step_wait_for_the_gpu_once_and_mix_no_devices(monkeypatch, detector):
+    """Needs no GPU: these tensors say that they are on one and hold no numbers, so that torch refuses to give any to the host, or to
+    compute with a tensor that is not there. (Backward passes are torch's own.)"""
+    waits = []
+
+    def to_host(costs):
+        waits.append({cost.device.type for cost in costs})
+        return [np.zeros(cost.shape) for cost in costs]
+
+    monkeypatch.setattr(matching, "_to_host", to_host)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    for recipe in recipes(detector):
+        waits.clear()
+        with FakeTensorMode():
+            distiller = on_gpu(build_distiller(build_detector(recipe, 10), recipe))
+            teacher = on_gpu(build_detector(recipe.teacher, 10)).eval() if recipe.teacher else None
+            with torch.device("cuda"):
+                pixels, padding = torch.empty(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool)
+                targets = Targets(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, 4), [3, 1], 4.0, 2.0)
+            answers = distiller.ask(teacher, pixels, padding) if teacher else []
+            parts = distiller(pixels, padding, targets, answers)
+        assert {part.device.type for part in parts.values()} == {"cuda"} and waits == [{"cuda"}], recipe.title
