@@ -6,10 +6,12 @@ comes before the first step (data, crop training, measuring the teacher) ends at
 """
 
 import logging
+import os
 import re
 import sys
+import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import tyro
 
@@ -19,6 +21,7 @@ from detrdistill.signals import TERMINATED
 if TYPE_CHECKING:
     from detrdistill.experiments.recipes import CropRecipe, Recipe
 
+OF_MANY = int(os.environ.get("WORLD_SIZE", 1)) > 1  # this process is one of several of torchrun
 Row = Annotated[str, tyro.conf.arg(help="teacher, student, a method such as detrdistill or fgd+mgd, or the id of a run")]
 
 
@@ -223,9 +226,26 @@ def main() -> None:
     except (InputError, NonFiniteError) as error:
         # A process that loads images hands its whole traceback over, and the message at its end.
         print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
-        sys.exit(2)
-    except StoppedError as stopped:
+        leave(2)
+    except StoppedError as stopped:  # all processes together
         print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(TERMINATED)
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
+    except Exception:
+        if not OF_MANY:
+            raise
+        traceback.print_exc()
+        leave(1)
+
+
+def leave(code: int) -> NoReturn:
+    """End this process with an error; under torchrun at once, so that it ends the others, which may wait for this one.
+
+    On GPUs Fabric has Python wait at its exit until all processes have closed their connections (NCCL's), hours for those that wait.
+    """
+    if OF_MANY:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

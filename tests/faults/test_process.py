@@ -165,6 +165,35 @@ def torchrun(store: Store) -> subprocess.Popen:
     return subprocess.Popen([*launcher, *command(store, **PAIR)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+ALONE = """
+import atexit, sys
+from torch import distributed
+from detrdistill import cli
+from detrdistill.errors import InputError
+
+def train(error: str) -> None:
+    distributed.init_process_group("gloo")
+    atexit.register(distributed.barrier)  # as Fabric does with NCCL, whose connections all processes close together
+    if distributed.get_rank() == 1:
+        raise {"InputError": InputError, "RuntimeError": RuntimeError}[error]("CUDA out of memory")
+    distributed.broadcast_object_list([None])
+
+sys.argv = ["detrdistill", "train", "--error", sys.argv[1]]
+cli.train = train
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(("error", "told"), [("InputError", "error: CUDA"), ("RuntimeError", "RuntimeError: CUDA")])
+def test_an_error_of_one_process_ends_the_others_that_wait_for_it(tmp_path: Path, tries, error: str, told: str) -> None:
+    script = tmp_path / "alone.py"
+    script.write_text(ALONE)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, error]
+    with tries("an error in one of two processes"):
+        done = subprocess.run(launcher, capture_output=True, text=True, timeout=100, check=False)
+        assert done.returncode and f"{told} out of memory" in done.stderr, done.stderr
+
+
 @pytest.mark.timeout(1200)
 def test_two_processes_of_torchrun(stores: Callable[[], Store], times: Times, tries) -> None:
     """One of two is killed, or the launcher is asked to stop: both end, and go on together as if nothing had been."""

@@ -47,7 +47,7 @@ ALLOWED = {
 }
 # What the Snakefile's shell commands may name: made from words that were compared with known names, or from whole numbers.
 SNAKEFILE = {
-    *("CLI", "TRAIN", "LOADERS", "NAME", "ROOT", "REPORT", "SEEDS", "params.seed", "params.detectors"),
+    *("CLI", "TRAIN", "TRAIN_ON", "NAME", "ROOT", "REPORT", "SEEDS", "params.seed", "params.detectors"),
     *("wildcards.run", "input.notebook", "output"),
 }
 
