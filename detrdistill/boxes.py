@@ -34,6 +34,7 @@ def iou(a: Float[Tensor, "*#any 4"], b: Float[Tensor, "*#any 4"]) -> tuple[Float
     have an IoU of 0.
     """
     tiny = torch.finfo(a.dtype).tiny
+    # On a GPU the backward pass of `prod` waits for the host. A product written out would not, but rounds otherwise than what is stored.
     size_a, size_b = (a[..., 2:] - a[..., :2]).clamp(min=0), (b[..., 2:] - b[..., :2]).clamp(min=0)
     overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
     hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)

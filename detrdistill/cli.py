@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import tyro
 
 from detrdistill.errors import InputError, NonFiniteError, StoppedError
-from detrdistill.signals import TERMINATED
+from detrdistill.process import TERMINATED
 
 if TYPE_CHECKING:
     from detrdistill.experiments.recipes import CropRecipe, Recipe

@@ -17,6 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from detrdistill.errors import NonFiniteError
+from detrdistill.process import share_of_cores
 
 WORTH_THREADS = 2**20  # pairs of a problem; matching fewer takes no longer than starting threads
 
@@ -62,12 +63,14 @@ def match(problems: Mapping[str, Problem]) -> dict[str, Pairs]:
     """
     if not problems:
         return {}
+    device = next(iter(problems.values())).cost.device
+    # A GPU waits for this, and torchrun tells torch to use one thread; on the CPU other runs may have the other cores.
+    threads = share_of_cores() if device.type == "cuda" else torch.get_num_threads()
     costs = _to_host([problem.cost for problem in problems.values()])
     solved: dict[str, np.ndarray] = {}
     for (name, problem), cost in zip(problems.items(), costs, strict=True):
-        solved[name] = _solve(name, problem, cost, solved)
+        solved[name] = _solve(name, problem, cost, solved, threads)
 
-    device = next(iter(problems.values())).cost.device
     indices = torch.from_numpy(np.concatenate(list(solved.values()), axis=1))
     if device.type == "cuda":
         indices = indices.pin_memory()
@@ -82,7 +85,7 @@ def _to_host(costs: Sequence[Tensor]) -> list[np.ndarray]:
     return [packed[end - prod(cost.shape) : end].reshape(cost.shape) for cost, end in zip(costs, ends, strict=True)]
 
 
-def _solve(name: str, problem: Problem, cost: np.ndarray, solved: Mapping[str, np.ndarray]) -> np.ndarray:
+def _solve(name: str, problem: Problem, cost: np.ndarray, solved: Mapping[str, np.ndarray], threads: int) -> np.ndarray:
     """Pairs as an array [4, K] of stage, image, query, target."""
     stages, images, queries, width = cost.shape
     usable = np.ones((stages, images, width), dtype=bool)
@@ -107,7 +110,7 @@ def _solve(name: str, problem: Problem, cost: np.ndarray, solved: Mapping[str, n
         rows, chosen = linear_sum_assignment(block)
         return np.stack([np.full_like(rows, stage), np.full_like(rows, image), rows, columns[chosen]])
 
-    places, threads = list(np.ndindex(stages, images)), torch.get_num_threads()
+    places = list(np.ndindex(stages, images))
     if threads == 1 or usable.sum() * queries < WORTH_THREADS:
         return np.concatenate([solve_block(place) for place in places], axis=1)
     with ThreadPoolExecutor(threads) as pool:  # scipy lets other threads run meanwhile

@@ -89,16 +89,18 @@ def on_gpu(module: nn.Module) -> nn.Module:
 
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this build of torch does not know cuda")
 @pytest.mark.parametrize("detector", ["deformable_detr", "conditional_detr", "adamixer"])
-def test_the_losses_of_a_step_wait_for_the_gpu_once_and_mix_no_devices(monkeypatch, detector):
+def test_losses_wait_for_the_gpu_once_and_mix_no_devices(monkeypatch, detector):
     """Needs no GPU: these tensors say that they are on one and hold no numbers, so that torch refuses to give any to the host, or to
-    compute with a tensor that is not there. (Backward passes are torch's own.)"""
-    waits = []
+    compute with a tensor that is not there. The way forward alone: nothing tells here what a backward pass waits for."""
+    waits, threads, solve = [], set(), matching._solve
 
     def to_host(costs):
         waits.append({cost.device.type for cost in costs})
         return [np.zeros(cost.shape) for cost in costs]
 
     monkeypatch.setattr(matching, "_to_host", to_host)
+    monkeypatch.setattr(matching, "_solve", lambda *words: threads.add(words[-1]) or solve(*words))
+    monkeypatch.setattr(matching, "share_of_cores", lambda: 7)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     for recipe in recipes(detector):
         waits.clear()
@@ -111,3 +113,4 @@ def test_the_losses_of_a_step_wait_for_the_gpu_once_and_mix_no_devices(monkeypat
             answers = distiller.ask(teacher, pixels, padding) if teacher else []
             parts = distiller(pixels, padding, targets, answers)
         assert {part.device.type for part in parts.values()} == {"cuda"} and waits == [{"cuda"}], recipe.title
+    assert threads == {7}, "not torch's own number, which torchrun sets to 1"

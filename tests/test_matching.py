@@ -1,5 +1,6 @@
 """The matcher against brute force, and what it promises about transfers, shared columns and faults."""
 
+from dataclasses import astuple
 from itertools import combinations, permutations
 
 import numpy as np
@@ -48,6 +49,23 @@ def test_a_batch_is_its_blocks():
     for stage, image in np.ndindex(3, 4):
         alone = match({"a": Problem(cost[stage, image, :, : counts[image]][None, None])})["a"]
         assert block(together, stage, image) == block(alone, 0, 0)
+
+
+def test_threads_find_what_one_finds(monkeypatch):
+    problems = {"a": Problem(random_cost(3, 4, 6, 5), [5, 0, 2, 3]), "b": Problem(random_cost(3, 4, 6, 6, seed=1), besides="a")}
+    alone = match(problems)
+    used, pool = [], matching.ThreadPoolExecutor
+    monkeypatch.setattr(matching, "ThreadPoolExecutor", lambda threads: used.append(threads) or pool(threads))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    match(problems)
+    assert not used, "matching so few takes no longer than starting threads"
+    monkeypatch.setattr(matching, "WORTH_THREADS", 0)
+    for name, pairs in match(problems).items():
+        assert torch.equal(torch.stack(astuple(pairs)), torch.stack(astuple(alone[name])))
+    assert used == [3, 3]
+    problems["b"].cost[2, 1] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"'b'.* stage \(or pair of stages\) 3, image 2 of the batch"):
+        match(problems)
 
 
 def test_padded_columns_are_never_chosen_nor_looked_at():

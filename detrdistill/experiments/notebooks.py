@@ -13,7 +13,7 @@ import yaml
 
 from detrdistill.errors import InputError
 from detrdistill.files import make_folder, write_text
-from detrdistill.signals import TERMINATED, on_sigterm
+from detrdistill.process import TERMINATED, on_sigterm
 
 
 def execute(source: Path, output: Path, parameters: dict[str, str], timeout: float | None = None) -> None:

@@ -30,6 +30,7 @@ from detrdistill.files import file_hash, nearby
 from detrdistill.models import Backbone, build_detector
 from detrdistill.models.backbones import file_weights, imagenet_version, imagenet_weights
 from detrdistill.models.weights import classes_of, classes_text, load_weights, read_weights, save_weights
+from detrdistill.process import share_of_cores
 from detrdistill.training.batches import mix
 from detrdistill.training.crops import train_on_crops
 from detrdistill.training.evaluation import evaluate
@@ -186,8 +187,7 @@ def loaders(fabric: Fabric) -> int:
     """How many processes load images if nothing is said: beside a GPU up to four; on the CPU none, since training takes its cores."""
     if fabric.device.type == "cpu":
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # those of this job
-    return max(0, min(4, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    return min(4, share_of_cores() - 1)
 
 
 def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool) -> None:

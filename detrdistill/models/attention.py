@@ -214,10 +214,18 @@ def sample_and_sum(
     total = None
     for (h, w), level, grid, weight in zip(shapes, maps.split([h * w for h, w in shapes], dim=-1), grids, weights, strict=True):
         sampled = F.grid_sample(level.unflatten(-1, (h, w)), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        # As a batched product the weighted sum needs no copy of the samples the size of all points.
-        summed = torch.einsum("ndqk,nqk->ndq", sampled, weight)
+        summed = weighted_sum(sampled, weight)
         total = summed if total is None else total + summed
     return total.reshape(batch, -1, queries).transpose(1, 2)
+
+
+def weighted_sum(samples: Float[Tensor, "N D Q K"], weights: Float[Tensor, "N Q K"]) -> Float[Tensor, "N D Q"]:
+    """The samples of each query, summed with its weights."""
+    if samples.is_cuda:
+        return (samples * weights[:, None]).sum(-1)
+    # A product of small matrices for each query, nearly a million at COCO's sizes, of which a GPU would be slow to start each. What is
+    # stored was made with it on CPUs, and the other form rounds otherwise.
+    return torch.einsum("ndqk,nqk->ndq", samples, weights)
 
 
 def sampling_map(

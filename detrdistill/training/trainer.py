@@ -20,7 +20,7 @@ from detrdistill.distill.distiller import Distiller
 from detrdistill.errors import InputError, NonFiniteError, StoppedError
 from detrdistill.experiments.recipes import Recipe, Schedule
 from detrdistill.models.outputs import DetectorOutput
-from detrdistill.signals import on_sigterm
+from detrdistill.process import on_sigterm
 from detrdistill.training.batches import Draws, micro_batches, mix
 from detrdistill.training.checkpointing import lack_of_space, resume, save_checkpoint
 from detrdistill.training.logging import Log

@@ -1,5 +1,6 @@
-"""SIGTERM, with which schedulers announce that a process must end."""
+"""This process among others: SIGTERM, with which schedulers announce that it must end, and its share of the cores."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -19,3 +20,9 @@ def on_sigterm(act: Callable[[], object]) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def share_of_cores() -> int:
+    """Those of this job (of the machine, where the system does not tell), divided among the processes of torchrun; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
