@@ -1,9 +1,15 @@
-"""What the runs of Table 3 would cost on COCO, in days of a V100: counted, not measured. `python benchmarks/gpu_days.py`.
+"""What the runs of Table 3 would cost on COCO, in days of a V100 and in memory: counted, not measured. `python benchmarks/gpu_days.py`.
 
 The multiplications of one image's pass are counted (torch's own counter) and put in proportion to what the official Deformable DETR
 took: 6.5 hours of a V100 an epoch for 173 G (its README; single-scale 3.2 for 78, DETR 4.0 for 86: 0.038 to 0.047 hours a G, which
 gives the range here). A backward pass counts as two forward passes, a teacher as its forward pass, and a query group that a method adds
 to the student as the decoder that it passes. Newer GPUs and bf16 are faster, by factors that we have not measured.
+
+Memory is what a plain detector's forward pass keeps for its backward pass, under bf16 autocast, of the images of one of 8 GPUs.
+Weights, gradients, AdamW's state and what a pass needs for moments only come on top. A batch is padded to its highest and its widest
+image: square at worst.
+
+Tensors hold no numbers here (torch's FakeTensorMode), so that this takes seconds and no memory.
 """
 
 import math
@@ -11,7 +17,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from detrdistill.experiments.presets import get_presets
@@ -21,6 +28,8 @@ from detrdistill.files import write_text
 from detrdistill.models import build_detector
 
 SIZE = (800, 1066)  # of an image of COCO's usual 480 x 640 pixels
+LONGEST, SQUARE = (800, 1333), (1333, 1333)  # of a batch of longish images, and of upright ones and others
+GPUS = 8
 CLASSES, IMAGES = 80, 117_266  # COCO 2017 without images that have no object
 HOURS = (6.5 / 173, 4.0 / 86)  # of a V100 an epoch, a G multiplications of an image's forward pass
 GROUPS = {"detrdistill": 1}  # query groups that a method adds to the student's own
@@ -39,6 +48,26 @@ def giga(detector: nn.Module) -> tuple[float, float]:
     return sum(found), found[1]
 
 
+def kept(recipe: Recipe, size: tuple[int, int]) -> float:
+    """GiB that a GPU keeps of its images' forward pass."""
+    images = recipe.schedule.batch // GPUS
+    detector = build_detector(recipe, CLASSES).train()
+    weights = {parameter.untyped_storage()._cdata for parameter in detector.parameters()}
+    held: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in weights:
+            held[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    pixels = torch.zeros(images, 3, *size).contiguous(memory_format=torch.channels_last)
+    padding = torch.zeros(images, *size, dtype=torch.bool)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", dtype=torch.bfloat16):
+        memory = detector.encode(pixels, padding)
+        detector.decode(memory, detector.queries(memory))
+    return sum(tensor.untyped_storage().nbytes() for tensor in held.values()) / 2**30
+
+
 def main() -> None:
     counted: dict[Recipe, tuple[float, float]] = {}
     lines = []
@@ -48,11 +77,14 @@ def main() -> None:
             of = {}
             for role, one in {"student": recipe.replace(methods=(), teacher=None, teacher_floor=0.0), "teacher": recipe.teacher}.items():
                 if one is not None and one not in counted:
-                    counted[one] = giga(build_detector(one, CLASSES).eval().requires_grad_(False))
+                    with FakeTensorMode():
+                        counted[one] = giga(build_detector(one, CLASSES).eval().requires_grad_(False))
                 of[role] = counted[one] if one else (0.0, 0.0)
             step = of["student"][0] + of["student"][1] * GROUPS.get(setting, 0) + of["teacher"][0] / 3
             epochs = recipe.schedule.epochs
             days = [math.ceil(10 * epochs * hours * step / 24) / 10 for hours in HOURS]
+            with FakeTensorMode():
+                memory = [None if recipe.methods else round(kept(recipe, size), 1) for size in (LONGEST, SQUARE)]
             lines.append(
                 {
                     "detector": recipe.detector,
@@ -63,6 +95,9 @@ def main() -> None:
                     "teacher's forward G": round(of["teacher"][0], 1) or None,
                     "V100 days, low": days[0],
                     "V100 days, high": days[1],
+                    "images a GPU": recipe.schedule.batch // GPUS,
+                    "GiB kept of 800 x 1333": memory[0],
+                    "GiB kept of 1333 x 1333": memory[1],
                 }
             )
             print(lines[-1], flush=True)
