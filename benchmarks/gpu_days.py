@@ -5,7 +5,8 @@ took: 6.5 hours of a V100 an epoch for 173 G (its README; single-scale 3.2 for 7
 gives the range here). A backward pass counts as two forward passes, a teacher as its forward pass, and a query group that a method adds
 to the student as the decoder that it passes. Newer GPUs and bf16 are faster, by factors that we have not measured.
 
-Memory is what a plain detector's forward pass keeps for its backward pass, under bf16 autocast, of the images of one of 8 GPUs.
+Memory is what a plain detector's forward pass keeps for its backward pass, of the images of one of 8 GPUs, under bf16 autocast by the
+CPU's rules (by CUDA's it is the same for Deformable DETR, and a little less for the others).
 Weights, gradients, AdamW's state and what a pass needs for moments only come on top. A batch is padded to its highest and its widest
 image: square at worst.
 

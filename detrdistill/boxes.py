@@ -27,6 +27,15 @@ def add_reference(delta: Float[Tensor, "B Q 4"], reference: Float[Tensor, "B Q P
     return torch.cat((delta[..., :2] + reference, delta[..., 2:]), dim=-1)
 
 
+def area(size: Float[Tensor, "*any 2"]) -> Float[Tensor, "*any"]:
+    """Width times height."""
+    if size.is_cuda:
+        return size[..., 0] * size[..., 1]
+    # Its backward pass looks for zeros, for which a host waits for its GPU. What is stored was made with it on CPUs; the other form's
+    # backward pass rounds otherwise.
+    return size.prod(-1)
+
+
 def iou(a: Float[Tensor, "*#any 4"], b: Float[Tensor, "*#any 4"]) -> tuple[Float[Tensor, "*any"], Float[Tensor, "*any"]]:
     """IoU and generalised IoU (Rezatofighi et al., CVPR 2019) of xyxy boxes, element by element with broadcasting.
 
@@ -34,10 +43,10 @@ def iou(a: Float[Tensor, "*#any 4"], b: Float[Tensor, "*#any 4"]) -> tuple[Float
     have an IoU of 0.
     """
     tiny = torch.finfo(a.dtype).tiny
-    # On a GPU the backward pass of `prod` waits for the host. A product written out would not, but rounds otherwise than what is stored.
     size_a, size_b = (a[..., 2:] - a[..., :2]).clamp(min=0), (b[..., 2:] - b[..., :2]).clamp(min=0)
-    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    union = size_a.prod(-1) + size_b.prod(-1) - overlap
+    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0)
+    overlap, hull = area(overlap), area(hull)
+    union = area(size_a) + area(size_b) - overlap
     ratio = overlap / union.clamp(min=tiny)
     return ratio, ratio - (hull - union) / hull.clamp(min=tiny)

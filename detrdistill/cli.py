@@ -21,7 +21,6 @@ from detrdistill.process import TERMINATED
 if TYPE_CHECKING:
     from detrdistill.experiments.recipes import CropRecipe, Recipe
 
-OF_MANY = int(os.environ.get("WORLD_SIZE", 1)) > 1  # this process is one of several of torchrun
 Row = Annotated[str, tyro.conf.arg(help="teacher, student, a method such as detrdistill or fgd+mgd, or the id of a run")]
 
 
@@ -225,27 +224,33 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(commands, prog="detrdistill", description=__doc__)
     except (InputError, NonFiniteError) as error:
         # A process that loads images hands its whole traceback over, and the message at its end.
-        print(f"error: {str(error).rpartition('InputError: ')[2].strip()}", file=sys.stderr)
-        leave(2)
+        leave(2, f"error: {str(error).rpartition('InputError: ')[2].strip()}\n")
     except StoppedError as stopped:  # all processes together
         print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(TERMINATED)
     except KeyboardInterrupt:
         leave(130)
     except Exception:
-        if not OF_MANY:
+        if not of_many():
             raise
-        traceback.print_exc()
-        leave(1)
+        leave(1, traceback.format_exc())
 
 
-def leave(code: int) -> NoReturn:
-    """End this process with an error; under torchrun at once, so that it ends the others, which may wait for this one.
+def of_many() -> bool:
+    """Whether this process is one of several of torchrun."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def leave(code: int, said: str = "") -> NoReturn:
+    """Say it and end this process; under torchrun at once, so that it ends the others, which may wait for this one.
 
     On GPUs Fabric has Python wait at its exit until all processes have closed their connections (NCCL's), hours for those that wait.
     """
-    if OF_MANY:
-        sys.stdout.flush()
+    try:
+        sys.stderr.write(said)
         sys.stderr.flush()
-        os._exit(code)
+        sys.stdout.flush()
+    finally:  # nothing can be said on a full disk
+        if of_many():
+            os._exit(code)
     sys.exit(code)

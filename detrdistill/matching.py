@@ -64,7 +64,7 @@ def match(problems: Mapping[str, Problem]) -> dict[str, Pairs]:
     if not problems:
         return {}
     device = next(iter(problems.values())).cost.device
-    # A GPU waits for this, and torchrun tells torch to use one thread; on the CPU other runs may have the other cores.
+    # A GPU waits for this, and torchrun tells torch to use one thread. On the CPU whoever started the run has said how many.
     threads = share_of_cores() if device.type == "cuda" else torch.get_num_threads()
     costs = _to_host([problem.cost for problem in problems.values()])
     solved: dict[str, np.ndarray] = {}

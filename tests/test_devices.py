@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from detrdistill import matching
+from detrdistill.boxes import area
 from detrdistill.distill.build import build_distiller
 from detrdistill.errors import InputError
 from detrdistill.experiments import runs
@@ -19,6 +21,7 @@ from detrdistill.experiments.presets import get_preset
 from detrdistill.experiments.recipes import Recipe
 from detrdistill.experiments.runs import loaders, make_fabric
 from detrdistill.models import build_detector
+from detrdistill.models.attention import weighted_sum
 from detrdistill.models.outputs import Targets
 
 
@@ -79,8 +82,47 @@ def recipes(detector: str) -> list[Recipe]:
     return found
 
 
+class OnCuda(torch.Tensor):
+    """Says that it is on a GPU, and computes here."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("compute", "elsewhere", "given"),
+    [
+        (area, (torch.Tensor, "prod"), [torch.rand(4, 5, 2)]),
+        (weighted_sum, (torch, "einsum"), [torch.randn(4, 8, 5, 3), torch.rand(4, 5, 3)]),
+    ],
+)
+def test_what_a_gpu_computes_in_its_own_way_is_the_same(monkeypatch, compute, elsewhere, given):
+    given = [one.requires_grad_() for one in given]
+    here = compute(*given)
+    upstream = torch.randn(here.shape)
+    wanted = [here.detach(), *torch.autograd.grad(here, given, upstream)]
+    monkeypatch.setattr(*elsewhere, lambda *words: pytest.fail("the CPU's way"))
+    there = compute(*(one.as_subclass(OnCuda) for one in given)).as_subclass(torch.Tensor)
+    for found, expected in zip([there.detach(), *torch.autograd.grad(there, given, upstream)], wanted, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+class Waits(TorchDispatchMode):
+    """Fake tensors refuse `item` and its like; this refuses what they let through: copies to the host, and indices that wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("_to_copy", "copy_") and found.device.type == "cpu" and args[-1 if name == "copy_" else 0].is_cuda:
+            pytest.fail(f"{func}: to the host")
+        if name in ("index", "index_put", "index_put_", "_unsafe_index") and args[0].is_cuda:
+            for index in filter(lambda index: index is not None, args[1]):
+                if not index.is_cuda or index.dtype == torch.bool:
+                    pytest.fail(f"{func}: by {index.dtype} on {index.device}")
+        return found
+
+
 def on_gpu(module: nn.Module) -> nn.Module:
-    """Moves parameters and buffers, and what is neither stays behind (`module.to` does not know fake tensors)."""
+    """Moves parameters and buffers; anything else stays behind (`module.to` does not know fake tensors)."""
     for part in module.modules():
         for held in (part._parameters, part._buffers):
             held |= {name: torch.empty(x.shape, dtype=x.dtype, device="cuda") for name, x in held.items() if x is not None}
@@ -90,8 +132,8 @@ def on_gpu(module: nn.Module) -> nn.Module:
 @pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this build of torch does not know cuda")
 @pytest.mark.parametrize("detector", ["deformable_detr", "conditional_detr", "adamixer"])
 def test_losses_wait_for_the_gpu_once_and_mix_no_devices(monkeypatch, detector):
-    """Needs no GPU: these tensors say that they are on one and hold no numbers, so that torch refuses to give any to the host, or to
-    compute with a tensor that is not there. The way forward alone: nothing tells here what a backward pass waits for."""
+    """Needs no GPU: these tensors say that they are on one and hold no numbers, so that torch refuses to read one, or to compute with
+    one that is not there. Forward passes alone: a backward pass needs the device."""
     waits, threads, solve = [], set(), matching._solve
 
     def to_host(costs):
@@ -104,7 +146,7 @@ def test_losses_wait_for_the_gpu_once_and_mix_no_devices(monkeypatch, detector):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     for recipe in recipes(detector):
         waits.clear()
-        with FakeTensorMode():
+        with FakeTensorMode(), Waits():
             distiller = on_gpu(build_distiller(build_detector(recipe, 10), recipe))
             teacher = on_gpu(build_detector(recipe.teacher, 10)).eval() if recipe.teacher else None
             with torch.device("cuda"):

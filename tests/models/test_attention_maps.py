@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 
 from detrdistill.distill.distiller import full_precision
 from detrdistill.models import DetectorOutput, adamixer, attention, conditional_detr
-from detrdistill.models.attention import sample_and_sum, sampling_map, weighted_sum
+from detrdistill.models.attention import sample_and_sum, sampling_map
 from tests.examples import some_output
 from tests.models.small import KINDS, QUERIES, STAGES, batch, small_detector
 from tests.models.test_contract import some_queries
@@ -73,23 +73,6 @@ def test_sampling_map_is_what_sampling_multiplies_the_values_with():
     value = torch.randn(2, 16, 5, dtype=torch.float64)
     found = sampling_map(SHAPES, locations, weights, torch.zeros(2, 16, dtype=torch.bool))
     torch.testing.assert_close(found @ value, sample_and_sum(value, SHAPES, locations, weights, heads=1))
-
-
-class OnCuda(torch.Tensor):
-    """Says that it is on a GPU, and computes here."""
-
-    is_cuda = True
-
-
-def test_both_forms_of_the_weighted_sum_are_one():
-    samples, weights = torch.randn(4, 8, 5, 3, requires_grad=True), torch.rand(4, 5, 3, requires_grad=True)
-    one = weighted_sum(samples, weights)
-    other = weighted_sum(samples.as_subclass(OnCuda), weights)
-    assert type(one) is torch.Tensor and type(other) is OnCuda
-    torch.testing.assert_close(other.as_subclass(torch.Tensor), one)
-    upstream = torch.randn(4, 8, 5)
-    for a, b in zip(*(torch.autograd.grad((result * upstream).sum(), (samples, weights)) for result in (one, other)), strict=True):
-        torch.testing.assert_close(a.as_subclass(torch.Tensor), b.as_subclass(torch.Tensor))
 
 
 def test_points_far_outside_are_lost():
