@@ -1,5 +1,8 @@
 """Backbones in every variant: strides and channels, dilation, and where the stride lies."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -9,7 +12,7 @@ from torchvision import models
 from detrdistill.experiments.recipes import Backbone as Recipe
 from detrdistill.experiments.recipes import CropTraining, Digits, Schedule, parents
 from detrdistill.experiments.recipes import Recipe as RunRecipe
-from detrdistill.models.backbones import Backbone, classifier
+from detrdistill.models.backbones import Backbone, Shortcut, classifier
 from tests.models.small import randomise
 
 CHANNELS = {
@@ -78,3 +81,29 @@ def test_freeze_after_spares_what_the_first_maps_need(name: str) -> None:
     backbone = Backbone(Recipe(name=name, weights="none"))
     backbone.freeze_after(3)
     assert all(parameter.requires_grad for parameter in backbone.parameters())
+
+
+TRAIN = """
+import sys, torch
+from detrdistill.experiments.recipes import Backbone as Recipe
+from detrdistill.models.backbones import Backbone
+backbone = Backbone(Recipe(name="thin_resnet", width=int(sys.argv[1]), weights="none")).to(memory_format=torch.channels_last)
+for _ in range(3):
+    images = torch.randn(16, 3, 192, 192).contiguous(memory_format=torch.channels_last)
+    sum(level.sum() for level in backbone(images)).backward()
+"""
+
+
+@pytest.mark.parametrize("width", [4, 8])  # fewer channels than an AVX2 or an AVX-512 register holds
+def test_few_channels_do_not_crash(width: int) -> None:
+    """In a process of its own, which oneDNN's fault would end."""
+    done = subprocess.run([sys.executable, "-c", TRAIN, str(width)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+
+
+def test_shortcuts_are_strided_convolutions() -> None:
+    ours = Shortcut(12, 24, 1, 2, bias=False)
+    torchs = nn.Conv2d(12, 24, 1, 2, bias=False)
+    torchs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 12, 9, 7)
+    torch.testing.assert_close(ours(images), torchs(images))
