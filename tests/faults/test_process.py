@@ -186,14 +186,16 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize(("error", "told"), [("InputError", "error: CUDA"), ("RuntimeError", "RuntimeError: CUDA"), ("disk full", "")])
+@pytest.mark.parametrize(
+    ("error", "told"), [("InputError", "error: CUDA out of"), ("RuntimeError", "RuntimeError: CUDA out of"), ("disk full", "")]
+)
 def test_an_error_of_one_process_ends_the_others_that_wait_for_it(tmp_path: Path, tries, error: str, told: str) -> None:
     script = tmp_path / "alone.py"
     script.write_text(ALONE)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, error]
     with tries("an error in one of two processes"):
         done = subprocess.run(launcher, capture_output=True, text=True, timeout=100, check=False)
-        assert done.returncode and (told + " out of memory" if told else "exitcode  : 2") in done.stderr, done.stderr
+        assert done.returncode and told in done.stderr, done.stderr
 
 
 @pytest.mark.timeout(1200)
