@@ -6,9 +6,8 @@ gives the range here). A backward pass counts as two forward passes, a teacher a
 to the student as the decoder that it passes. Newer GPUs and bf16 are faster, by factors that we have not measured.
 
 Memory is what a plain detector's forward pass keeps for its backward pass, of the images of one of 8 GPUs, under bf16 autocast by the
-CPU's rules (by CUDA's it is the same for Deformable DETR, and a little less for the others).
-Weights, gradients, AdamW's state and what a pass needs for moments only come on top. A batch is padded to its highest and its widest
-image: square at worst.
+CPU's rules (by CUDA's it is the same for Deformable DETR, and a little less for the others). Weights, gradients, AdamW's state and what
+a pass needs for moments only come on top. A batch is padded to its highest and its widest image: square at worst.
 
 Tensors hold no numbers here (torch's FakeTensorMode), so that this takes seconds and no memory.
 """
@@ -29,7 +28,7 @@ from detrdistill.files import write_text
 from detrdistill.models import build_detector
 
 SIZE = (800, 1066)  # of an image of COCO's usual 480 x 640 pixels
-LONGEST, SQUARE = (800, 1333), (1333, 1333)  # of a batch of longish images, and of upright ones and others
+LONGEST, SQUARE = (800, 1333), (1333, 1333)  # of a batch of landscape images, and of one with portraits among them
 GPUS = 8
 CLASSES, IMAGES = 80, 117_266  # COCO 2017 without images that have no object
 HOURS = (6.5 / 173, 4.0 / 86)  # of a V100 an epoch, a G multiplications of an image's forward pass

@@ -223,8 +223,8 @@ def weighted_sum(samples: Float[Tensor, "N D Q K"], weights: Float[Tensor, "N Q 
     """The samples of each query, summed with its weights."""
     if samples.is_cuda:
         return (samples * weights[:, None]).sum(-1)
-    # Less memory, but a batch of tiny matrix products, one a query, nearly a million at COCO's sizes: others report that GPUs are slow
-    # at it (we have not measured it). What is stored was made with it on CPUs, and the other form's backward pass rounds otherwise.
+    # A batch of tiny matrix products, one a query, nearly a million at COCO's sizes: others report that GPUs are slow at it (we have not
+    # measured it). What is stored was made with it on CPUs, and the other form's backward pass rounds otherwise.
     return torch.einsum("ndqk,nqk->ndq", samples, weights)
 
 
