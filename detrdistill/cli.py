@@ -77,6 +77,7 @@ def named_run(preset: str, row: str, seed: int) -> "Recipe | CropRecipe | None":
     """The run of a preset's tables that has this id, whichever detectors the tables are made for; None if `row` is no id of one."""
     from detrdistill.experiments.paper_tables import TABLES, named_runs
     from detrdistill.experiments.presets import get_presets
+    from detrdistill.experiments.tuning import runs_before_tuning
 
     if not re.search("-[0-9a-f]{8}$", row):
         return None
@@ -86,7 +87,7 @@ def named_run(preset: str, row: str, seed: int) -> "Recipe | CropRecipe | None":
             runs = named_runs(TABLES, [one.pinned() if pin else one for one in chosen], (seed,))
             if row in runs:
                 return runs[row]
-    return None
+    return runs_before_tuning(presets).get(row)
 
 
 def on_other_data(recipe: "Recipe", data: Path) -> "Recipe":
@@ -121,6 +122,41 @@ def shared_with_teacher(recipe: "Recipe", changes: dict[str, str]) -> dict[str, 
         return changes
     shared = {f"teacher.{name}": value for name, value in changes.items() if name.split(".")[0] in ("resize", "data", "precision")}
     return shared | changes  # in this order: what is stated for the teacher holds
+
+
+def tune(
+    preset: tyro.conf.Positional[str],
+    rows: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    detector: str = "adamixer",
+    results: Path | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+) -> None:
+    """Find what a row's weights are best multiplied by, on other digits than the reported ones; what was tried is not tried again.
+
+    Args:
+        preset: smoke, quick or mini, whose data is embedded digits.
+        rows: methods, or rows of Tables 7 to 9 by their names, such as fgd or "query masks (Eq. 7)"; without, all.
+        detector: deformable_detr, conditional_detr or adamixer.
+        results: folder for runs instead of results/<preset>.
+        device: auto, cpu or cuda.
+        workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
+    """
+    from detrdistill.experiments.presets import get_presets
+    from detrdistill.experiments.store import Store, open_store
+    from detrdistill.experiments.tuning import chosen, find_row, rows_to_tune, runs_to_come, tried
+
+    presets, store = get_presets(preset, [detector]), Store(results) if results else open_store(preset)
+    wanted = [find_row(presets, name) for name in rows] or rows_to_tune(presets)
+
+    from detrdistill.experiments.runs import run
+
+    for row in wanted:
+        for recipe in runs_to_come(row, store):
+            run(recipe, store, device=device, workers=workers)
+        found = ", ".join(f"x {one.factor:g}: {one.mean:.1f}" for one in tried(row, store))
+        print(f"{row.detector}, {row.name}: {found}; best x {chosen(row, store).factor:g}")
 
 
 def check(folder: tyro.conf.Positional[Path], /) -> None:
@@ -219,7 +255,7 @@ def assignment(text: str) -> tuple[str, str]:
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    commands = {"train": train, "check": check, "plan": plan, "report": report, "notebook": notebook, "export": export}
+    commands = {"train": train, "tune": tune, "check": check, "plan": plan, "report": report, "notebook": notebook, "export": export}
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="detrdistill", description=__doc__)
     except (InputError, NonFiniteError) as error:

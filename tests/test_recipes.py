@@ -11,7 +11,8 @@ from detrdistill.errors import InputError
 from detrdistill.experiments.methods import FGD, KDDETR, METHODS, DETRDistill
 from detrdistill.experiments.paper_tables import TABLES, named_runs
 from detrdistill.experiments.presets import PRESETS, get_preset, get_presets, smoke
-from detrdistill.experiments.recipes import Backbone, CropTraining, Digits, Folder, Recipe, Resize, Schedule, parents, run_id
+from detrdistill.experiments.recipes import Backbone, CropTraining, Digits, Folder, Recipe, Resize, Schedule, WeightsFile, parents, run_id
+from detrdistill.files import file_hash
 from detrdistill.models.backbones import file_weights
 from tests.folders import write_folder
 
@@ -180,18 +181,31 @@ def test_data_and_weights_are_found_from_a_notebook_s_folder(tmp_path, monkeypat
     """Papermill and JupyterLab run notebooks where they lie, a folder below the data."""
     write_folder(tmp_path / "data" / "bccd")
     (tmp_path / "data" / "weights").mkdir()
-    for name in ("resnet50_msra.pth", "mobilenet_v2.pth"):
-        torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "data" / "weights" / name)
+    torch.save({"fc.weight": torch.zeros(2)}, path := tmp_path / "data" / "weights" / "mobilenet_v2.pth")
+    weights = WeightsFile(name=path.name, sha256=file_hash(path))
     (tmp_path / "notebooks").mkdir()
     found = []
     for folder in (tmp_path, tmp_path / "notebooks"):
         monkeypatch.chdir(folder)
         preset = get_preset("bccd").pinned()
-        assert "fc.weight" in file_weights(preset.student.backbone.weights)
+        assert "fc.weight" in file_weights(weights) and "fc.weight" in file_weights(Path("data/weights/mobilenet_v2.pth"))
         found.append((run_id(preset.teacher), run_id(preset.recipe("detrdistill"))))
     assert found[0] == found[1]
-    monkeypatch.chdir(tmp_path.parent)
-    assert get_preset("bccd").teacher.backbone.weights == "imagenet"
+
+
+def test_weights_known_by_their_hash_are_looked_for_when_a_run_needs_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = get_preset("bccd").student.backbone.weights
+    with pytest.raises(
+        InputError, match=r"backbone weights mobilenet_v2.pth \(dfcc5335\): no file data/weights/mobilenet_v2.pth .*put it there"
+    ):
+        file_weights(weights)
+    (tmp_path / "data" / "weights").mkdir(parents=True)
+    torch.save({"fc.weight": torch.zeros(2)}, tmp_path / "data" / "weights" / weights.name)
+    with pytest.raises(InputError, match=f"their hash is .*, the recipe says {weights.sha256}; put the recipe's file there"):
+        file_weights(weights)
+    with pytest.raises(InputError, match=r"'backbone.weights.WeightsFile.sha256' = 'dfcc'"):
+        STUDENT.replace(**{"backbone.weights": {"name": "mobilenet_v2.pth", "sha256": "dfcc"}})
 
 
 def test_presets_know_their_runs():

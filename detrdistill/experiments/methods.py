@@ -4,7 +4,7 @@ A recipe lists methods; listed together, their losses add up. What a loss comput
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -20,7 +20,17 @@ Sizes = Annotated[tuple[PositiveFloat, ...], BeforeValidator(lambda x: x.split("
 
 
 class Method(Strict):
-    """What a recipe has to know of any method to see whether a teacher fits."""
+    """What a recipe has to know of any method to see whether a teacher fits, and which of its switches are weights.
+
+    Attributes:
+        weights: the fields that multiply its losses; all of them times x make the whole x times as large.
+    """
+
+    weights: ClassVar[tuple[str, ...]] = ("weight",)
+
+    def times(self, factor: float) -> Self:
+        """The same method with its whole loss `factor` times as large (six digits, so that 0.1 x 3 is 0.3)."""
+        return self.replace(**{name: float(f"{getattr(self, name) * factor:.6g}") for name in self.weights})
 
     @property
     def compares_maps(self) -> bool:
@@ -57,6 +67,8 @@ class DETRDistill(Method):
     any source we could reach; the values here are this kit's own. `variant="released"` sets lambdas and switches to what the
     authors' code does, also where a preset has others; one that is stated beside it holds.
     """
+
+    weights: ClassVar[tuple[str, ...]] = ("logits", "features", "assignment")
 
     name: Literal["detrdistill"] = "detrdistill"
     variant: Literal["paper", "released"] = Field(
@@ -129,6 +141,8 @@ class FitNet(MapMethod):
 class FGD(MapMethod):
     """Focal and Global Distillation (CVPR 2022). Weights as in its one-stage configs and DETRDistill's own Deformable DETR baseline."""
 
+    weights: ClassVar[tuple[str, ...]] = ("foreground", "background", "attention", "relation")
+
     name: Literal["fgd"] = "fgd"
     foreground: NonNegativeFloat = Field(1e-3, description="alpha")
     background: NonNegativeFloat = Field(5e-4, description="beta")
@@ -147,6 +161,8 @@ class MGD(MapMethod):
 
 class FKD(MapMethod):
     """Feature-based Knowledge Distillation (Zhang & Ma, ICLR 2021; FBKD in mmrazor, whose weights these are)."""
+
+    weights: ClassVar[tuple[str, ...]] = ("feature", "channel", "spatial", "relation")
 
     name: Literal["fkd"] = "fkd"
     feature: NonNegativeFloat = 7e-5
@@ -184,6 +200,8 @@ class CWD(MapMethod):
 class KDDETR(Method):
     """KD-DETR (CVPR 2024): both models decode the same queries, the teacher's own (specific) and random ones (general)."""
 
+    weights: ClassVar[tuple[str, ...]] = ("specific", "general")
+
     name: Literal["kd_detr"] = "kd_detr"
     form: Literal["released", "tprd"] = Field(
         "released", description="the authors' normalisers, or those of TPRD's port to Deformable DETR"
@@ -213,6 +231,8 @@ class D3ETR(Method):
 
     Its own code is not public; weights are those of TPRD's port.
     """
+
+    weights: ClassVar[tuple[str, ...]] = ("adaptive", "fixed")
 
     name: Literal["d3etr"] = "d3etr"
     adaptive: NonNegativeFloat = Field(1.0, description="queries matched by class and box")

@@ -52,15 +52,14 @@ def encoder_decoder(presets: Presets, seeds: Seeds) -> Table:
     preset, rows = best(presets, CONDITIONAL), []
     encoder, decoder = preset.student.encoder_layers, preset.student.decoder_layers
     rows.append(row(preset, seeds, "teacher", "teacher", published="Conditional DETR / Teacher"))
-    for enc, paper_enc in ((encoder, 6), (half(encoder), 3)) if preset.student.detector != ADAMIXER else ((encoder, 6),):
+    # Half of one layer is none, which is a question of ours: the paper's students have three.
+    for enc, paper_enc in ((encoder, 6), (encoder // 2, 3)) if preset.student.detector != ADAMIXER else ((encoder, 6),):
         for dec, paper_dec in ((decoder, 6), (half(decoder), 3)):
             changes = {"decoder_layers": dec} | ({"encoder_layers": enc} if preset.student.detector != ADAMIXER else {})
             cut = replace(preset, student=preset.student.replace(**changes))
             plain = f"student {enc}/{dec}"
-            if any(one.setting == plain for one in rows):
-                continue  # an encoder of one layer has no half
             for setting in ("student", "detrdistill"):
-                paper = f"Conditional DETR {paper_enc} enc {paper_dec} dec / {IN_PAPER[setting]}"
+                paper = f"Conditional DETR {paper_enc} enc {paper_dec} dec / {IN_PAPER[setting]}" if enc or not encoder else ""
                 title = f"{TITLES[setting]}, {enc} encoder, {dec} decoder layers"
                 rows.append(row(cut, seeds, setting, f"{setting} {enc}/{dec}", title, plain, paper))
     return table("encoder_decoder", [preset], "table4", "Encoder and decoder depth", rows)
@@ -94,16 +93,20 @@ def components(presets: Presets, seeds: Seeds) -> Table:
     rows = [row(preset, seeds, "student", "student", published="AdaMixer / no KD")]
     parts = ("logits", "features", "assignment")
     sets = (("logits",), ("features",), ("assignment",), parts[:2], ("logits", "assignment"), parts[1:], parts)
+    alone = {part: getattr(preset.tuned_method("detrdistill", row=part), part) for part in parts}  # weights that each was tuned to alone
     for kept in sets:
-        off = {part: 0.0 for part in parts if part not in kept}
         name = " + ".join(kept)
         stated = GAP if kept in (("logits", "assignment"), parts[1:]) else f"AdaMixer / {name}"
-        rows.append(variant(preset, seeds, name, name.capitalize(), off, stated))
+        method = preset.method.replace(**{part: alone[part] if part in kept else 0.0 for part in parts})
+        rows.append(variant(preset, seeds, name, name.capitalize(), method, stated, name if len(kept) == 1 else ""))
     return table("components", [preset], "table7", "Components", rows)
 
 
 def logits(presets: Presets, seeds: Seeds) -> Table:
-    """Table 8: positives, negatives, and stages of the logits distillation. The paper's values were not found."""
+    """Table 8: positives, negatives, and stages of the logits distillation, each row with a weight of its own.
+
+    The paper's values were not found.
+    """
     preset = best(presets, ADAMIXER)
     alone = {"features": 0.0, "assignment": 0.0}
     variants = {
@@ -117,14 +120,14 @@ def logits(presets: Presets, seeds: Seeds) -> Table:
     rows = [row(preset, seeds, "student", "student", published=GAP)]
     for name, changes in variants.items():
         ours = "normaliser" in changes
-        rows.append(variant(preset, seeds, name, name.capitalize(), alone | changes, "" if ours else GAP))
+        rows.append(variant(preset, seeds, name, name.capitalize(), alone | changes, "" if ours else GAP, name if changes else "logits"))
     return table("logits", [preset], "table8", "Logits distillation", rows)
 
 
 def feature_masks(presets: Presets, seeds: Seeds) -> Table:
-    """Table 9: which mask the feature distillation uses. The paper's values were not found.
+    """Table 9: which mask the feature distillation uses, each row with a weight of its own. The paper's values were not found.
 
-    Masks of at most 1 have the weight 1; dot products of queries and features are larger, and have the preset's.
+    Before tuning masks of at most 1 have the weight 1; dot products of queries and features are larger, and have the preset's.
     """
     preset = best(presets, ADAMIXER)
     alone = {"logits": 0.0, "assignment": 0.0}
@@ -138,7 +141,8 @@ def feature_masks(presets: Presets, seeds: Seeds) -> Table:
     rows = [row(preset, seeds, "student", "student", published=GAP)]
     for name, changes in variants.items():
         stated = "" if changes.get("mask") == "released" else GAP
-        rows.append(variant(preset, seeds, name, name[0].upper() + name[1:], alone | changes, stated))
+        title = name[0].upper() + name[1:]
+        rows.append(variant(preset, seeds, name, title, alone | changes, stated, name if changes else "features"))
     return table("feature_masks", [preset], "table9", "Feature masks", rows)
 
 
@@ -239,7 +243,7 @@ def row(preset: Preset, seeds: Seeds, setting: str, name: str, title: str = "", 
     """A setting of the preset under a name of its own; a method's gain is over `baseline`."""
     recipes = [preset.recipe(setting, seed) for seed in seeds]
     plain = setting in ("teacher", "student")
-    # By the recipe's own seed: the teacher is one and the same for all seeds, so it is one run.
+    # By the recipe's own seed: a teacher of several students is one run.
     by_seed = {recipe.seed: recipe for recipe in recipes}
     detector = DETECTORS[preset.student.detector]
     if published != GAP and not published.startswith(detector):
@@ -247,10 +251,23 @@ def row(preset: Preset, seeds: Seeds, setting: str, name: str, title: str = "", 
     return Row(detector, name, by_seed, title or TITLES[setting], "" if plain else baseline, published)
 
 
-def variant(preset: Preset, seeds: Seeds, name: str, title: str, changes: Mapping[str, object] | Method, published: str = "") -> Row:
-    """DETRDistill with other switches."""
-    method = changes if isinstance(changes, Method) else preset.method.replace(**changes)
-    return row(replace(preset, method=method), seeds, "detrdistill", name, title, published=published)
+def variant(
+    preset: Preset,
+    seeds: Seeds,
+    name: str,
+    title: str,
+    changes: Mapping[str, object] | Method,
+    published: str = "",
+    tuned_as: str = "",
+) -> Row:
+    """DETRDistill with other switches, or a method just as it is.
+
+    Args:
+        tuned_as: name of the row whose weight was tuned alone; "": the weights of DETRDistill as a whole.
+    """
+    method = changes if isinstance(changes, Method) else preset.tuned_method("detrdistill", changes, tuned_as or "detrdistill")
+    made = row(replace(preset, method=method, tuned={}), seeds, "detrdistill", name, title, published=published)
+    return replace(made, tuned_as=tuned_as)
 
 
 def table(name: str, presets: Presets, published: str, title: str, rows: Sequence[Row]) -> Table:

@@ -7,6 +7,7 @@ from detrdistill.experiments.paper_tables import make_table, usual_tables
 from detrdistill.experiments.presets import get_presets
 from detrdistill.experiments.recipes import CropRecipe, Recipe, parents, run_id
 from detrdistill.experiments.store import Record, Store, open_store, read_record
+from detrdistill.experiments.tuning import WEIGHTS, next_trials, rows_to_tune
 
 REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
 
@@ -14,14 +15,17 @@ REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
 def plan_text(
     preset: str, seeds: Sequence[int], tables: Sequence[str] = (), detectors: Sequence[str] = (), store: Store | None = None
 ) -> str:
-    """A line a missing run, and their sum.
+    """A line a missing run, and their sum; of rows that are tuned (`weights`) the trials that are known by now to be wanted.
 
     Raises:
         InputError: an unknown preset or table, no seeds, or a record that was edited.
     """
     store = store or open_store(preset)
     presets = [one.pinned() for one in get_presets(preset, detectors)]
-    wanted = [recipe for name in tables or usual_tables(preset) for recipe in make_table(name, presets, seeds).recipes()]
+    names = [name for name in tables or usual_tables(preset) if name != WEIGHTS]
+    wanted = [recipe for name in names for recipe in make_table(name, presets, seeds).recipes()]
+    for row in rows_to_tune(presets) if WEIGHTS in tables else ():
+        wanted += [row.trial(*trial) for trial in next_trials(row, store)]
     missing = missing_runs(wanted, store)
     known = list(records((store.root, REFERENCE / preset)))
     expected = {name: expected_seconds(recipe, known) for name, recipe in missing.items()}

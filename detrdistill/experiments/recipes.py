@@ -27,14 +27,24 @@ class CropTraining(Strict):
     seed: NonNegativeInt = 0
 
 
+class WeightsFile(Strict):
+    """A state_dict file, known by its content; it lies in data/weights, beside the current folder or above, when a run needs it."""
+
+    name: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.sha256[:8]})"
+
+
 class Backbone(Strict):
     """Convolutional backbone. Its BatchNorm is frozen when it starts from learned weights, trained when it starts from none."""
 
     name: Literal["thin_resnet", "resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "resnet50"
     width: PositiveInt = Field(16, description="channels of the first stage (thin_resnet only)")
     blocks: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field((1, 1, 1, 1), description="blocks a stage (thin_resnet only)")
-    weights: Literal["none", "crops", "imagenet"] | Path = Field(
-        "imagenet", description="none; crops: `crops` below; imagenet: torchvision's; or a state_dict file"
+    weights: Literal["none", "crops", "imagenet"] | WeightsFile | Path = Field(
+        "imagenet", description="none; crops: `crops` below; imagenet: torchvision's; a state_dict file by name and hash, or by its path"
     )
     crops: CropTraining | None = None
     dilation: bool = Field(False, description="the last stage dilated instead of strided: DC5, stride 16")

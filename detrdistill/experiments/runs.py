@@ -24,11 +24,11 @@ from detrdistill.data.layout import data_cache, data_hash, pinned
 from detrdistill.data.transforms import build_transform
 from detrdistill.distill.build import build_distiller
 from detrdistill.errors import InputError
-from detrdistill.experiments.recipes import CropRecipe, Digits, Folder, Recipe, parents, run_id
+from detrdistill.experiments.recipes import CropRecipe, Digits, Folder, Recipe, WeightsFile, parents, run_id
 from detrdistill.experiments.store import Record, Store, commit, provenance
 from detrdistill.files import file_hash, nearby
 from detrdistill.models import Backbone, build_detector
-from detrdistill.models.backbones import file_weights, imagenet_version, imagenet_weights
+from detrdistill.models.backbones import file_weights, imagenet_version, imagenet_weights, weights_path
 from detrdistill.models.weights import classes_of, classes_text, load_weights, read_weights, save_weights
 from detrdistill.process import share_of_cores
 from detrdistill.training.batches import mix
@@ -72,7 +72,7 @@ def run(recipe: Recipe | CropRecipe, store: Store, *, device: str = "auto", work
                 if store.record(recipe) is None:  # another process may have finished it since
                     _run_crops(fabric, recipe, store, progress)
     else:
-        if isinstance(recipe.backbone.weights, Path):
+        if isinstance(recipe.backbone.weights, Path | WeightsFile):
             file_weights(recipe.backbone.weights)  # refused now, not after a teacher has been trained
         records = {name: run(parent, store, device=device, workers=workers, progress=progress) for name, parent in parents(recipe).items()}
         with store.hold(recipe) if fabric.is_global_zero else nullcontext():
@@ -280,7 +280,7 @@ def start_backbone(backbone: Backbone, recipe: Recipe, store: Store) -> dict[str
         return {"weights": str(imagenet_version(recipe.backbone.name))}
     else:
         backbone.load(file_weights(weights), str(weights))
-        return {"file": weights.name, "sha256": file_hash(nearby(weights))}
+        return {"file": weights.name, "sha256": file_hash(weights_path(weights))}
     return {}
 
 

@@ -44,6 +44,7 @@ class Row:
         published: the row's name in the published table; "" where the paper has no such row, or has it for another detector.
         column: the column there; its gain is called the same with "gain" for "AP".
         at: the part of the schedule after which AP is read off the curve; 1 is the end, and has all numbers.
+        tuned_as: the name that a weight of the row's own was tuned under, in `Preset.tuned`; "" for a row that has none.
     """
 
     detector: str
@@ -54,6 +55,7 @@ class Row:
     published: str = ""
     column: str = "AP"
     at: float = 1.0
+    tuned_as: str = ""
 
 
 @dataclass(frozen=True)

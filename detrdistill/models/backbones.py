@@ -183,13 +183,33 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
         ) from None
 
 
-def file_weights(path: Path) -> dict[str, Tensor]:
+def weights_path(weights: Path | recipes.WeightsFile) -> Path:
+    """Where a file of weights lies.
+
+    Raises:
+        InputError: a file that is known by its hash is missing, or is another.
+    """
+    if isinstance(weights, Path):
+        return nearby(weights)
+    path = nearby(Path("data/weights", weights.name))
+    if not path.is_file():
+        raise InputError(
+            f"backbone weights {weights}: no file {path} (looked in {Path.cwd()} and above); put it there, or set backbone.weights to "
+            "another file or to 'imagenet' (torchvision's)"
+        )
+    if (found := file_hash(path)) != weights.sha256:
+        raise InputError(f"backbone weights {path}: their hash is {found}, the recipe says {weights.sha256}; put the recipe's file there")
+    return path
+
+
+def file_weights(weights: Path | recipes.WeightsFile) -> dict[str, Tensor]:
     """A state_dict file of torch.save; nothing in it is executed.
 
     Raises:
-        InputError: the file is missing, damaged, or holds more than tensors.
+        InputError: the file is missing, damaged, another than the recipe says, or holds more than tensors.
     """
+    path = weights_path(weights)
     try:
-        return named_tensors(read_pickle(nearby(path)), path)
+        return named_tensors(read_pickle(path), path)
     except InputError as error:
         raise InputError(f"backbone {error}") from None
