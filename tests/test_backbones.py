@@ -1,5 +1,6 @@
 """Backbones: shapes, what is frozen, and weights that do not fit or are not weights."""
 
+import copy
 from urllib.error import URLError
 
 import pytest
@@ -11,7 +12,7 @@ from detrdistill.errors import InputError
 from detrdistill.experiments import recipes
 from detrdistill.experiments.recipes import CropTraining
 from detrdistill.models import backbones
-from detrdistill.models.backbones import Backbone, classifier, file_weights, imagenet_weights
+from detrdistill.models.backbones import Backbone, NormedConv, PassedNorm, classifier, file_weights, imagenet_weights
 
 THIN = {"name": "thin_resnet", "width": 8}
 CHANNELS = {
@@ -56,17 +57,44 @@ def test_without_learned_weights_everything_trains():
 
 def test_with_learned_weights_the_norms_are_frozen():
     backbone = Backbone(recipes.Backbone(weights="crops", crops=CropTraining(), **THIN)).train()
-    assert norms(backbone) == {FrozenBatchNorm2d}
+    assert norms(backbone) == {PassedNorm}
     assert all(p.requires_grad for p in backbone.parameters()), "a backbone of the crops trains from its stem on"
     before = {name: value.clone() for name, value in backbone.named_buffers()}
     backbone(torch.randn(2, 3, 64, 64))[-1].sum().backward()
     assert all(torch.equal(value, before[name]) for name, value in backbone.named_buffers())
 
 
+@pytest.mark.parametrize(("name", "dilation"), [("thin_resnet", True), ("resnet50", False), ("mobilenet_v2", False)])
+def test_frozen_norms_in_the_convolutions_change_rounding_alone(name, dilation):
+    """Maps and gradients are those of torchvision's modules, in training and evaluation; the tensors keep their names."""
+    torch.manual_seed(0)
+    stated = {"weights": "crops", "crops": CropTraining(), "width": 8} if name == "thin_resnet" else {"weights": "imagenet"}
+    backbone = Backbone(recipes.Backbone(name=name, dilation=dilation, **stated)).double()
+    for buffer, value in backbone.named_buffers():
+        value.uniform_(0.5, 1.5) if buffer.endswith(("weight", "var")) else value.normal_(std=0.1)
+    plain = copy.deepcopy(backbone)
+    for module in plain.modules():
+        if isinstance(module, NormedConv):
+            module.norm = ()
+        elif isinstance(module, PassedNorm):
+            module.__class__ = FrozenBatchNorm2d
+    assert plain.state_dict().keys() == backbone.state_dict().keys()
+    images = torch.randn(2, 3, 64, 96, dtype=torch.float64)
+    ours, theirs = backbone(images), plain(images)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+    upstream = [torch.randn_like(one) for one in ours]
+    found, wanted = (
+        torch.autograd.grad(maps, [p for p in model.parameters() if p.requires_grad], upstream)
+        for maps, model in ((ours, backbone), (theirs, plain))
+    )
+    assert all(torch.allclose(one, other, rtol=1e-8, atol=1e-8) for one, other in zip(found, wanted, strict=True))
+
+
 @pytest.mark.parametrize(("name", "first_trained"), [("resnet18", "layer2.0.conv1.weight"), ("mobilenet_v2", "4.conv.0.0.weight")])
 def test_stem_and_first_stage_of_imagenet_get_no_gradient(name, first_trained):
     backbone = Backbone(recipes.Backbone(name=name))
-    assert norms(backbone) == {FrozenBatchNorm2d}
+    assert norms(backbone) == {PassedNorm}
     names = [name for name, parameter in backbone.body.named_parameters() if parameter.requires_grad]
     assert names[0] == first_trained
     backbone.train()(torch.randn(1, 3, 64, 64))[-1].sum().backward()

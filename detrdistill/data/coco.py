@@ -2,7 +2,7 @@
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -20,12 +20,15 @@ from tqdm.auto import tqdm
 
 from detrdistill.data.images import read_image
 from detrdistill.data.layout import Split, data_hash, layout
+from detrdistill.data.transforms import ImageTransform
 from detrdistill.data.validation import load_annotations
 from detrdistill.errors import InputError
 from detrdistill.experiments.recipes import Digits, Folder
 from detrdistill.models.outputs import Targets
 
 Sample = tuple[Float[Tensor, "3 H W"], dict[str, Any]]
+Prepared = tuple[tv_tensors.Image, dict[str, Tensor]]
+KEPT = 2**28  # bytes of decoded images that a process keeps of a split; of larger splits none
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,16 @@ class CocoDataset(CocoDetection):
         categories: the classes in order of their ids; gaps between ids do not matter.
         ids: image ids in order; `dataset[i]` is image `ids[i]`.
         report: what validation found and did.
+        kept: images and targets by index after `transform.fixed`, if they all take at most `KEPT` bytes.
+
+    Args:
+        transform: None for a dataset whose samples nobody asks for.
 
     Raises:
         InputError: the annotations are refused.
     """
 
-    def __init__(self, annotations: Path, images: Path, transform: Callable[..., Any]) -> None:
+    def __init__(self, annotations: Path, images: Path, transform: ImageTransform | None) -> None:
         cleaned, self.report = load_annotations(annotations, images)
         # Not CocoDetection's own init: it reads the file once more, unvalidated.
         VisionDataset.__init__(self, images, transforms=transform)
@@ -61,6 +68,7 @@ class CocoDataset(CocoDetection):
         self.ids = sorted(self.coco.imgs)
         self.categories = [Category(i, c["id"], c["name"]) for i, c in enumerate(sorted(cleaned["categories"], key=lambda c: c["id"]))]
         self.index_of = {category.id: category.index for category in self.categories}
+        self.kept: dict[int, Prepared] = {}
 
     def __getitem__(self, key: int | tuple[int, int]) -> Sample:
         """Image `key`, or for a pair (index, seed), as a training sampler yields them, `sample(index, seed)`."""
@@ -79,25 +87,34 @@ class CocoDataset(CocoDetection):
         Raises:
             InputError: the image cannot be decoded or is not of the size that the annotations say.
         """
+        image, target = self.kept.get(index) or self._prepare(index)
         image_id = self.ids[index]
-        image = v2.functional.pil_to_tensor(self.load_image(image_id))
-        objects = [a for a in self._load_target(image_id) if not a["iscrowd"]]
-        size = tuple(image.shape[-2:])
-        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
-        boxes = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=size)
-        target = {
-            "boxes": v2.functional.convert_bounding_box_format(boxes, new_format="XYXY"),
-            "labels": torch.tensor([self.index_of[a["category_id"]] for a in objects], dtype=torch.long),
-        }
+        size = self.coco.imgs[image_id]["height"], self.coco.imgs[image_id]["width"]
         with torch.random.fork_rng(devices=[]):
             # The default generator, not torch.manual_seed, which would seed the GPU as well and not give its state back.
             torch.default_generator.manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]))
-            image, target = self.transforms(tv_tensors.Image(image), target)
+            image, target = self.transforms.drawn(image, target)
         height, width = image.shape[-2:]
         boxes = v2.functional.convert_bounding_box_format(target["boxes"], new_format="CXCYWH").as_subclass(Tensor)
         boxes = boxes / torch.tensor([width, height, width, height])
         where = {"image_id": image_id, "original_size": size}
         return image.as_subclass(Tensor), {"labels": target["labels"], "boxes": boxes, **where}
+
+    def _prepare(self, index: int) -> Prepared:
+        """Decode an image and do to it what is the same each time; kept while all of them take little memory."""
+        image_id = self.ids[index]
+        image = v2.functional.pil_to_tensor(self.load_image(image_id))
+        objects = [a for a in self._load_target(image_id) if not a["iscrowd"]]
+        boxes = torch.tensor([a["bbox"] for a in objects], dtype=torch.float32).reshape(-1, 4)
+        boxes = tv_tensors.BoundingBoxes(boxes, format="XYWH", canvas_size=tuple(image.shape[-2:]))
+        target = {
+            "boxes": v2.functional.convert_bounding_box_format(boxes, new_format="XYXY"),
+            "labels": torch.tensor([self.index_of[a["category_id"]] for a in objects], dtype=torch.long),
+        }
+        prepared = self.transforms.fixed(tv_tensors.Image(image), target)
+        if prepared[0].nbytes * len(self.ids) <= KEPT:
+            self.kept[index] = prepared
+        return prepared
 
     def load_image(self, id: int) -> Image.Image:
         """The image in RGB, as its annotations see it.
@@ -125,7 +142,7 @@ class CocoDataset(CocoDetection):
         return faults
 
 
-def open_dataset(spec: Digits | Folder, split: Split, cache: Path, transform: Callable[..., Any]) -> CocoDataset:
+def open_dataset(spec: Digits | Folder, split: Split, cache: Path, transform: ImageTransform | None) -> CocoDataset:
     """One split of a recipe's data; the embedded digits are written under `cache` if they are not there.
 
     Raises:

@@ -4,6 +4,8 @@ A transform takes `(tv_tensors.Image uint8 [3 H W], {"boxes": tv_tensors.Boundin
 with a normalised float image and boxes inside it. All randomness comes from torch's default generator.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,28 +19,48 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which th
 GREY = {tv_tensors.Image: [round(255 * mean) for mean in MEAN], "others": 0}  # 0 after normalisation, as the padding of a batch is
 
 
-def build_transform(resize: Resize, train: bool) -> v2.Compose:
+@dataclass(frozen=True)
+class ImageTransform:
+    """What is done to an image and its boxes.
+
+    Attributes:
+        fixed: what comes first and gives the same each time: a dataset may keep it.
+        drawn: what follows, with random numbers.
+    """
+
+    fixed: Callable[..., Any]
+    drawn: Callable[..., Any]
+
+    def __call__(self, image: tv_tensors.Image, target: dict[str, Any]) -> tuple[tv_tensors.Image, dict[str, Any]]:
+        return self.drawn(*self.fixed(image, target))
+
+
+def build_transform(resize: Resize, train: bool) -> ImageTransform:
     """The augmentation of `resize.train`, or for evaluation the resize alone.
 
     The numbers of "detr" are those of the papers, which have 800 pixels on the shorter side; here they scale with `resize.short`.
     """
     scale = resize.short / 800
-    to_full = ShorterSide([resize.short], resize.long)
+    fixed: Any = ShorterSide([resize.short], resize.long)
     flip = v2.RandomHorizontalFlip()
-    steps: list[Any] = [to_full]
+    drawn: list[Any] = []
     if train and resize.train == "flip":
-        steps = [flip, to_full]
+        drawn = [flip]
     elif train and resize.train == "detr":
         any_scale = ShorterSide([round(side * scale) for side in range(480, 801, 32)], resize.long)
         before_crop = ShorterSide([round(side * scale) for side in (400, 500, 600)])
         crop = RandomCropOfAnySize(round(384 * scale), round(600 * scale))
-        steps = [flip, v2.RandomChoice([any_scale, v2.Compose([before_crop, crop, v2.ClampBoundingBoxes(), any_scale])])]
+        fixed, drawn = (
+            v2.Identity(),
+            [flip, v2.RandomChoice([any_scale, v2.Compose([before_crop, crop, v2.ClampBoundingBoxes(), any_scale])])],
+        )
     elif train and resize.train == "jitter":
         affine = v2.RandomAffine(0, translate=(0.05, 0.05), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR, fill=GREY)
-        steps = [to_full, affine, v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3)]
+        drawn = [affine, v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3)]
     # Clamping and then dropping what has no pixel left keeps labels in step with boxes.
     boxes = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
-    return v2.Compose([*steps, *boxes, v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.Normalize(MEAN, STD)])
+    pixels = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.Normalize(MEAN, STD)]
+    return ImageTransform(fixed, v2.Compose([*drawn, *boxes, *pixels]))
 
 
 def shorter_side(height: int, width: int, short: int, long: int | None) -> tuple[int, int]:

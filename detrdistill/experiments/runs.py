@@ -30,7 +30,7 @@ from detrdistill.files import file_hash, nearby
 from detrdistill.models import Backbone, build_detector
 from detrdistill.models.backbones import file_weights, imagenet_version, imagenet_weights, weights_path
 from detrdistill.models.weights import classes_of, classes_text, load_weights, read_weights, save_weights
-from detrdistill.process import share_of_cores
+from detrdistill.process import keep_freed_memory, share_of_cores
 from detrdistill.training.batches import mix
 from detrdistill.training.crops import train_on_crops
 from detrdistill.training.evaluation import evaluate
@@ -220,6 +220,8 @@ def _run_detector(fabric: Fabric, recipe: Recipe, store: Store, records: dict[st
             f"schedule.batch {recipe.schedule.batch} cannot be shared among {fabric.world_size} processes "
             f"and {recipe.schedule.accumulate} micro-batches; choose a multiple"
         )
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     watch = _Watch(fabric)
     measure = lambda detector: _evaluate_once(fabric, detector, val_set, recipe, workers)  # noqa: E731
     lineage: dict[str, dict[str, Any]] = {

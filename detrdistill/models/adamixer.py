@@ -57,13 +57,20 @@ class AdaptiveMixing(nn.Module):
         self.out_proj = nn.Linear(out_points * channels, dim)
 
     def forward(self, x: Float[Tensor, "B Q G P C"], query: Float[Tensor, "B Q D"]) -> Float[Tensor, "B Q D"]:
-        made = self.parameter_generator(query).unflatten(-1, (self.groups, -1))
-        over_channels, over_points = made.split((self.channels**2, self.in_points * self.out_points), dim=-1)
-        x = x @ over_channels.unflatten(-1, (self.channels, self.channels))
-        x = F.layer_norm(x, x.shape[-2:]).relu()
-        x = over_points.unflatten(-1, (self.out_points, self.in_points)) @ x
-        x = F.layer_norm(x, x.shape[-2:]).relu()
+        over_channels, over_points = self.mixers(query)
+        x = x @ over_channels
+        x = F.layer_norm(x, x.shape[-2:]).relu_()
+        x = over_points @ x
+        x = F.layer_norm(x, x.shape[-2:]).relu_()
         return query + self.out_proj(x.flatten(-3))
+
+    def mixers(self, query: Float[Tensor, "B Q D"]) -> tuple[Float[Tensor, "B Q G C C"], Float[Tensor, "B Q G O P"]]:
+        """What each query mixes channels and points with: the generator's rows for either, so that the large result need not be cut."""
+        made = []
+        for rows in (slice(self.channels**2), slice(self.channels**2, None)):
+            weight, bias = (x.unflatten(0, (self.groups, -1))[:, rows].flatten(0, 1) for x in self.parameter_generator.parameters())
+            made.append(F.linear(query, weight, bias).unflatten(-1, (self.groups, -1)))
+        return made[0].unflatten(-1, (self.channels, self.channels)), made[1].unflatten(-1, (self.out_points, self.in_points))
 
 
 class Stage(nn.Module):
@@ -276,10 +283,10 @@ def sample_points(xyzr: Float[Tensor, "B Q 4"], offsets: Float[Tensor, "B Q O"])
     return torch.cat((centre[..., :2] + offsets[..., :2] * size, centre[..., 2:] + offsets[..., 2:]), dim=-1)
 
 
-def level_weights(z: Float[Tensor, "*any"], strides: Sequence[int]) -> Float[Tensor, "*any L"]:
+def level_weights(z: Float[Tensor, "*any"], strides: Sequence[int]) -> Float[Tensor, "L *any"]:
     """How much each level counts at scale z: a Gaussian around the level's own scale, log2 of its stride (Eq. 6, tau = 2)."""
-    scales = constants([math.log2(stride) for stride in strides], z)
-    return (-(z[..., None] - scales).square() / 2).softmax(-1)
+    scales = constants([math.log2(stride) for stride in strides], z).view(-1, *[1] * z.dim())
+    return (-(z - scales).square() / 2).softmax(0)
 
 
 def sample_3d(
@@ -291,14 +298,14 @@ def sample_3d(
         points: x and y in pixels, z in octaves; group by group, and each group sees its own channels only.
     """
     weights = level_weights(points[..., 2], strides)
-    places, weights = (x.unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1) for x in (points[..., :2], weights))  # B*G, Q, p
+    places = points[..., :2].unflatten(2, (groups, -1)).transpose(1, 2).flatten(0, 1)  # B*G, Q, p, 2
+    weights = weights.unflatten(3, (groups, -1)).transpose(2, 3).flatten(1, 2)  # L, B*G, Q, p
     total = None
-    for level, stride, weight in zip(maps, strides, weights.unbind(-1), strict=True):
+    for level, stride, weight in zip(maps, strides, weights, strict=True):
         extent = constants([level.shape[-1] * stride, level.shape[-2] * stride], places)
         grouped = level.unflatten(1, (groups, -1)).flatten(0, 1).to(places.dtype)
         sampled = F.grid_sample(grouped, 2 * places / extent - 1, mode="bilinear", padding_mode="zeros", align_corners=False)
-        sampled = sampled * weight[:, None]
-        total = sampled if total is None else total + sampled
+        total = sampled * weight[:, None] if total is None else torch.addcmul(total, sampled, weight[:, None])
     return total.unflatten(0, (-1, groups)).permute(0, 3, 1, 4, 2)
 
 
@@ -310,5 +317,5 @@ def map_3d(points: Float[Tensor, "B Q P 3"], strides: Sequence[int], padding: Se
     shapes = [(mask.shape[1], mask.shape[2]) for mask in padding]
     extents = constants([(w * stride, h * stride) for (h, w), stride in zip(shapes, strides, strict=True)], points)
     places = points[:, :, None, :, :2] / extents[:, None]  # B Q L P 2
-    weights = level_weights(points[..., 2], strides).transpose(2, 3) / points.shape[2]
+    weights = level_weights(points[..., 2], strides).permute(1, 2, 0, 3) / points.shape[2]
     return sampling_map(shapes, places[:, :, None], weights[:, :, None], torch.cat([mask.flatten(1) for mask in padding], dim=1))

@@ -192,8 +192,8 @@ class DeformableAttention(nn.Module):
         weights = weights.to(offsets.dtype).softmax(-1).unflatten(-1, (self.levels, self.points))
         reference = reference[:, :, None, :, None, :]
         if reference.shape[-1] == 2:
-            sizes = constants([(w, h) for h, w in shapes], offsets)
-            locations = reference + offsets / sizes[:, None, :]
+            cell = constants([(1 / w, 1 / h) for h, w in shapes], offsets)
+            locations = reference + offsets * cell[:, None, :]
         else:
             locations = reference[..., :2] + offsets / self.points * reference[..., 2:] * 0.5
         return locations, weights
@@ -208,24 +208,16 @@ def sample_and_sum(
 ) -> Float[Tensor, "B Q D"]:
     """Bilinear samples of each level at `locations` (fractions of its map, zero outside), summed with `weights`."""
     batch, queries = locations.shape[:2]
-    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # L, B*M, Q, K, 2
-    weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)  # L, B*M, Q, K
+    # Queries last: what is summed over the few points then runs along memory.
+    grids = (2 * locations - 1).permute(3, 0, 2, 4, 1, 5).flatten(1, 2)  # L, B*M, K, Q, 2
+    weights = weights.permute(3, 0, 2, 4, 1).flatten(1, 2)  # L, B*M, K, Q
     maps = value.transpose(1, 2).unflatten(1, (heads, -1)).flatten(0, 1)  # B*M, D/M, T
     total = None
     for (h, w), level, grid, weight in zip(shapes, maps.split([h * w for h, w in shapes], dim=-1), grids, weights, strict=True):
         sampled = F.grid_sample(level.unflatten(-1, (h, w)), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
-        summed = weighted_sum(sampled, weight)
+        summed = (sampled * weight[:, None]).sum(2)
         total = summed if total is None else total + summed
     return total.reshape(batch, -1, queries).transpose(1, 2)
-
-
-def weighted_sum(samples: Float[Tensor, "N D Q K"], weights: Float[Tensor, "N Q K"]) -> Float[Tensor, "N D Q"]:
-    """The samples of each query, summed with its weights."""
-    if samples.is_cuda:
-        return (samples * weights[:, None]).sum(-1)
-    # A batch of tiny matrix products, one a query, nearly a million at COCO's sizes: others report that GPUs are slow at it (we have not
-    # measured it). What is stored was made with it on CPUs, and the other form's backward pass rounds otherwise.
-    return torch.einsum("ndqk,nqk->ndq", samples, weights)
 
 
 def sampling_map(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from http.client import HTTPException
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -26,16 +27,51 @@ _RESNET_STAGES = ("layer1", "layer2", "layer3", "layer4")
 _MOBILENET_STAGES = ("3", "6", "13", "18")
 
 
-class Shortcut(nn.Conv2d):
+class NormedConv(nn.Conv2d):
+    """A convolution that computes the frozen BatchNorm behind it as well, by scaling its weights: the same but for rounding.
+
+    The BatchNorm keeps its place and its tensors, under torchvision's names, and is passed through.
+    """
+
+    norm: tuple[FrozenBatchNorm2d, ...] = ()  # none before `fold`; in a tuple, so that its tensors do not belong to this module as well
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D _ _"]:
+        if not self.norm:
+            return self._conv_forward(x, self.weight, None)
+        (norm,) = self.norm
+        scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+        return self._conv_forward(x, self.weight * scale[:, None, None, None], norm.bias - norm.running_mean * scale)
+
+
+class PassedNorm(FrozenBatchNorm2d):
+    """The BatchNorm of a `NormedConv`, which has computed it."""
+
+    def forward(self, x: Float[Tensor, "B D H W"]) -> Float[Tensor, "B D H W"]:
+        return x
+
+
+def fold(module: nn.Module) -> None:
+    """Let each convolution that a frozen BatchNorm follows compute it, two passes over its map less."""
+    for one, after in pairwise(module.children()):
+        if isinstance(one, nn.Conv2d) and isinstance(after, FrozenBatchNorm2d):
+            if not isinstance(one, NormedConv):
+                one.__class__ = NormedConv
+            after.__class__ = PassedNorm
+            one.norm = (after,)
+    for child in module.children():
+        fold(child)
+
+
+class Shortcut(NormedConv):
     """A 1x1 convolution that leaves out pixels before it computes.
 
     Left to its stride, torch's oneDNN (seen with torch 2.15, AVX-512, 8 channels of 48 x 48 pixels) writes beyond its memory in the
     backward pass where channels are fewer than fill a register: oneDNN's issue 6035. The numbers are the same, to the last bit.
     """
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D _ _"]:
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows, columns = self.stride
-        return F.conv2d(x[..., ::rows, ::columns], self.weight)
+        return F.conv2d(x[..., ::rows, ::columns], weight, bias)
 
 
 class ThinResNet(nn.Module):
@@ -119,6 +155,7 @@ class Backbone(nn.Module):
         stages = (_MOBILENET_STAGES if mobile else _RESNET_STAGES)[first_level - 2 :]
         self.body = IntermediateLayerGetter(whole.features if mobile else whole, {stage: stage for stage in stages})
         self.learned = recipe.weights != "none"
+        fold(self.body)
         if recipe.weights not in ("none", "crops"):
             for name, parameter in self.body.named_parameters():
                 if name.startswith(("conv1", "layer1", "0.", "1.", "2.", "3.") if mobile else ("conv1", "bn1", "layer1")):

@@ -120,7 +120,8 @@ def survives(folder: Path) -> str:
     data.report.text().encode()
     unread = data.damaged_images()
     assert all(fault.startswith(tuple(f"image {id}: " for id in data.ids)) and "\n" not in fault for fault in unread)
-    for seed, data.transforms in enumerate(TRANSFORMS):
+    for seed, transform in enumerate(TRANSFORMS):
+        data = CocoDataset(file, folder / "images", transform)
         samples = []
         for index, id in enumerate(data.ids):
             try:

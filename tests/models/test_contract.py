@@ -25,7 +25,7 @@ from detrdistill.models import (
 )
 from tests.models.small import CLASSES, DIM, KINDS, QUERIES, STAGES, batch, randomise, small_detector, small_recipe
 
-CLOSE = {"atol": 1e-5, "rtol": 0}
+CLOSE = {"atol": 2e-5, "rtol": 0}  # products of other sizes round otherwise
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 

@@ -332,7 +332,7 @@ def adamixer_sampling(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
     maps, points = oracle.inputs("feat", grad=True), oracle.input("sample_points", grad=True)
     out = adamixer.sample_3d(maps, config["strides"], points[:, :, 0], config["n_groups"])
     oracle.expect("out", out)
-    oracle.expect("level_weight", adamixer.level_weights(points[..., 2], config["strides"]))
+    oracle.expect("level_weight", adamixer.level_weights(points[..., 2], config["strides"]).movedim(0, -1))
     (out * oracle.input("cot")).sum().backward()
     oracle.expect_gradient("sample_points", points.grad)
     for i, level in enumerate(maps):
