@@ -39,6 +39,7 @@ class Parameters(Strict):
         setting: whose weights are looked at: teacher, student, or methods joined by "+".
         image: number of a validation image, or the path of an image file.
         images: numbers of validation images.
+        rows: names of rows whose weights are tuned.
         interactive: sliders where they are of use.
         data: folder of COCO json and images; empty: the preset's data.
         results: folder of runs; empty: the preset's.
@@ -54,6 +55,7 @@ class Parameters(Strict):
     setting: str = "teacher"
     image: NonNegativeInt | Path = 0
     images: tuple[NonNegativeInt, ...] = ()
+    rows: tuple[str, ...] = ()
     interactive: bool = False
     data: str = ""
     results: str = ""
@@ -64,6 +66,11 @@ class Parameters(Strict):
         if value not in PRESETS:
             raise ValueError(f"unknown preset; known: {', '.join(PRESETS)}")
         return value
+
+    @field_validator("rows", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value  # their names have spaces and commas
 
     @field_validator("seeds", "images", "detectors", mode="before")
     @classmethod
@@ -99,7 +106,7 @@ class Session:
 
     Attributes:
         presets: by detector, where a notebook looks at several; `preset` is the first.
-        setting, image, images, interactive: as in `Parameters`.
+        setting, image, images, rows, interactive: as in `Parameters`.
     """
 
     preset: Preset
@@ -111,6 +118,7 @@ class Session:
     setting: str = "teacher"
     image: int | Path = 0
     images: tuple[int, ...] = ()
+    rows: tuple[str, ...] = ()
     interactive: bool = False
 
     def each(self) -> dict[str, Self]:
@@ -156,6 +164,23 @@ class Session:
 
         for recipe in {run_id(recipe): recipe for recipe in table.recipes()}.values():
             run(recipe, self.store, device=self.device, progress=self.progress)
+
+    def tune(self) -> "pd.DataFrame":
+        """Run the trials that `rows` still miss, of each detector that has such a row; all that was tried, as `tuning.tuning_frame` has it.
+
+        Raises:
+            InputError: no detector has a row of this name, or the preset's data is a folder.
+        """
+        from detrdistill.experiments.runs import run
+        from detrdistill.experiments.tuning import find_row, rows_to_tune, runs_to_come, tuning_frame
+
+        presets = list(self.presets.values())
+        for name in self.rows:
+            find_row(presets, name)
+        for row in rows_to_tune(presets):
+            for recipe in runs_to_come(row, self.store) if row.name in self.rows else ():
+                run(recipe, self.store, device=self.device, progress=self.progress)
+        return tuning_frame(presets, self.store)
 
     def curves(self, table: "Table") -> dict[str, list[list[dict[str, float | None]]]]:
         """AP while training of the table's rows at the end of the schedule, by setting or title; of its first detector."""
@@ -231,6 +256,7 @@ def validate(**parameters: object) -> Session:
         read.setting,
         read.image,
         read.images,
+        read.rows,
         read.interactive,
     )
     try:
