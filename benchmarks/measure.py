@@ -19,11 +19,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 
 
-def make_parser(about: str) -> argparse.ArgumentParser:
-    """The arguments of all benchmarks: `scale` is "full", "quick" or "small"."""
-    parser = argparse.ArgumentParser(description=about)
+def make_parser(about: str, *, quick: bool = True) -> argparse.ArgumentParser:
+    """The arguments of all benchmarks: `scale` is "full", "quick" (where there is such a scale) or "small"."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     scale = parser.add_mutually_exclusive_group()
-    scale.add_argument("--quick", dest="scale", action="store_const", const="quick", help="a rough measurement, in a few minutes")
+    if quick:
+        scale.add_argument("--quick", dest="scale", action="store_const", const="quick", help="a rough measurement, in a few minutes")
     scale.add_argument("--small", dest="scale", action="store_const", const="small", help="tiny sizes, only to see that it works")
     parser.add_argument("--out", type=Path, help="folder of the table; by default benchmarks/, or benchmarks/quick or /small beside it")
     parser.set_defaults(scale="full")
@@ -49,12 +50,17 @@ class Table:
 
     def add(self, row: Mapping[str, object]) -> None:
         """Print a row and append it."""
-        row = {name: round(value, 3) if isinstance(value, float) else value for name, value in row.items()}
+        row = {name: shortened(value) if isinstance(value, float) else value for name, value in row.items()}
         print(", ".join(f"{name}: {value}" for name, value in row.items() if value not in (None, "")), flush=True)
         write_text(self.path, self.path.read_text(encoding="utf-8") + line([row.get(name) for name in self.columns]))
 
     def rows(self) -> list[dict[str, str]]:
         return list(csv.DictReader(self.path.read_text(encoding="utf-8").splitlines()[1:]))
+
+
+def shortened(value: float) -> float:
+    """Three digits of what is below one, otherwise three behind the point."""
+    return round(value, 3) if abs(value) >= 1 else float(f"{value:.3g}")
 
 
 def line(values: Sequence[object]) -> str:
