@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
 from unittest.mock import patch
@@ -66,10 +67,11 @@ def loader(report: Report) -> None:
             recipe = recipe.replace(**{"resize.short": 64, "resize.long": 96})
         dataset = open_split(recipe, "train")
         for workers in (0,) if report.small else sorted({1, min(4, cores), min(8, cores), cores}):
-            steps = 4 if report.small else 4 + 12 * workers
+            steps = 4 + 16 * workers
             draws = Draws(len(dataset), 2, 0, 0, steps, 1, 0, 1)
             stream = micro_batches(dataset, draws, workers, pin=report.cuda)
-            next(stream)
+            for _ in range(1 + 2 * workers):  # what has been loaded ahead
+                next(stream)
             start = perf_counter()
             count = sum(len(batch.pixels) for batches in stream for batch in batches)
             report.add(f"{recipe.resize.short} px, {workers} workers of {cores} cores", count / (perf_counter() - start), "images a second")
@@ -134,6 +136,7 @@ def sampling(report: Report) -> None:
     torch.manual_seed(0)
     shapes = [(10, 16), (5, 8)] if report.small else [(100, 167), (50, 84), (25, 42), (13, 21)]
     tokens, heads, points = sum(h * w for h, w in shapes), 8, 4
+    sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=report.device)[:, None]  # L 1 2
     forms: dict[str, Callable[..., Tensor]] = {
         "grid_sample a level, as it is": attention.sample_and_sum,
         "grid_sample a level, einsum": partial(with_sum, lambda samples, weights: torch.einsum("ndqk,nqk->ndq", samples, weights)),
@@ -142,16 +145,15 @@ def sampling(report: Report) -> None:
     }
     for place, queries in (("encoder", tokens), ("decoder", 300)):
         value = torch.randn(2, tokens, 256, device=report.device, requires_grad=True)
-        locations = (torch.rand(2, queries, heads, len(shapes), points, 2, device=report.device) * 1.1 - 0.05).requires_grad_()
-        weights = torch.rand(2, queries, heads, len(shapes), points, device=report.device, requires_grad=True)
+        where = 2, queries, heads, len(shapes), points
+        # Between two cells, also of the border, and on none: there forms round to either side, and gradients jump.
+        cells = (torch.rand(*where, 2, device=report.device) * (sizes + 1)).floor() - 1
+        locations = ((cells + 0.55 + 0.9 * torch.rand(*where, 2, device=report.device)) / sizes).requires_grad_()
+        weights = torch.rand(*where, device=report.device, requires_grad=True)
         upstream = torch.randn(2, queries, 256, device=report.device)
         expected = None
         for name, form in forms.items():
-
-            def once(form: Callable[..., Tensor] = form) -> list[Tensor]:
-                out = form(value, shapes, locations, weights, heads)  # noqa: B023 - called before they change
-                return [out.detach(), *torch.autograd.grad(out, (value, locations, weights), upstream)]  # noqa: B023
-
+            once = partial(both_ways, form, upstream, value, shapes, locations, weights, heads)
             with report.trying(f"{place}: {name}"):
                 found = once()
                 expected = expected or found
@@ -159,6 +161,13 @@ def sampling(report: Report) -> None:
                 report.add(f"{place}: {name}, difference of outputs and gradients", apart, "relative", at_most=1e-4)
                 del found
                 report.time(f"{place}: {name}", once)
+
+
+def both_ways(form: Callable[..., Tensor], upstream: Tensor, *given: object) -> list[Tensor]:
+    """The output of a form, and the gradients of all that has one."""
+    out = form(*given)
+    learned = [one for one in given if isinstance(one, Tensor) and one.requires_grad]
+    return [out.detach(), *torch.autograd.grad(out, learned, upstream)]
 
 
 def with_sum(weighted_sum: Callable[[Tensor, Tensor], Tensor], *given: object) -> Tensor:
@@ -169,8 +178,8 @@ def with_sum(weighted_sum: Callable[[Tensor, Tensor], Tensor], *given: object) -
 def gather_and_sum(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor, heads: int) -> Tensor:
     """As `attention.sample_and_sum`: the four cells around each point of all levels, in one weighted sum of rows of a table."""
     batch, queries = locations.shape[:2]
-    sizes = locations.new_tensor([(w, h) for h, w in shapes])[:, None]  # L 1 2
-    areas = torch.tensor([0] + [h * w for h, w in shapes[:-1]], device=value.device)
+    sizes = attention.constants([(w, h) for h, w in shapes], locations)[:, None]  # L 1 2
+    firsts = attention.constants([0, *accumulate(h * w for h, w in shapes[:-1])], locations).long()[:, None, None, None]
     place = locations * sizes - 0.5
     low = place.detach().floor()
     cells = torch.stack((low, low + 1), dim=-1)  # B Q M L K 2 2, as the next: x and y, low and high
@@ -178,11 +187,10 @@ def gather_and_sum(value: Tensor, shapes: list[tuple[int, int]], locations: Tens
     inside = (cells >= 0) & (cells < sizes[..., None])
     x, y = torch.where(inside, cells, 0).long().unbind(-2)
     share_x, share_y = (parts * inside).unbind(-2)
-    tokens = areas.cumsum(0)[:, None, None, None] + y[..., :, None] * sizes[..., :1, None].long() + x[..., None, :]
+    tokens = firsts + y[..., :, None] * sizes[..., :1, None].long() + x[..., None, :]
     shares = weights[..., None, None] * share_y[..., :, None] * share_x[..., None, :]
     starts = torch.arange(batch * heads, device=value.device).view(batch, 1, heads, 1, 1, 1, 1) * value.shape[1]
     rows = value.unflatten(-1, (heads, -1)).transpose(1, 2).flatten(0, 2)  # B M T, D / M
-    summed = F.embedding_bag(
-        (tokens + starts).flatten(3).flatten(0, 2), rows, per_sample_weights=shares.flatten(3).flatten(0, 2), mode="sum"
-    )
+    places, shares = (part.flatten(3).flatten(0, 2) for part in (tokens + starts, shares))  # B Q M and everything else
+    summed = F.embedding_bag(places, rows, per_sample_weights=shares, mode="sum")
     return summed.view(batch, queries, -1)

@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import gpu_check
+from benchmarks.gpu_numbers import WAITED, waits
 from benchmarks.gpu_report import COLUMNS, Check, Report
 from benchmarks.measure import ROOT, Table
 
@@ -79,6 +81,25 @@ def test_no_check_starts_when_the_time_is_over(tmp_path: Path, monkeypatch: pyte
     table.start("test")
     gpu_check.carry_out_all([Check("first", 60, measure)], Report(table, "", "cpu", True, tmp_path), CHILDREN)
     assert [(row["passed"], row["note"]) for row in table.rows()] == [("no", "no time was left of 4 s")]
+
+
+def test_waits_are_counted_where_they_happen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of torch's warnings, which are put in the place of a GPU here."""
+    modes: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    table = Table(tmp_path / "gpu.csv", COLUMNS)
+    table.start("test")
+    report = Report(table, "", "cuda", False, tmp_path)
+    for times, exactly in ((1, 1), (2, 1)):
+        with waits(report, "waits", exactly):
+            for _ in range(times):
+                warnings.warn(f"{WAITED} (Triggered internally)", stacklevel=1)
+                warnings.warn("something else", stacklevel=1)
+    (one, many), here = table.rows(), Path(__file__).read_text(encoding="utf-8").splitlines()
+    assert (one["value"], one["passed"], many["value"], many["passed"]) == ("1", "yes", "2", "no")
+    assert one["note"] == many["note"] and "{WAITED}" in here[int(one["note"].removeprefix(f"{Path(__file__).name}:")) - 1]
+    assert modes == ["warn", "default"] * 2
 
 
 def test_what_is_missing_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
