@@ -50,7 +50,6 @@ NEEDED = {  # packages by what they are imported as
     "torchvision": "torchvision",
     "tqdm": "tqdm",
     "transformers": "transformers",
-    "tyro": "tyro",
 }
 
 
@@ -72,7 +71,6 @@ def main(words: Sequence[str] | None = None) -> int:
     os.environ |= {
         "HF_HUB_OFFLINE": "1",  # nothing is fetched, and nothing waits for a network
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # torch wants it for sums in a fixed order
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),  # for what the checks start
     }
 
     from benchmarks.gpu_report import COLUMNS, Report

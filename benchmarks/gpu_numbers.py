@@ -1,14 +1,13 @@
 """Checks of what a GPU computes: the official numbers, bf16 steps, waits of the host, resuming, DDP."""
 
+import multiprocessing
 import signal
-import subprocess
-import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shutil import copytree
+from shutil import copytree, ignore_patterns
 from time import sleep
 from typing import Self
 
@@ -22,10 +21,9 @@ from torch import Tensor, nn
 
 from benchmarks.distillation import total
 from benchmarks.gpu_report import Lesson, Report, one_line
-from benchmarks.measure import ROOT
 from detrdistill.distill.build import build_distiller
 from detrdistill.experiments.presets import get_preset
-from detrdistill.experiments.recipes import Recipe
+from detrdistill.experiments.recipes import Recipe, run_id
 from detrdistill.experiments.runs import make_fabric, open_split, run
 from detrdistill.experiments.store import Store
 from detrdistill.models import build_detector
@@ -114,14 +112,12 @@ def resume(report: Report) -> None:
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     steps = 12 if report.small else 30
-    changes = {"schedule.steps": steps}
-    recipe = get_preset("smoke", "conditional_detr").recipe("detrdistill").replace(**changes)
+    recipe = get_preset("smoke", "conditional_detr").recipe("detrdistill").replace(**{"schedule.steps": steps})
     with tempfile.TemporaryDirectory() as folder:
-        stores = {name: Store(Path(folder) / name) for name in ("whole", "again", "killed")}
-        run(recipe.teacher, stores["whole"], device=report.device, progress=False)
-        for name in ("again", "killed"):
-            copytree(stores["whole"].root, stores[name].root)
-        killed_at = train_and_kill(report, recipe, stores["killed"], changes)
+        stores = {name: Store(Path(folder) / name) for name in ("killed", "whole", "again")}
+        killed_at = train_and_kill(report, recipe, stores["killed"])
+        for name in ("whole", "again"):  # with the same teacher
+            copytree(stores["killed"].root, stores[name].root, ignore=ignore_patterns(run_id(recipe)))
         records = {name: run(recipe, store, device=report.device, progress=False) for name, store in stores.items()}
         logs = {name: read_log(store.folder(recipe) / "log.jsonl") for name, store in stores.items()}
     report.add(f"times resumed, killed after step {killed_at} of {steps}", records["killed"].cost["resumed"], exactly=1)
@@ -131,18 +127,18 @@ def resume(report: Report) -> None:
     report.add("the same, after the kill", difference(logs["whole"], logs["killed"]), "relative", at_most=aim)
 
 
-def train_and_kill(report: Report, recipe: Recipe, store: Store, changes: dict[str, object]) -> int:
-    """Train by the command line until there is a checkpoint; returns the last step that the log knows."""
-    settings = [word for name, value in changes.items() for word in ("--set", f"{name}={value}")]
-    command = [sys.executable, "-m", "detrdistill", "train", "smoke", "detrdistill", "--detector", recipe.detector]
-    command += ["--results", str(store.root), "--device", report.device, *settings]
-    process = subprocess.Popen(command, cwd=ROOT)
-    checkpoint = store.folder(recipe) / "checkpoint.pt"
-    while process.poll() is None and not checkpoint.exists():
+def train_and_kill(report: Report, recipe: Recipe, store: Store) -> int:
+    """Train in another process until there is a checkpoint; returns the last step that the log knows."""
+    # Forked on the CPU, before anything here has computed: a start takes longer than the run.
+    context = multiprocessing.get_context("spawn" if report.cuda else "fork")
+    process = context.Process(target=run, args=(recipe, store), kwargs={"device": report.device, "progress": False})
+    process.start()
+    while process.is_alive() and not (store.folder(recipe) / "checkpoint.pt").exists():
         sleep(0.002)
     process.kill()
-    if process.wait() != -signal.SIGKILL:
-        raise RuntimeError(f"{' '.join(command)}: ended with exit code {process.returncode} before it could be killed")
+    process.join()
+    if process.exitcode != -signal.SIGKILL:
+        raise RuntimeError(f"the run ended with exit code {process.exitcode} before it could be killed")
     return read_log(store.folder(recipe) / "log.jsonl")[-1]["step"]
 
 

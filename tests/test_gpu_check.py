@@ -106,6 +106,6 @@ def test_what_is_missing_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch, caps
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main([]) == 2
     assert capsys.readouterr().err == "error: torch finds no CUDA device here; --small shows on the CPU that the checks work\n"
-    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name in ("PIL", "tyro") else True)
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None if name in ("PIL", "tqdm") else True)
     assert gpu_check.main([]) == 2
-    assert capsys.readouterr().err == "error: packages are missing; install them: python -m pip install pillow tyro\n"
+    assert capsys.readouterr().err == "error: packages are missing; install them: python -m pip install pillow tqdm\n"
