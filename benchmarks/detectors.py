@@ -129,7 +129,8 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = make_parser(__doc__).parse_args(words)
     repeats, sizes = SCALES[arguments.scale]
     torch.set_num_threads(1)
-    FRESH.set_forkserver_preload(["transformers", "detrdistill.models.hugging_face"])
+    ports = (f"transformers.models.{name}.modeling_{name}" for name in ("deformable_detr", "conditional_detr"))
+    FRESH.set_forkserver_preload([*ports, "detrdistill.models.hugging_face"])
     table = Table(table_path(arguments, "detectors.csv"), COLUMNS)
     table.start(f"commit {commit()}; torch {torch.__version__}, one CPU thread, float32; medians of {repeats}")
     for size in sizes:

@@ -128,12 +128,13 @@ def carry_out_all(checks: "Sequence[Check]", report: "Report", context: BaseCont
         process.start()
         try:
             process.join(box)
-            if process.is_alive():
-                own.add("the check itself", note=f"stopped after {box:.0f} s, its time box", failed=True)
-            elif process.exitcode:
-                own.add("the check itself", note=f"its process ended with exit code {process.exitcode}", failed=True)
+            hangs = process.is_alive()
         finally:
-            end_group(process)
+            end_group(process)  # before its last row: two that write at once lose one
+        if hangs:
+            own.add("the check itself", note=f"stopped after {box:.0f} s, its time box", failed=True)
+        elif process.exitcode:
+            own.add("the check itself", note=f"its process ended with exit code {process.exitcode}", failed=True)
 
 
 def end_group(process: BaseProcess) -> None:
