@@ -19,7 +19,7 @@ DRY ?=
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: help setup test faults reproduce report lab lint benchmark clean constraints
+.PHONY: help setup test faults reproduce report lab lint benchmark gpu-check clean constraints
 
 help:
 	@echo "make setup        make .venv and install everything in the versions of constraints.txt (PYTHON=$(PYTHON))"
@@ -31,7 +31,8 @@ help:
 	@echo "make report       write tables and figures again from stored results, without training (PRESET=$(PRESET))"
 	@echo "make lab          open the notebooks in JupyterLab"
 	@echo "make lint         check style, and that source notebooks carry no outputs"
-	@echo "make benchmark    measure times and ratios, print them, write benchmarks/*.csv"
+	@echo "make benchmark    measure times and ratios, print them, write benchmarks/*.csv (an hour; ARGS=--quick: ten minutes)"
+	@echo "make gpu-check    what only a GPU can tell, in 8 minutes on one: numbers, memory, speed, resuming; writes benchmarks/gpu.csv"
 	@echo "make constraints  write the versions installed in .venv into constraints.txt"
 	@echo "make clean        remove caches; results, data and .venv stay"
 
@@ -95,9 +96,13 @@ lint: setup
 	find notebooks -name '*.ipynb' -not -path '*/.ipynb_checkpoints/*' -exec $(BIN)/nbstripout --verify {} +
 
 benchmark: setup
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/benchmarks.py $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/detectors.py $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/distillation.py $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.benchmarks $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.detectors $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.distillation $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu_days $(ARGS)
+
+gpu-check: setup
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 # To move to newer versions: .venv/bin/pip install --upgrade -e '.[test]', run the tests, then this. What torch needs for CUDA comes
 # with torch, differs by platform, and is left out; so is the local part of a version (+cpu).

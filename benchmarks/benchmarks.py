@@ -1,85 +1,97 @@
-"""Measure what the design promises, as ratios within one run: `make benchmark` prints a table and writes benchmarks/results.csv.
+"""Measure what the design promises, as ratios within one run: `make benchmark` writes benchmarks/results.csv.
 
 Cores are shared and noisy: each line is a median of repeats with its spread, and compares two things timed in turn.
 """
 
-import argparse
+import contextlib
+import io
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from scipy.optimize import linear_sum_assignment
 from torchvision.ops import generalized_box_iou
 
+from benchmarks.measure import ROOT, Table, make_parser, seconds, spread, table_path
 from detrdistill.boxes import cxcywh_to_xyxy
 from detrdistill.criterion import ALPHA, CLASS, GAMMA, GIOU, L1, target_cost
-from detrdistill.data.coco import Batch
 from detrdistill.distill.build import build_distiller
 from detrdistill.experiments.presets import get_preset
 from detrdistill.experiments.runs import open_split
 from detrdistill.experiments.store import Store, commit, open_store
-from detrdistill.files import write_text
 from detrdistill.matching import Problem, match
 from detrdistill.models import build_detector
 from detrdistill.models.outputs import DetectorOutput, Targets
 from detrdistill.training.batches import Draws, micro_batches
 from detrdistill.training.evaluation import coco_metrics
 
-HERE = Path(__file__).parent
+REFERENCE = ROOT / "results" / "reference" / "quick"
+Row = dict[str, object]
 
 
 @dataclass(frozen=True)
-class Line:
-    """One measurement: value, its spread over repeats, and the aim it is held against."""
+class Scale:
+    """How much is measured.
 
-    what: str
-    value: float
-    low: float
-    high: float
-    unit: str
-    aim: str
+    Attributes:
+        repeats: of what takes a moment, and of what takes seconds.
+        preset: whose distillation step is timed.
+        shape: stages, images and queries that are matched.
+        images: that are evaluated, with 100 detections each.
+    """
+
+    repeats: tuple[int, int]
+    preset: str
+    shape: tuple[int, int, int]
+    images: int
 
 
-def timed(action: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
+SCALES = {
+    "full": Scale((7, 3), "quick", (6, 16, 300), 400),
+    "quick": Scale((3, 1), "quick", (6, 16, 300), 400),
+    "small": Scale((1, 1), "smoke", (2, 2, 20), 10),
+}
 
 
-def ratio(what: str, ours: Callable[[], object], theirs: Callable[[], object], aim: str, repeats: int) -> Line:
+def ratio(what: str, ours: Callable[[], object], theirs: Callable[[], object], aim: str, repeats: int) -> Row:
     """Time of `ours` over time of `theirs`, in turn, after one warm-up each."""
     ours(), theirs()
-    ratios = sorted(timed(ours) / timed(theirs) for _ in range(repeats))
-    return Line(what, statistics.median(ratios), ratios[0], ratios[-1], "x", aim)
+    return {"what": what, **spread([seconds(ours) / seconds(theirs) for _ in range(repeats)]), "unit": "x", "aim": aim}
 
 
-def import_time(repeats: int) -> Line:
-    command = [sys.executable, "-c", "import detrdistill"]
-    seconds = sorted(timed(lambda: subprocess.run(command, check=True)) for _ in range(repeats))
-    return Line("import detrdistill, interpreter included", statistics.median(seconds), seconds[0], seconds[-1], "s", "< 2")
+def import_time(scale: Scale) -> Row:
+    return {"what": "import detrdistill, interpreter included", **command_time("import detrdistill", scale.repeats[0]), "aim": "< 2"}
 
 
-def report_time(repeats: int) -> Line:
-    command = [sys.executable, "-c", "from detrdistill.experiments.report import write_report; write_report('quick', (0,))"]
-    environment = os.environ | {"DETRDISTILL_RESULTS": str(open_store("quick").root.parent)}
-    seconds = sorted(timed(lambda: subprocess.run(command, check=True, env=environment)) for _ in range(repeats))
-    return Line("report of preset quick, interpreter included", statistics.median(seconds), seconds[0], seconds[-1], "s", "seconds")
+def report_time(scale: Scale) -> Row:
+    """Of the runs that are committed, copied: the report is written beside them."""
+    code = "from detrdistill.experiments.report import write_report; write_report('quick', (0,))"
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(REFERENCE / "runs", Path(folder) / "quick" / "runs")
+        found = command_time(code, scale.repeats[1], DETRDISTILL_RESULTS=folder)
+    return {"what": "report of preset quick, interpreter included", **found, "aim": "seconds"}
 
 
-def distillation_step(repeats: int) -> list[Line]:
-    """A distilled step against a plain step and the teacher's forward pass, on the quick preset's images."""
-    preset = get_preset("quick")
+def command_time(code: str, repeats: int, **environment: str) -> Row:
+    command = [sys.executable, "-c", code]
+    times = [seconds(lambda: subprocess.run(command, check=True, cwd=ROOT, env=os.environ | environment)) for _ in range(repeats)]
+    return {**spread(times), "unit": "s"}
+
+
+def distillation_step(scale: Scale) -> Row:
+    """A distilled step against a plain step and the teacher's forward pass, on the preset's images."""
+    preset = get_preset(scale.preset)
     dataset = open_split(preset.student, "train")
     classes = len(dataset.categories)
     (batch,) = next(iter(micro_batches(dataset, Draws(len(dataset), 16, 0, 0, 1, 1, 0, 1), 0)))
@@ -88,27 +100,34 @@ def distillation_step(repeats: int) -> list[Line]:
     plain = build_distiller(build_detector(preset.student, classes), preset.student).to(memory_format=torch.channels_last)
     distilled = build_distiller(build_detector(recipe, classes), recipe).to(memory_format=torch.channels_last)
 
-    def teach(batch: Batch) -> DetectorOutput:
-        with torch.no_grad():
-            return teacher.decode(teacher.encode(batch.pixels, batch.padding))[0]
-
     def plain_and_teacher() -> None:
-        teach(batch)
-        sum(part.sum() for part in plain(batch.pixels, batch.padding, batch.targets).values()).backward()
+        distilled.ask(teacher, batch.pixels, batch.padding)
+        backward(plain(batch.pixels, batch.padding, batch.targets))
 
     def distil() -> None:
-        sum(part.sum() for part in distilled(batch.pixels, batch.padding, batch.targets, teach(batch)).values()).backward()
+        answers = distilled.ask(teacher, batch.pixels, batch.padding)
+        backward(distilled(batch.pixels, batch.padding, batch.targets, answers))
 
-    return [ratio("distillation step / (student step + teacher forward), quick", distil, plain_and_teacher, "<= 1.15", repeats)]
+    what = f"distillation step / (student step + teacher forward), {scale.preset}"
+    return ratio(what, distil, plain_and_teacher, "<= 1.15", scale.repeats[0])
 
 
-def matching(repeats: int) -> Line:
+def backward(parts: dict[str, torch.Tensor]) -> None:
+    torch.stack([part.sum() for part in parts.values()]).sum().backward()
+
+
+def matching(scale: Scale) -> Row:
     """All stages and images at once against the textbook matcher (all pairs of the batch, one image and stage after another)."""
-    stages, images, queries, classes = 6, 16, 300, 80
+    (stages, images, queries), classes = scale.shape, 80
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: torch.rand(shape, generator=generator)  # noqa: E731
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.rand(shape, generator=generator)
+
+    def boxes(*shape: int) -> torch.Tensor:
+        return torch.cat((draw(*shape, 2), draw(*shape, 2) * 0.3 + 0.02), -1)
+
     counts = torch.randint(1, 15, (images,), generator=generator).tolist()
-    boxes = lambda *shape: torch.cat((draw(*shape, 2), draw(*shape, 2) * 0.3 + 0.02), -1)  # noqa: E731
     targets = Targets.pack([torch.randint(0, classes, (n,), generator=generator) for n in counts], [boxes(n) for n in counts])
     logits, states = draw(stages, images, queries, classes), draw(stages, images, queries, 4)
     output = DetectorOutput(logits, boxes(stages, images, queries), states, [], [])
@@ -127,61 +146,78 @@ def matching(repeats: int) -> Line:
             for image, block in enumerate(cost.view(images, queries, -1).split(counts, -1)):
                 linear_sum_assignment(block[image].cpu().numpy())
 
-    return ratio("matching / textbook matcher, 16 images, 6 stages, 300 queries", ours, textbook, "<= 0.33", repeats)
+    what = f"matching / textbook matcher, {images} images, {stages} stages, {queries} queries"
+    return ratio(what, ours, textbook, "<= 0.33", scale.repeats[0])
 
 
-def evaluation(repeats: int) -> Line:
-    """faster-coco-eval, as the kit calls it, against pycocotools, on 400 images with 100 detections each."""
-    rng = np.random.default_rng(0)
-    images = [{"id": i, "width": 640, "height": 480} for i in range(400)]
-    box = lambda: [*rng.uniform(0, 400, 2).tolist(), *rng.uniform(8, 200, 2).tolist()]  # noqa: E731
+def evaluation(scale: Scale) -> Row:
+    """faster-coco-eval, as the kit calls it, against pycocotools, with seven objects and 100 detections an image."""
+    rng, count = np.random.default_rng(0), scale.images
+    images = [{"id": i, "width": 640, "height": 480} for i in range(count)]
+
+    def box() -> list[float]:
+        return [*rng.uniform(0, 400, 2).tolist(), *rng.uniform(8, 200, 2).tolist()]
+
     annotations = [
-        {"id": i + 1, "image_id": i % 400, "category_id": int(rng.integers(1, 11)), "bbox": (b := box()), "area": b[2] * b[3], "iscrowd": 0}
-        for i in range(2800)
+        {
+            "id": i + 1,
+            "image_id": i % count,
+            "category_id": int(rng.integers(1, 11)),
+            "bbox": (b := box()),
+            "area": b[2] * b[3],
+            "iscrowd": 0,
+        }
+        for i in range(7 * count)
     ]
     dataset = {"info": {}, "images": images, "annotations": annotations, "categories": [{"id": i, "name": str(i)} for i in range(1, 11)]}
     found = [
-        {"image_id": i % 400, "category_id": int(rng.integers(1, 11)), "bbox": box(), "score": float(rng.random())} for i in range(40000)
+        {"image_id": i % count, "category_id": int(rng.integers(1, 11)), "bbox": box(), "score": float(rng.random())}
+        for i in range(100 * count)
     ]
 
     def theirs() -> None:
-        truth = COCO()
-        truth.dataset = dataset
-        truth.createIndex()
-        evaluator = COCOeval(truth, truth.loadRes([dict(one) for one in found]), "bbox")
-        evaluator.evaluate(), evaluator.accumulate(), evaluator.summarize()
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO()
+            truth.dataset = dataset
+            truth.createIndex()
+            evaluator = COCOeval(truth, truth.loadRes([dict(one) for one in found]), "bbox")
+            evaluator.evaluate(), evaluator.accumulate(), evaluator.summarize()
 
     # Measured the other way round: how many times as long pycocotools takes.
-    return ratio("pycocotools / our COCO evaluation", theirs, lambda: coco_metrics(dataset, found), ">= 10", repeats)
+    return ratio("pycocotools / our COCO evaluation", theirs, lambda: coco_metrics(dataset, found), ">= 10", scale.repeats[1])
 
 
-def stored_runs() -> list[Line]:
+def stored_runs() -> Iterator[Row]:
     """Seconds, memory and AP of the quick preset's stored runs, and the published gains, from their records."""
     store, preset = open_store("quick"), get_preset("quick")
-    lines = []
     for setting in ("teacher", "student", "detrdistill"):
         if record := store.record(preset.recipe(setting)):
-            seconds, peak, ap = record.cost["seconds"], record.cost["peak_memory_mib"] / 1024, record.metrics["AP"]
-            lines.append(Line(f"quick {setting}: training", seconds, seconds, seconds, "s", "-"))
-            lines.append(Line(f"quick {setting}: peak memory", peak, peak, peak, "GiB", "< 4"))
-            lines.append(Line(f"quick {setting}: AP", ap, ap, ap, "%", ">= 45" if setting == "teacher" else "-"))
-    reference = Store(HERE.parent / "results" / "reference" / "quick")
+            yield once(f"quick {setting}: training", record.cost["seconds"], "s", "-")
+            yield once(f"quick {setting}: peak memory", record.cost["peak_memory_mib"] / 1024, "GiB", "< 4")
+            yield once(f"quick {setting}: AP", record.metrics["AP"], "%", ">= 45" if setting == "teacher" else "-")
+    reference = Store(REFERENCE)
     runs = [[reference.record(preset.recipe(setting, seed)) for setting in ("student", "detrdistill")] for seed in range(3)]
     gains = [distilled.metrics["AP"] - plain.metrics["AP"] for plain, distilled in runs]
-    lines.append(Line("reference: gain of DETRDistill, three seeds", statistics.mean(gains), min(gains), max(gains), "AP", "> 0 each"))
-    return lines
+    found = {"value": statistics.mean(gains), "low": min(gains), "high": max(gains)}
+    yield {"what": "reference: gain of DETRDistill, three seeds", **found, "unit": "AP", "aim": "> 0 each"}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=7)
-    repeats = parser.parse_args().repeats
+def once(what: str, value: float, unit: str, aim: str) -> Row:
+    return {"what": what, "value": value, "low": value, "high": value, "unit": unit, "aim": aim}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    arguments = make_parser(__doc__).parse_args(words)
+    scale = SCALES[arguments.scale]
     torch.set_num_threads(1)
-    lines = [import_time(repeats), report_time(3), matching(repeats), evaluation(3), *distillation_step(repeats), *stored_runs()]
-    frame = pd.DataFrame([vars(line) for line in lines]).round(3)
-    print(frame.to_string(index=False))
-    about = f"# commit {commit()}; {platform.system()} {platform.machine()}; torch {torch.__version__}, one thread; medians of {repeats}\n"
-    write_text(HERE / "results.csv", about + frame.to_csv(index=False, lineterminator="\n"))
+    table = Table(table_path(arguments, "results.csv"), ("what", "value", "low", "high", "unit", "aim"))
+    repeats = " and ".join(map(str, scale.repeats))
+    about = f"commit {commit()}; {platform.system()} {platform.machine()}; torch {torch.__version__}, one thread; medians of {repeats}"
+    table.start(about)
+    for measure in (import_time, report_time, matching, evaluation, distillation_step):
+        table.add(measure(scale))
+    for row in stored_runs():
+        table.add(row)
 
 
 if __name__ == "__main__":

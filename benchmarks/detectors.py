@@ -4,40 +4,38 @@ Forward: evaluation mode, no gradient. Step: training mode, all stages' outputs,
 is the peak of a process that does nothing but one step. AdaMixer has no port and stands alone.
 """
 
-import argparse
-import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from time import perf_counter
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection
 
+from benchmarks.measure import Table, make_parser, seconds, spread, table_path
 from detrdistill.experiments.recipes import Recipe
 from detrdistill.experiments.store import commit
-from detrdistill.files import write_text
 from detrdistill.models import build_detector
 from detrdistill.models.hugging_face import export_hugging_face
 
-HERE = Path(__file__).parent
 CLASSES = 91
+SMALL = {"dim": 64, "heads": 4, "ffn": 256, "encoder_layers": 1, "decoder_layers": 3, "queries": 20}
 SIZES = {
     # backbone, image side, batch, and what the recipe states
     "R50, 6/6 layers, 300 queries, 512 px": ("resnet50", 512, 2, {"queries": 300}),
-    "R18, 1/3 layers, 20 queries, 96 px": (
-        "resnet18",
-        96,
-        16,
-        {"dim": 64, "heads": 4, "ffn": 256, "encoder_layers": 1, "decoder_layers": 3, "queries": 20},
-    ),
+    "R50, 6/6 layers, 300 queries, 256 px": ("resnet50", 256, 2, {"queries": 300}),
+    "R18, 1/3 layers, 20 queries, 96 px": ("resnet18", 96, 16, SMALL),
+    "R18, 1/3 layers, 20 queries, 64 px": ("resnet18", 64, 2, SMALL),
 }
+LARGE, ROUGH, LITTLE, TINY = SIZES
+SCALES = {"full": (5, (LARGE, LITTLE)), "quick": (1, (ROUGH, LITTLE)), "small": (1, (TINY,))}  # repeats and sizes
 DETECTORS = ("deformable_detr", "conditional_detr", "adamixer")
+COLUMNS = ("detector", "size", "pass", "seconds", "of transformers", "low", "high", "peak MiB", "transformers' peak MiB")
+# A process whose memory is measured is forked from one that has only imported libraries.
+FRESH = multiprocessing.get_context("forkserver")
 
 
 def build(detector: str, size: str) -> tuple[nn.Module, Tensor, Tensor]:
@@ -51,22 +49,15 @@ def build(detector: str, size: str) -> tuple[nn.Module, Tensor, Tensor]:
     return build_detector(recipe, CLASSES), pixels, padding
 
 
-def port(ours: nn.Module) -> nn.Module:
+def port(ours: nn.Module, classes: int = CLASSES) -> nn.Module:
     """The same detector in transformers, returning all stages in training as ours does."""
     with tempfile.TemporaryDirectory() as folder:
-        export_hugging_face(ours, folder, [str(i) for i in range(CLASSES)])
+        export_hugging_face(ours, folder, [str(i) for i in range(classes)])
         return AutoModelForObjectDetection.from_pretrained(folder, auxiliary_loss=True)
 
 
-def passes(detector: str, size: str, theirs: bool) -> dict[str, Callable[[], None]]:
-    """A forward pass and a training step of one of the two."""
-    torch.manual_seed(0)
-    model, pixels, padding = build(detector, size)
-    if theirs:
-        model = port(model)
-    else:
-        model.to(memory_format=torch.channels_last)
-        pixels = pixels.contiguous(memory_format=torch.channels_last)
+def passes(model: nn.Module, pixels: Tensor, padding: Tensor, theirs: bool) -> dict[str, Callable[[], None]]:
+    """A forward pass and a training step, which leaves no gradient behind, of one of the two."""
 
     def outputs() -> Tensor:
         if theirs:
@@ -83,40 +74,49 @@ def passes(detector: str, size: str, theirs: bool) -> dict[str, Callable[[], Non
 
     def step() -> None:
         model.train()
-        model.zero_grad()
         outputs().backward()
+        model.zero_grad()
 
     return {"forward": forward, "step": step}
 
 
-def seconds(action: Callable[[], None]) -> float:
-    start = perf_counter()
-    action()
-    return perf_counter() - start
+def prepare(detector: str, size: str, theirs: bool) -> dict[str, Callable[[], None]]:
+    torch.manual_seed(0)
+    model, pixels, padding = build(detector, size)
+    if theirs:
+        return passes(port(model), pixels, padding, theirs)
+    pixels = pixels.contiguous(memory_format=torch.channels_last)
+    return passes(model.to(memory_format=torch.channels_last), pixels, padding, theirs)
 
 
-def compare(detector: str, size: str, repeats: int) -> list[dict[str, object]]:
-    ours = passes(detector, size, theirs=False)
-    theirs = passes(detector, size, theirs=True) if detector != "adamixer" else None
-    lines = []
+def compare(detector: str, size: str, repeats: int) -> Iterator[dict[str, object]]:
+    ours = prepare(detector, size, theirs=False)
+    theirs = prepare(detector, size, theirs=True) if detector != "adamixer" else None
     for name, action in ours.items():
         other = theirs[name] if theirs else None
         action(), other and other()
         pairs = [(seconds(action), seconds(other) if other else None) for _ in range(repeats)]
-        line = {"detector": detector, "size": size, "pass": name, "seconds": statistics.median(own for own, _ in pairs)}
+        row = {"detector": detector, "size": size, "pass": name, "seconds": statistics.median(own for own, _ in pairs)}
         if other:
-            ratios = sorted(own / port for own, port in pairs)
-            line |= {"of transformers": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}
-        lines.append(line)
-    peaks = [peak(detector, size, theirs=False), peak(detector, size, theirs=True) if theirs else None]
-    lines[-1] |= {"peak MiB": peaks[0], "transformers' peak MiB": peaks[1]}
-    return lines
+            row |= spread([own / another for own, another in pairs], "of transformers")
+        if name == "step":
+            row["peak MiB"] = peak(detector, size, theirs=False)
+            row["transformers' peak MiB"] = peak(detector, size, theirs=True) if other else None
+        yield row
 
 
 def peak(detector: str, size: str, theirs: bool) -> float:
     """By how much one training step exceeds what a fresh process holds before it, in MiB."""
-    command = [sys.executable, __file__, "--one", json.dumps([detector, size, theirs])]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    with ProcessPoolExecutor(1, FRESH) as pool:
+        return pool.submit(growth, detector, size, theirs).result()
+
+
+def growth(detector: str, size: str, theirs: bool) -> float:
+    torch.set_num_threads(1)
+    action = prepare(detector, size, theirs)["step"]
+    before = resident("VmRSS")
+    action()
+    return resident("VmHWM") - before
 
 
 def resident(kind: str) -> float:
@@ -125,23 +125,18 @@ def resident(kind: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--one", help="internal: one step in this process, prints the growth of its peak memory in MiB")
-    arguments = parser.parse_args()
+def main(words: Sequence[str] | None = None) -> None:
+    arguments = make_parser(__doc__).parse_args(words)
+    repeats, sizes = SCALES[arguments.scale]
     torch.set_num_threads(1)
-    if arguments.one:
-        action = passes(*json.loads(arguments.one))["step"]
-        before = resident("VmRSS")
-        action()
-        print(resident("VmHWM") - before)
-        return
-    lines = [line for size in SIZES for detector in DETECTORS for line in compare(detector, size, arguments.repeats)]
-    frame = pd.DataFrame(lines).round(3)
-    print(frame.to_string(index=False))
-    about = f"# commit {commit()}; torch {torch.__version__}, one CPU thread, float32; medians of {arguments.repeats}\n"
-    write_text(HERE / "detectors.csv", about + frame.to_csv(index=False, lineterminator="\n"))
+    ports = (f"transformers.models.{name}.modeling_{name}" for name in ("deformable_detr", "conditional_detr"))
+    FRESH.set_forkserver_preload([*ports, "detrdistill.models.hugging_face"])
+    table = Table(table_path(arguments, "detectors.csv"), COLUMNS)
+    table.start(f"commit {commit()}; torch {torch.__version__}, one CPU thread, float32; medians of {repeats}")
+    for size in sizes:
+        for detector in DETECTORS:
+            for row in compare(detector, size, repeats):
+                table.add(row)
 
 
 if __name__ == "__main__":

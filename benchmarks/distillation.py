@@ -7,19 +7,16 @@ authors' released code, and of the matching alone. All in turn within one proces
 the time that the process had a core, which other work on the machine changes little; with more threads it is the clock on the wall.
 """
 
-import argparse
 import gc
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from time import perf_counter, process_time
 from unittest.mock import patch
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -27,6 +24,7 @@ from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou
 
 import detrdistill.distill.distiller as steps
+from benchmarks.measure import Table, make_parser, spread, table_path
 from detrdistill.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from detrdistill.criterion import ALPHA, CLASS, GAMMA, GIOU, L1, box_cost
 from detrdistill.distill.build import build_distiller
@@ -36,21 +34,44 @@ from detrdistill.experiments.methods import METHODS, DETRDistill
 from detrdistill.experiments.presets import get_preset
 from detrdistill.experiments.recipes import Recipe
 from detrdistill.experiments.store import commit
-from detrdistill.files import write_text
 from detrdistill.matching import Pairs, match
 from detrdistill.models import build_detector
 from detrdistill.models.attention import sine_position
 from detrdistill.models.deformable_detr import Memory, token_centres
 from detrdistill.models.outputs import DetectorOutput, Targets
 
-HERE = Path(__file__).parent
-CLASSES, QUERIES, OBJECTS, BATCH = 80, 300, 7, 2
+CLASSES, OBJECTS, BATCH = 80, 7, 2
 DETECTORS = ("conditional_detr", "deformable_detr", "adamixer")
 RELEASED = "detrdistill_released"
 KNOWN = {name: method() for name, method in METHODS.items()} | {RELEASED: DETRDistill(variant="released")}
 PARTS = ("teacher", "student", "guests", "matching", "losses", "backward", "step")
 COLUMNS = ("detector", "method", "against", *PARTS, "ratio", "low", "high", "aim")  # of parts: seconds
 Batch = tuple[Tensor, Tensor, Targets]
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is measured.
+
+    Attributes:
+        preset: whose teacher and student are timed, with `queries` queries, on images of `side` pixels.
+        matched: images whose queries are matched at 6 stages.
+    """
+
+    preset: str
+    side: int
+    queries: int
+    matched: int
+    repeats: int
+    methods: Sequence[str]
+
+
+SCALES = {
+    "full": Scale("coco", 512, 300, 16, 3, tuple(KNOWN)),
+    "quick": Scale("coco", 256, 300, 4, 1, ("detrdistill", "kd_detr")),
+    "small": Scale("smoke", 64, 20, 2, 1, ("detrdistill", "kd_detr", RELEASED)),
+}
 
 
 class Clock:
@@ -86,10 +107,10 @@ class Clock:
         return self.now() - start
 
 
-def recipes(detector: str) -> tuple[Recipe, Recipe]:
-    """Teacher and student of preset `coco`, with as many queries for all detectors."""
-    preset = get_preset("coco", detector)
-    return tuple(recipe.replace(queries=QUERIES, dropout=0.0, precision="fp32") for recipe in (preset.teacher, preset.student))
+def recipes(detector: str, scale: Scale) -> tuple[Recipe, Recipe]:
+    """Teacher and student, with as many queries for all detectors."""
+    preset = get_preset(scale.preset, detector)
+    return tuple(recipe.replace(queries=scale.queries, dropout=0.0, precision="fp32") for recipe in (preset.teacher, preset.student))
 
 
 def build(recipe: Recipe, device: str) -> nn.Module:
@@ -101,10 +122,10 @@ def build(recipe: Recipe, device: str) -> nn.Module:
     return detector.to(device, memory_format=torch.channels_last)
 
 
-def make_batch(side: int, device: str) -> Batch:
-    pixels, padding = torch.randn(BATCH, 3, side, side), torch.zeros(BATCH, side, side, dtype=torch.bool)
-    pixels[0, :, :, side // 2 :], padding[0, :, side // 2 :] = 0, True
-    targets = Targets.pack([torch.randint(0, CLASSES, (OBJECTS,)) for _ in range(BATCH)], [draw_boxes(OBJECTS) for _ in range(BATCH)])
+def make_batch(height: int, width: int, device: str, images: int = BATCH) -> Batch:
+    pixels, padding = torch.randn(images, 3, height, width), torch.zeros(images, height, width, dtype=torch.bool)
+    pixels[0, :, :, width // 2 :], padding[0, :, width // 2 :] = 0, True
+    targets = Targets.pack([torch.randint(0, CLASSES, (OBJECTS,)) for _ in range(images)], [draw_boxes(OBJECTS) for _ in range(images)])
     return pixels.to(device).contiguous(memory_format=torch.channels_last), padding.to(device), targets.to(device)
 
 
@@ -149,11 +170,12 @@ def measure(distiller: Distiller, teacher: nn.Module, batch: Batch, device: str)
     return found
 
 
-def compare(detector: str, methods: Sequence[str], side: int, repeats: int, device: str) -> list[dict[str, object]]:
-    """All methods on one pair of detectors; a step of the student alone comes amid each four of them."""
+def compare(detector: str, scale: Scale, device: str) -> Iterator[Row]:
+    """All methods on one pair of detectors, four at a time; a step of the student alone comes amid them."""
     torch.manual_seed(0)
-    taught_by, recipe = recipes(detector)
-    teacher, student, batch = build(taught_by, device).eval().requires_grad_(False), build(recipe, device), make_batch(side, device)
+    taught_by, recipe = recipes(detector, scale)
+    teacher, student = build(taught_by, device).eval().requires_grad_(False), build(recipe, device)
+    batch, methods = make_batch(scale.side, scale.side, device), scale.methods
     distillers = {"plain": build_distiller(student, recipe)}
     for name in methods:
         distillers[name] = build_distiller(student, recipe.replace(methods=(KNOWN[name],), teacher=taught_by))
@@ -164,10 +186,11 @@ def compare(detector: str, methods: Sequence[str], side: int, repeats: int, devi
     for name in distillers if torch.device(device).type == "cuda" else (largest, "plain"):
         measure(distillers[name], teacher, batch, device)
 
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in distillers}
-    for _ in range(repeats):
-        for i in range(0, len(methods), 4):
-            turn = (*methods[i : i + 2], "plain", *methods[i + 2 : i + 4])
+    alone: list[dict[str, float]] = []
+    for i in range(0, len(methods), 4):
+        turn = (*methods[i : i + 2], "plain", *methods[i + 2 : i + 4])
+        found: dict[str, list[dict[str, float]]] = {name: [] for name in turn}
+        for _ in range(scale.repeats):
             of = {name: measure(distillers[name], teacher, batch, device) for name in turn}
             plain = of["plain"]
             for name, parts in of.items():
@@ -175,22 +198,20 @@ def compare(detector: str, methods: Sequence[str], side: int, repeats: int, devi
                 guests = parts["decode"] - plain["decode"] if more else 0.0
                 parts |= {"guests": guests, "student": parts["encode"] + parts["decode"] - guests, "ratio": parts["step"] / plain["step"]}
                 found[name].append(parts)
-    lines = []
-    for name, parts in found.items():
-        line = {"detector": detector, "method": name} | {part: statistics.median(one[part] for one in parts) for part in PARTS}
-        if name != "plain":
-            line |= {"against": "student step + teacher forward", **spread([one["ratio"] for one in parts])}
-        lines.append(line | {"aim": "<= 1.15" if name == "detrdistill" else None})
+        alone += found.pop("plain")
+        for name, parts in found.items():
+            row = medians(detector, name, parts) | {"against": "student step + teacher forward"}
+            yield row | spread([one["ratio"] for one in parts], "ratio") | {"aim": "<= 1.15" if name == "detrdistill" else None}
+    yield medians(detector, "plain", alone)
     if detector == "deformable_detr" and RELEASED in methods:
-        lines.append(released_design(distillers[RELEASED], teacher, batch, repeats, device))
-    return lines
+        yield released_design(distillers[RELEASED], teacher, batch, scale.repeats, device)
 
 
-def spread(ratios: Sequence[float]) -> dict[str, float]:
-    return {"ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+def medians(detector: str, method: str, found: Sequence[dict[str, float]]) -> Row:
+    return {"detector": detector, "method": method} | {part: statistics.median(one[part] for one in found) for part in PARTS}
 
 
-def released_design(distiller: Distiller, teacher: nn.Module, batch: Batch, repeats: int, device: str) -> dict[str, object]:
+def released_design(distiller: Distiller, teacher: nn.Module, batch: Batch, repeats: int, device: str) -> Row:
     """Our step against one that gets to the same losses in the released code's way."""
     pixels, padding, targets = batch
     clock = Clock(device)
@@ -207,7 +228,7 @@ def released_design(distiller: Distiller, teacher: nn.Module, batch: Batch, repe
         ours(), theirs()
     times = [(clock.seconds(ours), clock.seconds(theirs)) for _ in range(repeats)]
     line = {"detector": "deformable_detr", "method": RELEASED, "against": "released design: two passes, matching one by one"}
-    return line | {"step": statistics.median(own for own, _ in times), **spread([own / other for own, other in times])}
+    return line | {"step": statistics.median(own for own, _ in times), **spread([own / other for own, other in times], "ratio")}
 
 
 def released_losses(distiller: Distiller, pixels: Tensor, padding: Tensor, targets: Targets, teacher: DetectorOutput) -> Tensor:
@@ -288,10 +309,10 @@ def own_cost(student: DetectorOutput, teacher: DetectorOutput, place: tuple[int,
     return (boxes + class_cost(student.logits[stage, image], teacher.logits[stage, image]))[0, 0]
 
 
-def matching(repeats: int, device: str) -> list[dict[str, object]]:
-    """Student to teacher queries of 6 stages and 16 images at once, against one stage and image after another."""
+def matching(scale: Scale, device: str) -> Iterator[Row]:
+    """Student to teacher queries of 6 stages and all images at once, against one stage and image after another."""
     torch.manual_seed(0)
-    shape = 6, 16, QUERIES
+    shape = 6, scale.matched, scale.queries
     logits, boxes = torch.randn(*shape, CLASSES) - 4, draw_boxes(*shape)
     teacher = prediction(logits, boxes, device)
     others = {
@@ -300,8 +321,9 @@ def matching(repeats: int, device: str) -> list[dict[str, object]]:
             logits + 0.3 * torch.randn_like(logits), (boxes + 0.01 * torch.randn_like(boxes)).clamp(0.005, 1), device
         ),
     }
-    cores, lines = os.cpu_count() or 1, []
-    loss, targets = LogitsDistillation("joint"), Targets.pack([torch.zeros(0, dtype=torch.long)] * 16, [torch.zeros(0, 4)] * 16)
+    cores, repeats, size = os.cpu_count() or 1, scale.repeats, f"{scale.queries} x {scale.queries}"
+    loss = LogitsDistillation("joint")
+    targets = Targets.pack([torch.zeros(0, dtype=torch.long)] * scale.matched, [torch.zeros(0, 4)] * scale.matched)
     for kind, student in others.items():
 
         def ours(student: DetectorOutput = student) -> None:
@@ -316,10 +338,9 @@ def matching(repeats: int, device: str) -> list[dict[str, object]]:
         for threads in sorted({1, cores}):
             for against, theirs in (("one by one, cross-entropy expanded", expanded), ("one by one, our costs", own)):
                 times = in_turn((ours, threads), (theirs, threads), repeats, device)
-                lines.append(matching_line(kind, threads, against, times, "<= 0.33"))
+                yield matching_row(kind, size, threads, against, times, "<= 0.33")
         if cores > 1:
-            lines.append(matching_line(kind, cores, "ours, 1 thread", in_turn((ours, cores), (ours, 1), repeats, device), None))
-    return lines
+            yield matching_row(kind, size, cores, "ours, 1 thread", in_turn((ours, cores), (ours, 1), repeats, device), None)
 
 
 def prediction(logits: Tensor, boxes: Tensor, device: str) -> DetectorOutput:
@@ -341,39 +362,30 @@ def in_turn(ours: tuple[Callable, int], theirs: tuple[Callable, int], repeats: i
         torch.set_num_threads(before)
 
 
-def matching_line(kind: str, threads: int, against: str, times: Sequence[tuple[float, float]], aim: str | None) -> dict[str, object]:
-    line = {"detector": kind, "method": f"matching 300 x 300, threads: {threads}", "against": against, "aim": aim}
-    return line | {"matching": statistics.median(own for own, _ in times), **spread([own / other for own, other in times])}
+def matching_row(kind: str, size: str, threads: int, against: str, times: Sequence[tuple[float, float]], aim: str | None) -> Row:
+    row = {"detector": kind, "method": f"matching {size}, threads: {threads}", "against": against, "aim": aim}
+    return row | {"matching": statistics.median(own for own, _ in times), **spread([own / other for own, other in times], "ratio")}
 
 
-def publish(lines: Sequence[dict[str, object]], about: str) -> pd.DataFrame:
-    frame = pd.DataFrame(lines, columns=COLUMNS).round(3)
-    write_text(HERE / "distillation.csv", about + frame.to_csv(index=False, lineterminator="\n"))
-    return frame
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3)
+def main(words: Sequence[str] | None = None) -> None:
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=DETECTORS)
-    parser.add_argument("--methods", nargs="+", choices=KNOWN, default=list(KNOWN))
-    parser.add_argument("--size", type=int, default=512, help="side of the images in pixels")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
+    scale, device = SCALES[arguments.scale], arguments.device
     torch.set_num_threads(1)
-    device = arguments.device
     named = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
-    about = (
-        f"# commit {commit()}; torch {torch.__version__}; {named}, one CPU thread where no other number is named, float32; "
-        f"{arguments.size} x {arguments.size} px; seconds and ratios are medians of {arguments.repeats}\n"
+    table = Table(table_path(arguments, "distillation.csv"), COLUMNS)
+    table.start(
+        f"commit {commit()}; torch {torch.__version__}; {named}, one CPU thread where no other number is named, float32; "
+        f"{scale.side} x {scale.side} px; seconds and ratios are medians of {scale.repeats}"
     )
-    lines = matching(arguments.repeats, device)
-    for detector in arguments.detectors:
-        lines += compare(detector, arguments.methods, arguments.size, arguments.repeats, device)
-        publish(lines, about)  # what took long is not lost
+    for row in matching(scale, device):
+        table.add(row)
+    for detector in DETECTORS:
+        for row in compare(detector, scale, device):
+            table.add(row)
         gc.collect()
         torch.cuda.empty_cache()
-    print(publish(lines, about).to_string(index=False, na_rep=""))
 
 
 if __name__ == "__main__":

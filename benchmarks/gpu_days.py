@@ -1,4 +1,4 @@
-"""What the runs of Table 3 would cost on COCO, in days of a V100 and in memory: counted, not measured. `python benchmarks/gpu_days.py`.
+"""What the runs of Table 3 would cost on COCO, in days of a V100 and in memory: counted, not measured. `make benchmark` runs it last.
 
 The multiplications of one image's pass are counted (torch's own counter) and put in proportion to what the official Deformable DETR
 took: 6.5 hours of a V100 an epoch for 173 G (its README; single-scale 3.2 for 78, DETR 4.0 for 86: 0.038 to 0.047 hours a G, which
@@ -13,18 +13,17 @@ Tensors hold no numbers here (torch's FakeTensorMode), so that this takes second
 """
 
 import math
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.measure import Table, make_parser, table_path
 from detrdistill.experiments.presets import get_presets
 from detrdistill.experiments.recipes import Recipe
 from detrdistill.experiments.store import commit
-from detrdistill.files import write_text
 from detrdistill.models import build_detector
 
 SIZE = (800, 1066)  # of an image of COCO's usual 480 x 640 pixels
@@ -32,6 +31,24 @@ LONGEST, SQUARE = (800, 1333), (1333, 1333)  # of a batch of landscape images, a
 GPUS = 8
 CLASSES, IMAGES = 80, 117_266  # COCO 2017 without images that have no object
 HOURS = (6.5 / 173, 4.0 / 86)  # of a V100 an epoch, a G multiplications of an image's forward pass
+SCALES = {  # detectors and settings; all there are if none is named
+    "full": ((), ()),
+    "quick": ((), ("teacher", "student", "detrdistill")),
+    "small": (("conditional_detr",), ("student",)),
+}
+COLUMNS = (
+    "detector",
+    "setting",
+    "epochs",
+    "steps",
+    "forward G",
+    "teacher's forward G",
+    "V100 days, low",
+    "V100 days, high",
+    "images a GPU",
+    "GiB kept of 800 x 1333",
+    "GiB kept of 1333 x 1333",
+)
 GROUPS = {"detrdistill": 1}  # query groups that a method adds to the student's own
 
 
@@ -68,11 +85,11 @@ def kept(recipe: Recipe, size: tuple[int, int]) -> float:
     return sum(tensor.untyped_storage().nbytes() for tensor in held.values()) / 2**30
 
 
-def main() -> None:
+def rows(detectors: Sequence[str], settings: Sequence[str]) -> Iterator[dict[str, object]]:
+    """A row for each of the settings of each detector."""
     counted: dict[Recipe, tuple[float, float]] = {}
-    lines = []
-    for preset in get_presets("coco"):
-        for setting in preset.settings:
+    for preset in get_presets("coco", detectors):
+        for setting in settings or preset.settings:
             recipe = preset.recipe(setting)
             of = {}
             for role, one in {"student": recipe.replace(methods=(), teacher=None, teacher_floor=0.0), "teacher": recipe.teacher}.items():
@@ -85,26 +102,26 @@ def main() -> None:
             days = [math.ceil(10 * epochs * hours * step / 24) / 10 for hours in HOURS]
             with FakeTensorMode():
                 memory = [None if recipe.methods else round(kept(recipe, size), 1) for size in (LONGEST, SQUARE)]
-            lines.append(
-                {
-                    "detector": recipe.detector,
-                    "setting": setting,
-                    "epochs": epochs,
-                    "steps": recipe.schedule.total_steps(IMAGES),
-                    "forward G": round(of["student"][0], 1),
-                    "teacher's forward G": round(of["teacher"][0], 1) or None,
-                    "V100 days, low": days[0],
-                    "V100 days, high": days[1],
-                    "images a GPU": recipe.schedule.batch // GPUS,
-                    "GiB kept of 800 x 1333": memory[0],
-                    "GiB kept of 1333 x 1333": memory[1],
-                }
+            found = (
+                recipe.detector,
+                setting,
+                epochs,
+                recipe.schedule.total_steps(IMAGES),
+                round(of["student"][0], 1),
+                round(of["teacher"][0], 1) or None,
+                *days,
+                recipe.schedule.batch // GPUS,
+                *memory,
             )
-            print(lines[-1], flush=True)
-    table = pd.DataFrame(lines)
-    heading = f"# commit {commit()}; torch {torch.__version__}; one image of {SIZE[0]} x {SIZE[1]} px; counted, not measured\n"
-    write_text(Path(__file__).with_name("gpu_days.csv"), heading + table.to_csv(index=False))
-    print(table.groupby("detector")[["V100 days, low", "V100 days, high"]].sum().round(1))
+            yield dict(zip(COLUMNS, found, strict=True))
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    arguments = make_parser(__doc__).parse_args(words)
+    table = Table(table_path(arguments, "gpu_days.csv"), COLUMNS)
+    table.start(f"commit {commit()}; torch {torch.__version__}; one image of {SIZE[0]} x {SIZE[1]} px; counted, not measured")
+    for row in rows(*SCALES[arguments.scale]):
+        table.add(row)
 
 
 if __name__ == "__main__":

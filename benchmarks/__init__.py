@@ -1,0 +1,1 @@
+"""What the kit costs: times, ratios and memory, measured; `make benchmark` and `make gpu-check`."""
