@@ -118,7 +118,8 @@ def test_comparisons_of_a_claim_are_adjusted_for_each_other(tmp_path: Path) -> N
     assert (rivals["adjusted_half"] / rivals["half"]).round(2).tolist() == sorted((rivals["adjusted_half"] / rivals["half"]).round(2))[::-1]
     line = board(weighed).set_index("Claim").loc["DETRDistill is ahead of methods made for convolutional detectors"]
     assert line["Parts that hold"] == "2 of 3"
-    assert line["Verdict"].startswith("holds on Deformable DETR: over FGD (+3.6 [") and "undecided on Deformable DETR: over FitNet (+0.6 [" in line["Verdict"]
+    assert line["Verdict"].startswith("holds on Deformable DETR: over FGD (+3.6 [")
+    assert "; undecided on Deformable DETR: over FitNet (+0.6 [" in line["Verdict"]
 
 
 def test_the_verdict_is_a_sentence() -> None:
@@ -267,3 +268,33 @@ def test_words_of_a_report_are_those_that_are_explained(tmp_path: Path) -> None:
     committed = pd.read_csv(PATH.parent / "mini" / "tables" / "claims.csv")
     words = set(committed["status"].str.replace(r" \((about|over) \d+ seeds\)", "", regex=True))
     assert words <= {*VERDICTS, "not run"}
+
+
+def test_prose_says_what_the_committed_comparisons_say() -> None:
+    def flat(path: str) -> str:
+        return " ".join((root / path).read_text().split())
+
+    root = PATH.parents[1]
+    committed = pd.read_csv(root / "results" / "mini" / "tables" / "claims.csv", na_values=["unknown", "none", "not run", "one seed"])
+    committed = committed.astype(dict.fromkeys(("difference", "half", "adjusted_half"), float))
+    lines = board(committed).to_dict("records")
+    mini, page = flat("results/mini/README.md"), flat("docs/results.md")
+    for line in lines:
+        assert f"| {line['Parts that hold']} | {line['Verdict']} |" in mini, f"verdict of '{line['Claim']}'"
+    assert lines[0]["Claim"] == "DETRDistill helps the student" and lines[0]["Verdict"] in flat("README.md")
+    # The worked example.
+    main = committed[(committed["table"] == "main_results") & (committed["detector"] == "Deformable DETR") & (committed["measure"] == "AP")]
+    for line in main.to_dict("records"):
+        interval = f"{line['difference']:+.1f} ± {line['half']:.1f}"
+        assert (f"the interval is {interval}" if line["than"] == "Student" else f"{line['than']}: {interval}") in page
+    for than in ("FGD", "MGD"):
+        (line,) = main[main["than"] == than].to_dict("records")
+        low, high = (line["difference"] + sign * line["adjusted_half"] for sign in (-1, 1))
+        assert line["status"] == "holds" and f"[{low:+.1f}, {high:+.1f}]" in page
+    assert f"*{main.set_index('than').loc['FitNet', 'status']}*" in page
+    runs = pd.read_csv(root / "results" / "mini" / "tables" / "main_results.csv")
+    runs = runs[(runs["detector"] == "Deformable DETR") & runs["setting"].isin(["student", "detrdistill"])].astype({"AP": float})
+    plain, distilled = (runs.loc[runs["setting"] == name, "AP"].to_numpy() for name in ("student", "detrdistill"))
+    told = ["{:.1f}, {:.1f} and {:.1f}".format(*values) for values in (plain, distilled)]
+    assert f"AP of {told[0]}, the distilled one {told[1]}" in page
+    assert "The gains are {:+.1f}, {:+.1f} and {:+.1f}".format(*(distilled - plain)) in page
