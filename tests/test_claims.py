@@ -117,7 +117,7 @@ def test_comparisons_of_a_claim_are_adjusted_for_each_other(tmp_path: Path) -> N
     assert rivals["family"].to_dict() == {"FGD": 3, "MGD": 2, "FitNet": 1} and of(weighed, "DETRDistill helps the student")["family"] == 1
     assert (rivals["adjusted_half"] / rivals["half"]).round(2).tolist() == sorted((rivals["adjusted_half"] / rivals["half"]).round(2))[::-1]
     line = board(weighed).set_index("Claim").loc["DETRDistill is ahead of methods made for convolutional detectors"]
-    assert line["Parts that hold"] == "2 of 3"
+    assert line["Parts"] == "2 of 3 hold"
     assert line["Verdict"].startswith("holds on Deformable DETR: over FGD (+3.6 [")
     assert "; undecided on Deformable DETR: over FitNet (+0.6 [" in line["Verdict"]
 
@@ -131,6 +131,8 @@ def test_the_verdict_is_a_sentence() -> None:
         {"detector": "Other", "difference": math.nan, "adjusted_half": math.nan, "status": "not run"},
     ]
     parts = pd.DataFrame([about | line for line in lines])
+    counted = board(parts.assign(source="Table 3", seeds_to_decide=0, status=["holds", "against", "holds (small)", "not run"]))
+    assert counted["Parts"].tolist() == ["2 of 4 hold, 1 against"]
     assert sentence(parts.assign(seeds_to_decide=parts["status"].str.startswith("undecided"))) == (
         "holds on Deformable DETR (+4.6 [+2.1, +7.1]) and AdaMixer (+6.1 [+4.0, +8.2]); "
         "undecided on Conditional DETR (+12.7 [-5.1, +30.5], about 9 seeds); not run on Other"
@@ -280,7 +282,7 @@ def test_prose_says_what_the_committed_comparisons_say() -> None:
     lines = board(committed).to_dict("records")
     mini, page = flat("results/mini/README.md"), flat("docs/results.md")
     for line in lines:
-        assert f"| {line['Parts that hold']} | {line['Verdict']} |" in mini, f"verdict of '{line['Claim']}'"
+        assert f"| {line['Parts']} | {line['Verdict']} |" in mini, f"verdict of '{line['Claim']}'"
     assert lines[0]["Claim"] == "DETRDistill helps the student" and lines[0]["Verdict"] in flat("README.md")
     # The worked example.
     main = committed[(committed["table"] == "main_results") & (committed["detector"] == "Deformable DETR") & (committed["measure"] == "AP")]

@@ -14,7 +14,7 @@ import pandas as pd
 from detrdistill.experiments.comparisons import AP, CHANGES, HALFWAY, MARGINS, Comparisons
 from detrdistill.experiments.paper_tables import STRATEGIES
 from detrdistill.experiments.published import published, published_value
-from detrdistill.experiments.statistics import HOLDS, ONE_SEED, VERDICTS, Difference, holm, seeds_to_decide, verdict, verdict_words
+from detrdistill.experiments.statistics import AGAINST, HOLDS, ONE_SEED, VERDICTS, Difference, holm, seeds_to_decide, verdict, verdict_words
 from detrdistill.experiments.tables import NOT_RUN, Row, Table, to_markdown
 from detrdistill.files import write_text
 
@@ -176,12 +176,12 @@ def claim_cells(weighed: pd.DataFrame) -> pd.DataFrame:
 
 
 def board(weighed: pd.DataFrame) -> pd.DataFrame:
-    """A line a claim: how many of its parts hold, and its verdict as a sentence."""
+    """A line a claim: how many of its parts hold and how many are against it, and its verdict as a sentence."""
     lines = []
     for text, parts in weighed.groupby("claim", sort=False):
-        holds = parts["status"].str.startswith(HOLDS)
-        sources = ", ".join(parts["source"].unique())
-        lines.append({"Claim": text, "Source": sources, "Parts that hold": f"{holds.sum()} of {len(parts)}", "Verdict": sentence(parts)})
+        holds, against = (int(parts["status"].str.startswith(word).sum()) for word in (HOLDS, AGAINST))
+        counted = f"{holds} of {len(parts)} hold" + f", {against} against" * bool(against)
+        lines.append({"Claim": text, "Source": ", ".join(parts["source"].unique()), "Parts": counted, "Verdict": sentence(parts)})
     return pd.DataFrame(lines)
 
 

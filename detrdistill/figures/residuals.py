@@ -25,7 +25,7 @@ def residuals(of_detectors: Mapping[str, pd.DataFrame], note: str = "") -> Figur
         panes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=counts)[:, 0]
         reach = 1.05 * max(runs["residual"].abs().max() for runs in panels.values())
         for axes, (name, runs) in zip(panes, panels.items(), strict=True):
-            spreads = runs.groupby("row")["residual"].apply(lambda values: (values**2).mean())
+            spreads = runs.groupby("row")["residual"].apply(lambda values: round((values**2).mean(), 9))
             places = {row: i for i, row in enumerate(spreads.sort_values(kind="stable").index)}
             colours = runs["stands_out"].map({True: style.RED, False: style.BLUE})
             axes.axvline(0, color="#888888", linewidth=0.9, zorder=1)
