@@ -80,9 +80,9 @@ NOTE = (
     "A claim is a difference that should be positive. ± is half of its own 95 % interval; the interval in brackets is adjusted for the "
     "other comparisons of the claim with the same detector (Holm), and decides. The runs of a detector are fitted together, seed by seed. "
     "A difference of 2 AP is the smallest that matters: the margin. What no interval holds: that other validation images would give other "
-    "numbers; and the teacher, which is one run for all students of a detector. Where a row is compared with it, its spread is taken to "
-    "be that of the other rows. Off COCO a difference says only whether an effect shows at that scale. Source: where the paper shows it; "
-    "second hand, as others report of it; or ours, a question of this kit. How to read it all: docs/results.md."
+    "numbers; and the teacher, where one run teaches all students of a detector. Where a row is compared with such a teacher, its spread "
+    "is taken to be that of the other rows. Off COCO a difference says only whether an effect shows at that scale. Source: where the paper "
+    "shows it; second hand, as others report of it; or ours, a question of this kit. How to read it all: docs/results.md."
 )
 
 
