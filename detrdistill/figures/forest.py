@@ -58,9 +58,9 @@ def forest(weighed: pd.DataFrame, note: str = "") -> Figure:
 
 def _draw(axes: Axes, part: pd.DataFrame) -> None:
     known = part[part["difference"].notna()]
-    # Wide enough for all means and for most intervals.
+    # Wide enough for all means, and for intervals that would not squeeze the others.
     ends = (known["difference"].abs() + known["half"]).dropna()
-    reach = max([*known["difference"].abs(), *ends.nsmallest(math.ceil(0.8 * len(ends)))], default=1.0) or 1.0
+    reach = max([*known["difference"].abs(), *ends.clip(upper=3 * ends.median())], default=1.0) or 1.0
     axes.set_xlim(-1.1 * reach, 1.1 * reach)
     if (margin := part["margin"].max()) > 0:
         axes.axvspan(-margin, margin, color="#e9e9e9", linewidth=0, zorder=0)
