@@ -106,22 +106,18 @@ def moderated(own: np.ndarray, pooled: np.ndarray, freedom: np.ndarray, at_most:
         own, freedom: of each row; [rows] or [rows, tables].
         at_most: degrees of freedom that the common variance may count as.
     """
-    total, counts = freedom.sum(), _column(freedom, own)
-    known = freedom > 0
-    weight, common = np.full(pooled.shape, math.inf), np.array(pooled, float)
+    counts, known = _column(freedom, own), freedom > 0
+    weight, common = np.full(pooled.shape, at_most), np.array(pooled, float)
     if known.sum() > 1:
         seen, half = own[known], counts[known] / 2
         logs = np.log(np.maximum(seen, 1e-5 * np.median(seen, axis=0)) + EXACT**2) - digamma(half) + np.log(half)
-        excess = logs.var(0, ddof=1) - polygamma(1, half).mean(0)
-        fitted = np.where(excess > 0, 2 * trigamma_inverse(np.maximum(excess, 1e-6)), math.inf)
-        weight = np.where(fitted <= at_most, fitted, math.inf)
-        finite = np.where(np.isfinite(weight), weight, 1.0)
-        common = np.where(np.isfinite(weight), np.exp(logs.mean(0) + digamma(finite / 2) - np.log(finite / 2)), pooled)
-    weight = np.minimum(weight, at_most)
-    if math.isinf(at_most):  # the limit of the mean below
-        endless = np.isinf(weight)
-        weight = np.where(endless, 1e12, weight)
-    return (weight * common + counts * own) / (weight + counts), np.minimum(weight + counts, total)
+        excess = logs.var(0, ddof=1) - polygamma(1, half).mean(0)  # beyond what chance alone gives
+        fitted = 2 * trigamma_inverse(np.maximum(excess, 1e-6))
+        trusted = (excess > 0) & (fitted <= at_most)
+        weight = np.where(trusted, fitted, at_most)
+        common = np.where(trusted, np.exp(logs.mean(0) + digamma(fitted / 2) - np.log(fitted / 2)), pooled)
+    share = counts / (weight + counts)
+    return common + share * (own - common), np.minimum(weight + counts, freedom.sum())
 
 
 def trigamma_inverse(values: np.ndarray) -> np.ndarray:
