@@ -169,7 +169,7 @@ def test_one_seed_is_said_to_be_one() -> None:
     figure = comparison(*CASES["one seed"](), NOTE)
     assert all(words[0] == "1/1" for words in written(figure))
     assert written(figure)[3][2].endswith(" (one seed)")
-    assert not drawn(figure.axes[1], "interval") and not any("t-interval" in text.get_text() for text in figure.axes[0].texts)
+    assert not drawn(figure.axes[1], "interval") and not any("95 % interval" in text.get_text() for text in figure.axes[0].texts)
 
 
 def test_ours_and_theirs_are_told_apart() -> None:

@@ -11,6 +11,7 @@ import nbformat
 import papermill
 import pytest
 
+from detrdistill.experiments.comparisons import Comparisons
 from detrdistill.experiments.notebooks import execute
 from detrdistill.experiments.paper_tables import TABLES, make_table
 from detrdistill.experiments.presets import get_preset, get_presets
@@ -53,7 +54,8 @@ def test_runs_and_shows_what_it_measured(path: Path, results: Path, monkeypatch:
         records = [store.record(recipe) for recipe in table.recipes()]
         assert all(records), "the notebook left no records"
         assert sorted((results / "smoke" / "figures").glob(f"{name}.*")), "the figure beside the table"
-        summary = summarise(table, collect(table, store))
+        comparisons = Comparisons([make_table(one, get_presets("smoke"), [0]) for one in TABLES], store)
+        summary = summarise(table, collect(table, store), comparisons)
         assert (summary["seeds"] == 1).all()
         for line in summary.to_dict("records"):
             row = rf">{re.escape(html.escape(line['title'], quote=False))}</td>\s*<td[^>]*>{line['AP']:.1f}</td>"

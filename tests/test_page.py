@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from detrdistill.errors import InputError
-from detrdistill.experiments.page import STATUSES, Section, count_statuses, write_page
+from detrdistill.experiments.page import LOOKS, STATUSES, Section, count_statuses, write_page
+from detrdistill.experiments.statistics import AGAINST, SMALL, VERDICTS
 
 NASTY = "<script>alert('x')</script> & \"quoted\" <b>"
 VOID = {"meta", "img", "br", "hr", "link", "input"}
@@ -52,7 +53,7 @@ def section(**changes: object) -> Section:
     about = {
         "name": "main_results",
         "title": "Main results (Table 3)",
-        "table": table("same direction", "not run", AP=["28.9 ± 4.1", "not run"]),
+        "table": table("holds", "not run", AP=["28.9 ± 4.1", "not run"]),
         "note": "Measured on embedded digits; commit 42a99c10.",
         "figures": ["figures/main_results.png", "figures/masks.png"],
         "notebooks": ["notebooks/01_main_results.ipynb", "notebooks/02.ipynb"],
@@ -112,18 +113,25 @@ def test_everything_is_escaped(folder: Path) -> None:
 
 
 def test_statuses_are_counted_in_words(folder: Path) -> None:
-    many = table("not run", "within noise", "not run", "reproduced", "odd")
-    assert count_statuses(many) == {"reproduced": 1, "within noise": 1, "not run": 2, "odd": 1}
+    many = table("not run", "undecided (about 9 seeds)", "not run", "reproduced", "undecided (over 99 seeds)", "odd", "holds (small)")
+    assert count_statuses(many) == {"reproduced": 1, "holds (small)": 1, "undecided": 2, "not run": 2, "odd": 1}
     assert count_statuses(None) == count_statuses(pd.DataFrame({"AP": ["1.0"]})) == {}
     page, _ = read(folder, section(table=many, notebooks=[]), section(name="other", table=None, notebooks=[]))
-    assert [word for word in page.words if word[0].isdigit()] == ["1 reproduced", "1 within noise", "2 not run", "1 odd"]
-    assert STATUSES["within noise"][1] in page.words and STATUSES["differs"][1] not in page.words
+    assert [word for word in page.words if word[0].isdigit()] == ["1 reproduced", "1 holds (small)", "2 undecided", "2 not run", "1 odd"]
+    assert STATUSES["undecided"][1] in page.words and STATUSES["against"][1] not in page.words
+    assert "undecided (about 9 seeds)" in page.words, "in its row"
 
 
 def test_every_status_of_the_tables_is_explained() -> None:
-    of_tables = {"reproduced", "same direction", "within noise", "differs", "one seed", "measured", "not run"}
-    assert set(STATUSES) == of_tables | {"shows", "opposite", "not stored"}
+    assert set(STATUSES) == {*VERDICTS, "reproduced", "measured", "not run"}
     assert len({sign for sign, _ in STATUSES.values()}) == len(STATUSES)
+
+
+def test_a_harm_does_not_look_like_a_success(folder: Path) -> None:
+    _, text = read(folder, section(table=table(AGAINST, AGAINST + SMALL, "holds")))
+    for word in (AGAINST, AGAINST + SMALL):
+        assert LOOKS[word] == "bad" and f'<td><span class="chip bad"><span aria-hidden="true">{STATUSES[word][0]}</span> {word}<' in text
+    assert '<td><span class="chip good"><span aria-hidden="true">▲</span> holds<' in text
 
 
 def test_numbers_stand_right_and_words_left(folder: Path) -> None:

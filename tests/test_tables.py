@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from detrdistill.errors import InputError
+from detrdistill.experiments.comparisons import Comparisons
 from detrdistill.experiments.paper_tables import main_results, make_table
 from detrdistill.experiments.presets import get_preset
 from detrdistill.experiments.recipes import Digits, Folder, Recipe, run_id
@@ -60,7 +61,7 @@ def fill(store: Store, preset=QUICK, teacher: float | None = 57.0, student=(16.0
 
 def table_of(store: Store, preset=QUICK, seeds=(0, 1, 2)) -> tuple[pd.DataFrame, pd.DataFrame]:
     table = main_results([preset], seeds)
-    summary = summarise(table, collect(table, store))
+    summary = summarise(table, collect(table, store), Comparisons([table], store))
     return summary.set_index("setting"), cells(summary).set_index("Setting")
 
 
@@ -99,7 +100,7 @@ def test_cells_name_ours_and_theirs(tmp_path: Path) -> None:
     assert text.loc["Teacher", ["AP", "Gain", "Published AP", "Published gain", "Seeds", "Status"]].tolist() == [
         "57.0", "-", "45.5", "-", "1 of 1", "measured",
     ]  # fmt: skip
-    assert text.loc["DETRDistill", ["Published AP", "Published gain", "Status"]].tolist() == ["46.6", "+2.5", "same direction"]
+    assert text.loc["DETRDistill", ["Published AP", "Published gain", "Status"]].tolist() == ["46.6", "+2.5", "holds"]
     assert set(text["Measured on"]) == {"embedded digits, 96 px; not a COCO result"}
     assert set(text["APl"]) == {"n/a"}
 
@@ -107,10 +108,13 @@ def test_cells_name_ours_and_theirs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("distilled", "status"),
     [
-        ((18.1, 17.0, 19.2), "same direction"),
-        ((13.9, 13.0, 15.2), "differs"),
-        ((18.0, 13.0, 17.5), "within noise"),
-        ((16.0, 15.0, 17.0), "within noise"),
+        ((18.1, 17.0, 19.2), "holds"),
+        ((13.9, 13.0, 15.2), "against"),
+        ((16.9, 16.0, 18.1), "holds (small)"),
+        ((16.4, 15.6, 16.6), "no effect above the margin"),
+        ((13.0, 15.0, 15.0), "no gain above the margin"),
+        ((18.0, 13.0, 17.5), "undecided (about 6 seeds)"),
+        ((16.0, 15.0, 17.0), "no effect above the margin"),
         ((18.0, None, None), "one seed"),
         ((None, None, None), "not run"),
     ],
@@ -125,16 +129,16 @@ def test_status_is_never_reproduced_off_coco(tmp_path: Path) -> None:
     store = Store(tmp_path)
     fill(store, teacher=45.5, student=(44.1, 44.1, 44.1), distilled=(46.5, 46.6, 46.7))
     summary = table_of(store)[0]
-    assert summary["status"].tolist() == ["measured", "measured", "same direction"]
+    assert summary["status"].tolist() == ["measured", "measured", "holds"]
 
 
 @pytest.mark.parametrize(
     ("teacher", "student", "distilled", "statuses"),
     [
         (45.5, (44.0,), (46.2,), ["reproduced", "reproduced", "reproduced"]),
-        (44.8, (44.6,), (47.1,), ["differs", "reproduced", "reproduced"]),
-        (44.8, (43.0,), (45.0,), ["differs", "differs", "one seed"]),
-        (45.0, (43.0, 43.2), (45.0, 45.3), ["reproduced", "differs", "same direction"]),
+        (44.8, (44.6,), (47.1,), ["measured", "reproduced", "reproduced"]),
+        (44.8, (43.0,), (45.0,), ["measured", "one seed", "one seed"]),
+        (45.0, (43.0, 43.2), (45.0, 45.3), ["reproduced", "measured", "holds"]),
     ],
 )
 def test_status_on_coco(tmp_path: Path, teacher, student, distilled, statuses) -> None:
@@ -151,7 +155,9 @@ def test_missing_runs_are_said_to_be_missing(tmp_path: Path) -> None:
     assert text.loc["Student", ["AP", "APs", "Seeds", "Status"]].tolist() == ["not run", "not run", "0 of 3", "not run"]
     assert text.loc["DETRDistill", ["Gain", "Seeds", "Status"]].tolist() == ["student not run", "2 of 3", "measured"]
     table = main_results([QUICK], [0, 1, 2])
-    csv, markdown, latex = (path.read_text() for path in write_table(table, collect(table, store), tmp_path / "tables"))
+    frame = collect(table, store)
+    paths = write_table(table, frame, summarise(table, frame, Comparisons([table], store)), tmp_path / "tables")
+    csv, markdown, latex = (path.read_text() for path in paths)
     assert ",," not in csv and "|  |" not in markdown and "&  &" not in latex
     back = pd.read_csv(tmp_path / "tables" / "main_results.csv", na_values=["not run", "n/a"], keep_default_na=False)
     assert back["AP"].notna().sum() == 2 and back["AP"].dtype == float
@@ -162,7 +168,7 @@ def test_nothing_run_at_all(tmp_path: Path) -> None:
     table = main_results([QUICK], [0])
     frame = collect(table, Store(tmp_path))
     assert set(frame["status"]) == {"not run"} and provenance_line(frame).endswith("not run yet.")
-    assert set(cells(summarise(table, frame))["Status"]) == {"not run"}
+    assert set(cells(summarise(table, frame, Comparisons([table], Store(tmp_path))))["Status"]) == {"not run"}
 
 
 def test_a_run_on_a_data_folder_is_found_without_the_folder(tmp_path: Path) -> None:
@@ -193,7 +199,9 @@ def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
     assert {str(path) for path in first} == {f"tables/main_results.{suffix}" for suffix in ("csv", "md", "tex")} | {
         "tables/claims.csv", "tables/claims.md", "index.html",
     } | {
-        f"figures/{name}.{suffix}" for name in ("main_results", "convergence", "figure1", "loss_parts") for suffix in ("png", "pdf")
+        f"figures/{name}.{suffix}"
+        for name in ("main_results", "convergence", "figure1", "loss_parts", "forest", "residuals")
+        for suffix in ("png", "pdf")
     }  # fmt: skip
     markdown, latex = first[Path("tables/main_results.md")].decode(), first[Path("tables/main_results.tex")].decode()
     for text in (markdown, latex):
@@ -204,7 +212,7 @@ def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
 def test_report_of_an_empty_store_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from detrdistill.experiments.report import write_report; "
-        f"assert len(write_report('quick', [0], {str(tmp_path)!r})) == 14; assert 'torch' not in sys.modules"
+        f"assert len(write_report('quick', [0], {str(tmp_path)!r})) == 16; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert "not run" in (tmp_path / "tables" / "main_results.md").read_text()

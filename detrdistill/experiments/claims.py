@@ -1,23 +1,24 @@
-"""Claims about DETRDistill, each a difference between two rows of a table: paired by seed, with its interval and what it says.
+"""Claims about DETRDistill, each a difference between two rows of a table, with its intervals and what they say.
 
 Most are the paper's; each names its source. A pure function of stored records, as the tables are. No torch here.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
+from detrdistill.experiments.comparisons import AP, CHANGES, HALFWAY, MARGINS, Comparisons
 from detrdistill.experiments.paper_tables import STRATEGIES
 from detrdistill.experiments.published import published, published_value
-from detrdistill.experiments.store import Record, Store
-from detrdistill.experiments.tables import NOT_RUN, Row, Table, find, mean_and_half, metrics_at, to_markdown
+from detrdistill.experiments.statistics import AGAINST, HOLDS, ONE_SEED, VERDICTS, Difference, holm, seeds_to_decide, verdict, verdict_words
+from detrdistill.experiments.tables import NOT_RUN, Row, Table, to_markdown
 from detrdistill.files import write_text
 
 SECOND_HAND, OURS = "second hand", "ours"  # what others say of the paper, whose own words were not found; and questions of this kit
-HALFWAY, CHANGES = "AP halfway", "changes between stages, an image"  # measures beside AP
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Claim:
     source: str
     ahead: str
     than: str
-    measure: str = "AP"
+    measure: str = AP
 
 
 # Where a distilled row stands against a plain one, what that says, and where the paper says it.
@@ -76,10 +77,12 @@ CLAIMS = {
     "follow_ups": [Claim(NOT_COMPARED, OURS, "detrdistill", other) for other in ("kd_detr", "d3etr", "pkd", "cwd")],
 }
 NOTE = (
-    "A claim is a difference that should be positive; ± is half of its 95 % t-interval over seeds, paired by seed. All students of a "
-    "detector learn from one teacher, whose own noise is in no interval, and against which nothing is paired. Of twenty intervals one "
-    "misses by chance. Off COCO a difference says only whether an effect shows at that scale. Source: where the paper shows it; second "
-    "hand, as others report of it; or ours, a question of this kit."
+    "A claim is a difference that should be positive. ± is half of its own 95 % interval; the interval in brackets is adjusted for the "
+    "other comparisons of the claim with the same detector (Holm), and decides. The runs of a detector are fitted together, seed by seed. "
+    "A difference of 2 AP is the smallest that matters: the margin. What no interval holds: that other validation images would give other "
+    "numbers; and the teacher, where one run teaches all students of a detector. Where a row is compared with such a teacher, its spread "
+    "is taken to be that of the other rows. Off COCO a difference says only whether an effect shows at that scale. Source: where the paper "
+    "shows it; second hand, as others report of it; or ours, a question of this kit. How to read it all: docs/results.md."
 )
 
 
@@ -104,53 +107,42 @@ def claims_of(table: Table, detector: str) -> list[Claim]:
     return found + [claim for claim in CLAIMS.get(table.name, ()) if claim.ahead in rows and claim.than in rows]
 
 
-def weigh(tables: Sequence[Table], store: Store) -> pd.DataFrame:
-    """A line a claim and detector: the measured difference, half of its 95 % t-interval over seeds, the published difference, status.
+def weigh(tables: Sequence[Table], comparisons: Comparisons, planned: Mapping[tuple[str, ...], int] | None = None) -> pd.DataFrame:
+    """A line a comparison and detector: the measured difference, half-widths of its intervals, the published difference, the verdict.
 
-    Status: "shows" or "opposite" where the interval excludes 0, else "within noise"; "one seed" where there is no interval; "not
-    stored" where the runs are there, but without the measure. That records belong together, `tables.collect` checks.
-
-    Raises:
-        InputError: a record was edited or lies in another run's folder.
+    Args:
+        comparisons: of all tables of the preset.
+        planned: seeds that were planned, of `register.planned_seeds`; without, those of the tables.
     """
-    lines = []
+    lines, differences = [], []
     for table in tables:
         for detector in dict.fromkeys(row.detector for row in table.rows):
             rows = {row.setting: row for row in table.rows if row.detector == detector}
             for claim in claims_of(table, detector):
                 ahead, than = rows[claim.ahead], rows[claim.than]
-                difference, ran = measured_difference(ahead, than, claim.measure, store)
-                mean, half = mean_and_half(difference)
+                differences.append(comparisons.difference(ahead, than, claim.measure))
                 line = {"claim": claim.text, "source": claim.source, "preset": table.preset, "table": table.name, "detector": detector}
                 line |= {"measured_on": table.measured_on, "measure": claim.measure, "ahead": ahead.title, "than": than.title}
-                line |= {"difference": mean, "half": half}
-                line |= {"published": published_difference(table, ahead, than) if claim.measure == "AP" else math.nan}
-                seeds = int(difference.notna().sum())
-                lines.append(line | {"seeds": seeds, "seeds_wanted": len(ahead.recipes), "status": verdict(mean, half, seeds, ran)})
+                line |= {"published": published_difference(table, ahead, than) if claim.measure == AP else math.nan}
+                key = (table.preset, table.name, detector, claim.ahead, claim.than, claim.measure)
+                lines.append(line | {"seeds": differences[-1].seeds, "seeds_planned": (planned or {}).get(key) or len(ahead.recipes)})
     frame = pd.DataFrame(lines)
     if frame.empty:
         return frame
+    for places in frame.groupby(["claim", "detector"], sort=False).indices.values():
+        for place, one in zip(places, holm([differences[i] for i in places]), strict=True):
+            differences[place] = one
+    decided = [_decided(one, MARGINS[measure]) for one, measure in zip(differences, frame["measure"], strict=True)]
+    frame = pd.concat([frame, pd.DataFrame(decided)], axis=1)
+    frame["part"] = frame.groupby("claim", sort=False, group_keys=False)[["ahead", "than"]].apply(_part_names)
     return frame.sort_values("claim", key=lambda texts: texts.map(list(dict.fromkeys(texts)).index), kind="stable", ignore_index=True)
 
 
-def measured_difference(ahead: Row, than: Row, measure: str, store: Store) -> tuple[pd.Series, bool]:
-    """Ahead minus than, by seed, NaN where it was not measured; and whether both runs of any seed are stored.
-
-    The teacher, which is one for all seeds, is compared with each.
-    """
-    ours, theirs = ({seed: find(store, recipe) for seed, recipe in row.recipes.items()} for row in (ahead, than))
-    if than.setting == "teacher":
-        theirs = dict.fromkeys(ours, next(iter(theirs.values())))
-    values = {seed: _measure(ours[seed], measure, ahead.at) - _measure(theirs.get(seed), measure, than.at) for seed in ours}
-    return pd.Series(values, dtype=float), any(ours[seed] and theirs.get(seed) for seed in ours)
-
-
-def _measure(record: Record | None, measure: str, at: float) -> float:
-    if measure == CHANGES:
-        value = record.curve[-1].get("changes_between_stages") if record and record.curve else None
-    else:
-        value = metrics_at(record, 0.5 if measure == HALFWAY else at)["AP"]
-    return math.nan if value is None else value
+def _decided(difference: Difference, margin: float | None) -> dict[str, Any]:
+    seeds = seeds_to_decide(difference, margin)
+    found = {"difference": difference.mean, "half": difference.half(), "adjusted_half": difference.adjusted_half}
+    found |= {"family": difference.family, "margin": math.nan if margin is None else margin}
+    return found | {"status": verdict_words(verdict(difference, margin) or NOT_RUN, seeds), "seeds_to_decide": seeds}
 
 
 def published_difference(table: Table, ahead: Row, than: Row) -> float:
@@ -161,21 +153,11 @@ def published_difference(table: Table, ahead: Row, than: Row) -> float:
     return published_value(paper, ahead.published, ahead.column) - published_value(paper, than.published, than.column)
 
 
-def verdict(difference: float, half: float, seeds: int, ran: bool) -> str:
-    if not seeds:
-        return "not stored" if ran else NOT_RUN
-    if math.isnan(half):
-        return "one seed"
-    if abs(difference) <= half:
-        return "within noise"
-    return "shows" if difference > 0 else "opposite"
-
-
 def claim_cells(weighed: pd.DataFrame) -> pd.DataFrame:
-    """The claims as text, of `weigh`."""
+    """The comparisons as text, of `weigh`."""
     lines = []
     for line in weighed.to_dict("records"):
-        interval = "" if math.isnan(line["half"]) else f" ± {line['half']:.1f}"
+        raw = "" if math.isnan(line["half"]) else f" ± {line['half']:.1f}"
         lines.append(
             {
                 "Claim": line["claim"],
@@ -183,13 +165,81 @@ def claim_cells(weighed: pd.DataFrame) -> pd.DataFrame:
                 "Detector": line["detector"],
                 "Measure": line["measure"],
                 "Compared": f"{line['ahead']} over {line['than']}",
-                "Difference": _signed(line["difference"], line["status"]) + interval,
+                "Difference": _signed(line["difference"], NOT_RUN) + raw,
+                "Adjusted": _adjusted(line) or "-",
                 "Published": _signed(line["published"], "-"),
-                "Seeds": f"{line['seeds']} of {line['seeds_wanted']}",
+                "Seeds": f"{line['seeds']} of {line['seeds_planned']}",
                 "Status": line["status"],
             }
         )
     return pd.DataFrame(lines)
+
+
+def board(weighed: pd.DataFrame) -> pd.DataFrame:
+    """A line a claim: how many of its parts hold and how many are against it, and its verdict as a sentence."""
+    lines = []
+    for text, parts in weighed.groupby("claim", sort=False):
+        holds, against = (int(parts["status"].str.startswith(word).sum()) for word in (HOLDS, AGAINST))
+        counted = f"{holds} of {len(parts)} hold" + f", {against} against" * bool(against)
+        lines.append({"Claim": text, "Source": ", ".join(parts["source"].unique()), "Parts": counted, "Verdict": sentence(parts)})
+    return pd.DataFrame(lines)
+
+
+def sentence(parts: pd.DataFrame) -> str:
+    """The verdict on one claim, such as "holds on AdaMixer (+6.1 [+4.0, +8.2]); undecided on Conditional DETR (+12.7 [..], about 9 seeds)".
+
+    Of a claim of several comparisons a detector, each is named. Numbers are differences with their adjusted intervals.
+
+    Args:
+        parts: the claim's lines of `weigh`.
+    """
+    several = parts.duplicated(["claim", "detector"]).any()
+    # Without the seeds in brackets; what is small is still told apart.
+    words = parts["status"].str.replace(r" \((about|over) .*", "", regex=True)
+    said = []
+    for word in sorted(words.unique(), key=[*VERDICTS, *words].index):
+        places = []
+        for detector, lines in parts[words == word].groupby("detector", sort=False):
+            found = [f"{line['part']} {_numbers(line)}".strip() if several else _numbers(line) for line in lines.to_dict("records")]
+            places.append(f"{detector}: {', '.join(found)}" if several else f"{detector} {found[0]}".strip())
+        said.append(f"{word} on {'; on '.join(places) if several else _listed(places)}")
+    return "; ".join(said)
+
+
+def _part_names(parts: pd.DataFrame) -> pd.Series:
+    """What tells the comparisons of a claim apart: "over FGD" where all have one row ahead, "thin12" where both rows end so, or both."""
+    heads = {name: parts[name].str.partition(", ")[0] for name in ("ahead", "than")}
+    tails = {name: parts[name].str.partition(", ")[2] for name in ("ahead", "than")}
+    same = tails["ahead"] == tails["than"]
+    heads = {name: head.where(same, parts[name]) for name, head in heads.items()}
+    one_ahead, one_than = (heads[name].nunique() == 1 for name in ("ahead", "than"))
+    if len(parts) > 1 and one_ahead and one_than and same.all() and (tails["ahead"] != "").all():
+        return tails["ahead"]
+    if len(parts) > 1 and one_ahead and not one_than:
+        return "over " + heads["than"]
+    if len(parts) > 1 and one_than and not one_ahead:
+        return heads["ahead"]
+    return heads["ahead"] + " over " + heads["than"]
+
+
+def _numbers(line: Mapping[str, Any]) -> str:
+    """ "(+12.7 [-5.1, +30.5], about 9 seeds)"; nothing where nothing was measured."""
+    if math.isnan(line["difference"]):
+        return ""
+    found = [" ".join(filter(None, [_signed(line["difference"], ""), _adjusted(line)]))]
+    if line["seeds_to_decide"]:
+        found.append(line["status"].partition(" (")[2].removesuffix(")"))
+    return f"({', '.join(found)})"
+
+
+def _listed(words: Iterable[str]) -> str:
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _adjusted(line: Mapping[str, Any]) -> str:
+    mean, half = line["difference"], line["adjusted_half"]
+    return "" if math.isnan(half) else f"[{_signed(mean - half, '')}, {_signed(mean + half, '')}]"
 
 
 def _signed(value: float, empty: str) -> str:
@@ -197,7 +247,7 @@ def _signed(value: float, empty: str) -> str:
 
 
 def write_claims(weighed: pd.DataFrame, provenance: str, folder: Path) -> list[Path]:
-    """Write `claims.csv` and `claims.md`; the same bytes for the same records. Nothing where `weighed` is empty.
+    """Write `claims.csv` (a line a comparison) and `claims.md`; the same bytes for the same records. Nothing where `weighed` is empty.
 
     Args:
         provenance: what the tables were measured on, in a line or more.
@@ -205,12 +255,15 @@ def write_claims(weighed: pd.DataFrame, provenance: str, folder: Path) -> list[P
     if weighed.empty:
         return []
     # Sums and square roots may differ in their last digits from one version of a library to the next.
-    numbers = weighed.round({"difference": 6, "half": 6, "published": 6}).astype(object)
-    for column in ("difference", "half", "published"):
-        empty = "unknown" if column == "published" else weighed["status"]
-        numbers[column] = numbers[column].where(weighed[column].notna(), empty)
-    title = f"Claims, preset {weighed['preset'].iloc[0]}"
-    forms = {"csv": numbers.to_csv(index=False, lineterminator="\n"), "md": to_markdown(claim_cells(weighed), title, provenance)}
+    numbers = ["difference", "half", "adjusted_half", "published", "margin"]
+    written = weighed.round(dict.fromkeys(numbers, 6)).astype(object)
+    for column in numbers:
+        empty = {"published": "unknown", "margin": "none"}.get(column, weighed["status"].where(weighed["status"] == NOT_RUN, ONE_SEED))
+        written[column] = written[column].where(weighed[column].notna(), empty)
+    preset = weighed["preset"].iloc[0]
+    text = to_markdown(board(weighed), f"Claims, preset {preset}", "Each comparison:").rstrip()
+    text += "\n\n" + to_markdown(claim_cells(weighed), f"Comparisons, preset {preset}", provenance)
+    forms = {"csv": written.to_csv(index=False, lineterminator="\n"), "md": text}
     for suffix, content in forms.items():
         write_text(folder / f"claims.{suffix}", content)
     return [folder / f"claims.{suffix}" for suffix in forms]

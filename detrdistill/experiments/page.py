@@ -10,21 +10,23 @@ from urllib.parse import quote
 
 import pandas as pd
 
-from detrdistill.experiments.tables import NOT_RUN, REPRODUCED_WITHIN
+from detrdistill.experiments.statistics import AGAINST, HOLDS, NO_EFFECT, NO_GAIN, ONE_SEED, SMALL, UNDECIDED
+from detrdistill.experiments.tables import MARGIN, NOT_RUN, REPRODUCED_WITHIN
 from detrdistill.files import write_text
 
-# Words that may be said of a row, a sign for those who do not see colours, and what they mean.
+# Words that may be said of a difference or a row, a sign for those who do not see colours, and what they mean.
 STATUSES = {
     "reproduced": ("✓", f"on COCO itself: AP within {REPRODUCED_WITHIN:g} of the published value"),
-    "shows": ("▲", "a claim: the interval of its difference excludes 0"),
-    "opposite": ("▼", "a claim: the interval of its difference excludes 0, with the other sign"),
-    "same direction": ("↗", "the gain's interval excludes 0, and its sign is the published one"),
-    "within noise": ("≈", "the interval includes 0"),
-    "differs": ("≠", "the gain has the other sign, or AP on COCO itself is another"),
-    "one seed": ("1", "measured once, so nothing is known about noise"),
-    "measured": ("●", "measured here; no published gain to compare with"),
-    "not stored": ("◌", "the runs are stored, but this was not measured in them"),
-    NOT_RUN: ("○", "no complete run is stored; never a zero"),
+    HOLDS: ("▲", "the difference is positive: its adjusted interval excludes 0. Of a row: it is above the plain student"),
+    HOLDS + SMALL: ("△", f"positive, but smaller than the margin of {MARGIN:g} AP"),
+    AGAINST: ("▼", "the difference is negative: its adjusted interval excludes 0. Of a row: it is below the plain student"),
+    AGAINST + SMALL: ("▽", f"negative, but smaller than the margin of {MARGIN:g} AP"),
+    NO_EFFECT: ("≈", f"whatever the difference is, it is smaller than {MARGIN:g} AP: the 90 % interval lies within the margin"),
+    NO_GAIN: ("≤", f"it may be harm, but no gain of {MARGIN:g} AP: the 90 % interval ends below the margin"),
+    UNDECIDED: ("?", "none of these can be said yet; so many seeds of both rows would decide it, if means and spreads stayed as they are"),
+    ONE_SEED: ("1", "measured once, so nothing is known about noise"),
+    "measured": ("●", "measured here; nothing to compare with"),
+    NOT_RUN: ("○", "no complete run is stored, or not with this measure; never a zero"),
 }
 STATUS = "Status"
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?( ± \d+(\.\d+)?)?( \(one seed\))?|\d+ of \d+")
@@ -86,8 +88,8 @@ figure img { display: block; width: 100%; max-width: 52rem; height: auto; backgr
 }
 """
 LOOKS = {
-    "reproduced": "good", "shows": "good", "same direction": "good", "within noise": "fair", "one seed": "fair", "differs": "bad",
-    "opposite": "bad", NOT_RUN: "none",
+    "reproduced": "good", HOLDS: "good", HOLDS + SMALL: "good", AGAINST: "bad", AGAINST + SMALL: "bad", UNDECIDED: "fair",
+    ONE_SEED: "fair", NOT_RUN: "none",
 }  # fmt: skip
 
 
@@ -152,7 +154,7 @@ def count_statuses(table: pd.DataFrame | None) -> dict[str, int]:
     """How many rows have which status, in the order of `STATUSES`."""
     if table is None or STATUS not in table:
         return {}
-    counts = table[STATUS].value_counts(sort=False).to_dict()
+    counts = table[STATUS].map(_word).value_counts(sort=False).to_dict()
     return {status: counts[status] for status in [*STATUSES, *(other for other in counts if other not in STATUSES)] if status in counts}
 
 
@@ -236,10 +238,16 @@ def _cell(column: str, value: str) -> str:
     return f'<span class="empty">{escape(value)}</span>' if _is_empty(value) else escape(value)
 
 
+def _word(status: str) -> str:
+    """Without the seeds that would decide it: "undecided (about 9 seeds)" is undecided."""
+    return UNDECIDED if status.startswith(f"{UNDECIDED} (") else status
+
+
 def _chip(status: str, text: str = "") -> str:
     """Sign, words and colour say the same."""
-    sign = f'<span aria-hidden="true">{STATUSES[status][0]}</span> ' if status in STATUSES else ""
-    return f'<span class="{" ".join(["chip", *filter(None, [LOOKS.get(status)])])}">{sign}{escape(text or status)}</span>'
+    word = _word(status)
+    sign = f'<span aria-hidden="true">{STATUSES[word][0]}</span> ' if word in STATUSES else ""
+    return f'<span class="{" ".join(["chip", *filter(None, [LOOKS.get(word)])])}">{sign}{escape(text or status)}</span>'
 
 
 def _figure(folder: Path, path: Path, title: str) -> list[str]:

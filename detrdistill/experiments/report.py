@@ -6,23 +6,28 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from detrdistill.experiments.claims import NOTE, claim_cells, weigh, write_claims
+from detrdistill.experiments.claims import NOTE, board, claim_cells, weigh, write_claims
+from detrdistill.experiments.comparisons import Comparisons
 from detrdistill.experiments.page import Section, write_page
 from detrdistill.experiments.paper_tables import TABLES, make_table, usual_tables
 from detrdistill.experiments.plan import records
 from detrdistill.experiments.presets import get_presets
 from detrdistill.experiments.published import in_words, published
 from detrdistill.experiments.recipes import Recipe
+from detrdistill.experiments.register import planned_seeds
 from detrdistill.experiments.store import Store, open_store
 from detrdistill.experiments.tables import NOTES, Row, Table, cells, collect, find, provenance_line, summarise, write_table
 from detrdistill.figures import style
 from detrdistill.figures.bars import bars
 from detrdistill.figures.comparison import comparison
 from detrdistill.figures.convergence import convergence
+from detrdistill.figures.forest import forest
 from detrdistill.figures.loss_parts import loss_parts
+from detrdistill.figures.residuals import residuals
 from detrdistill.training.logging import read_log
 
 MAIN_FIGURES = ("figure1", "convergence", "loss_parts")  # of the main results, beside their own
+CLAIM_FIGURES = ("forest", "residuals")
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 
@@ -50,17 +55,18 @@ def write_report(
     store = open_store(preset_name) if store_root is None else Store(store_root)
     made = [make_table(name, presets, seeds) for name in tables_of(preset_name, tables, store)]
     frames = [collect(table, store) for table in made]
+    # Of all tables, whichever are shown: every run of a detector tells how large its noise is.
+    comparisons = Comparisons([make_table(name, presets, seeds) for name in TABLES], store)
+    weighed = weigh(made, comparisons, planned_seeds(made))
     paths, sections = [], []
     for table, frame in zip(made, frames, strict=True):
-        written, section = write_one(table, frame, store)
+        written, section = write_one(table, frame, comparisons, store)
         paths += written
         sections.append(section)
     about = f"Preset {preset_name}. {provenance_line(pd.concat(frames))}"  # of all tables, which may differ in code and seeds
-    weighed = weigh(made, store)
-    if files := write_claims(weighed, f"{about} {NOTE}", store.root / "tables"):
-        paths += files
-        named = [path.relative_to(store.root).as_posix() for path in files]
-        sections.insert(0, Section("claims", "Claims", claim_cells(weighed), NOTE, files=named))
+    written, of_claims = write_all_claims(weighed, comparisons, about, store)
+    paths += written
+    sections = of_claims + sections
     sections += beside(sections, store.root)
     return [*paths, write_page(store.root, f"detrdistill: {preset_name}", f"{about} {NOTES}", sections)]
 
@@ -90,15 +96,33 @@ def beside(sections: Sequence[Section], root: Path) -> list[Section]:
     """A section for the notebooks that make no table, and their figures, as far as they are there."""
     linked = {Path(path).name for section in sections for path in section.notebooks}
     notebooks = [path for path in sorted(root.glob("notebooks/[0-9]*.ipynb")) if path.name not in linked and ".failed" not in path.name]
-    figures = [path for path in sorted(root.glob("figures/*.png")) if not path.stem.startswith((*TABLES, *MAIN_FIGURES))]
+    figures = [path for path in sorted(root.glob("figures/*.png")) if not path.stem.startswith((*TABLES, *MAIN_FIGURES, *CLAIM_FIGURES))]
     inside = [[path.relative_to(root).as_posix() for path in found] for found in (figures, notebooks)]
     return [Section("inside", "Inside the detectors", figures=inside[0], notebooks=inside[1])] if any(inside) else []
 
 
-def write_one(table: Table, frame: pd.DataFrame, store: Store) -> tuple[list[Path], Section]:
+def write_all_claims(weighed: pd.DataFrame, comparisons: Comparisons, about: str, store: Store) -> tuple[list[Path], list[Section]]:
+    """The claims with their figures, and their part of the page; nothing where there are none."""
+    files = write_claims(weighed, f"{about} {NOTE}", store.root / "tables")
+    if not files:
+        return [], []
+    drawn = {"forest": forest(weighed, about)}
+    if any(len(comparisons.fit(detector).residuals) for detector in comparisons.detectors):
+        drawn["residuals"] = residuals({name: comparisons.fit(name).residuals for name in comparisons.detectors}, about)
+    figures = {name: style.save(figure, store.root / "figures" / name) for name, figure in drawn.items()}
+    named = [path.relative_to(store.root).as_posix() for path in files]
+    pictures = {name: [path.relative_to(store.root).as_posix() for path in made if path.suffix == ".png"] for name, made in figures.items()}
+    sections = [
+        Section("claims", "Claims", board(weighed), NOTE, pictures["forest"], files=named),
+        Section("comparisons", "Claims, part by part", claim_cells(weighed), figures=pictures.get("residuals", [])),
+    ]
+    return [*files, *(path for made in figures.values() for path in made)], sections
+
+
+def write_one(table: Table, frame: pd.DataFrame, comparisons: Comparisons, store: Store) -> tuple[list[Path], Section]:
     """One table with its figures, and its part of the page."""
-    summary, note = summarise(table, frame), provenance_line(frame)
-    files = write_table(table, frame, store.root / "tables")
+    summary, note = summarise(table, frame, comparisons), provenance_line(frame)
+    files = write_table(table, frame, summary, store.root / "tables")
     figures = {table.name: comparison(frame, summary, note)}
     if table.name == "main_results":
         figures |= main_figures(table, frame, summary, store)

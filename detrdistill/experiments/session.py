@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from detrdistill.data.coco import CocoDataset
+    from detrdistill.experiments.comparisons import Comparisons
     from detrdistill.experiments.tables import Table
 
 
@@ -157,6 +158,13 @@ class Session:
         from detrdistill.experiments.paper_tables import make_table
 
         return make_table(name, list(self.presets.values()), self.seeds)
+
+    def comparisons(self) -> "Comparisons":
+        """Differences between rows, from the stored runs of all tables of these detectors and seeds."""
+        from detrdistill.experiments.comparisons import Comparisons
+        from detrdistill.experiments.paper_tables import TABLES
+
+        return Comparisons(map(self.table, TABLES), self.store)
 
     def run_table(self, table: "Table") -> None:
         """Train every run of a table that is not stored yet."""

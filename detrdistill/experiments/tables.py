@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -19,8 +19,12 @@ from detrdistill.errors import InputError
 from detrdistill.experiments.presets import Preset
 from detrdistill.experiments.published import in_words, published, published_value
 from detrdistill.experiments.recipes import Digits, Folder, Recipe, run_id
+from detrdistill.experiments.statistics import ONE_SEED, Difference, seeds_to_decide, verdict, verdict_words
 from detrdistill.experiments.store import Record, Store, read_record, short_commit
 from detrdistill.files import write_text
+
+if TYPE_CHECKING:
+    from detrdistill.experiments.comparisons import Comparisons
 
 DETECTORS = {"deformable_detr": "Deformable DETR", "conditional_detr": "Conditional DETR", "adamixer": "AdaMixer"}
 TITLES = {
@@ -29,7 +33,7 @@ TITLES = {
 }  # fmt: skip
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 NOT_RUN, NO_OBJECTS = "not run", "n/a"
-REPRODUCED_WITHIN = 0.5  # AP
+REPRODUCED_WITHIN, MARGIN = 0.5, 2.0  # AP; the margin is the smallest gain that matters
 
 
 @dataclass(frozen=True)
@@ -184,10 +188,12 @@ def refuse_mixed(records: Sequence[Record]) -> None:
                 )
 
 
-def summarise(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
-    """A line a row: mean over seeds, half of the 95 % t-interval, gain over the student paired by seed, published values, status.
+def summarise(table: Table, frame: pd.DataFrame, comparisons: "Comparisons") -> pd.DataFrame:
+    """A line a row: mean over seeds, half of its 95 % t-interval, gain over the student with that of the fit, published values, status.
 
-    `frame` is what `collect` gave for this table.
+    Args:
+        frame: what `collect` gave for this table.
+        comparisons: of all tables of the preset, since every run of a detector tells how large noise is.
 
     Raises:
         InputError: the frame holds lines of another table or preset.
@@ -201,18 +207,17 @@ def summarise(table: Table, frame: pd.DataFrame) -> pd.DataFrame:
         of_detector = frame[frame["detector"] == row.detector].set_index("seed")
         runs = of_detector[of_detector["setting"] == row.setting]
         ap, ap_half = mean_and_half(runs["AP"])
-        gain, gain_half = math.nan, math.nan
-        if row.baseline:
-            gain, gain_half = mean_and_half(runs["AP"] - of_detector.loc[of_detector["setting"] == row.baseline, "AP"])
+        baseline = next((one for one in table.rows if (one.detector, one.setting) == (row.detector, row.baseline)), None)
+        gain = comparisons.difference(row, baseline) if baseline else Difference()
         line = {"detector": row.detector, "setting": row.setting, "title": row.title, "baseline": row.baseline}
         line |= {"published": row.published, "at": row.at}
-        line |= {"AP": ap, "AP_half": ap_half, "gain": gain, "gain_half": gain_half}
+        line |= {"AP": ap, "AP_half": ap_half, "gain": gain.mean, "gain_half": gain.half()}
         line |= {size: mean_and_half(runs[size])[0] for size in ("APs", "APm", "APl")}
         for name in ("AP", "gain"):
             stated = row.published and published_value(paper, row.published, row.column.replace("AP", name))
             line[f"published_{name}"] = stated if row.published else math.nan
         line |= {"measured_on": table.measured_on, "seeds": int(runs["AP"].notna().sum()), "seeds_wanted": len(row.recipes)}
-        lines.append(line | {"status": status(line, coco=table.preset == "coco")})
+        lines.append(line | {"status": status(line, gain, coco=table.preset == "coco")})
     return pd.DataFrame(lines)
 
 
@@ -224,29 +229,18 @@ def mean_and_half(values: pd.Series) -> tuple[float, float]:
     return float(values.mean()), float(stdtrit(len(values) - 1, 0.975) * values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def status(line: Mapping[str, float | str], *, coco: bool) -> str:
-    """What may be said of a row, in one word or two.
+def status(line: Mapping[str, float | str], gain: Difference, *, coco: bool) -> str:
+    """What may be said of a row: on COCO itself "reproduced" within 0.5 AP, otherwise the verdict on its gain over the student.
 
-    On COCO itself "reproduced" within 0.5 AP. Otherwise what the gain over the student says: "same direction" (its interval
-    excludes 0, with the published sign), "within noise" (it includes 0), "differs"; "one seed" where there is no interval.
     "measured" where there is nothing to compare, as for teacher and student off COCO.
     """
     if not line["seeds"]:
         return NOT_RUN
-    away = abs(line["AP"] - line["published_AP"])
-    if coco and away <= REPRODUCED_WITHIN + 1e-9:
+    if coco and abs(line["AP"] - line["published_AP"]) <= REPRODUCED_WITHIN + 1e-9:
         return "reproduced"
     if not line["baseline"]:
-        if coco and not math.isnan(away):
-            return "differs"
-        return "one seed" if line["setting"] != "teacher" and line["seeds"] == 1 else "measured"
-    if math.isnan(line["gain_half"]):
-        return "one seed" if line["seeds"] == 1 or not math.isnan(line["gain"]) else "measured"
-    if abs(line["gain"]) <= line["gain_half"]:
-        return "within noise"
-    if math.isnan(line["published_gain"]):
-        return "measured"
-    return "same direction" if line["gain"] * line["published_gain"] > 0 else "differs"
+        return ONE_SEED if line["setting"] != "teacher" and line["seeds"] == 1 else "measured"
+    return verdict_words(verdict(gain, MARGIN), seeds_to_decide(gain, MARGIN)) or (ONE_SEED if line["seeds"] == 1 else "measured")
 
 
 def cells(summary: pd.DataFrame) -> pd.DataFrame:
@@ -314,14 +308,15 @@ def provenance_line(frame: pd.DataFrame) -> str:
 
 
 NOTES = (
-    "± is half of the 95 % t-interval over seeds; gains are over the plain student of the same seed; "
-    "n/a: the data has no objects of that size."
+    "± of AP is half of the row's own 95 % t-interval over seeds. Gains are over the plain student; their ± is half of the 95 % interval "
+    "that all runs of the detector give, fitted seed by seed, and the status says what it means (docs/results.md). Of twenty gains without "
+    "any effect one is taken for one by chance. n/a: the data has no objects of that size."
 )
 
 
-def write_table(table: Table, frame: pd.DataFrame, folder: Path) -> list[Path]:
+def write_table(table: Table, frame: pd.DataFrame, summary: pd.DataFrame, folder: Path) -> list[Path]:
     """Write `<name>.csv` (a line a run), `<name>.md` and `<name>.tex` (a line a row); the same bytes for the same records."""
-    text = cells(summarise(table, frame))
+    text = cells(summary)
     beside = f", beside the paper's {in_words(table.published)}" if table.published else ""
     title = f"{table.title}, preset {table.preset}{beside}"
     provenance = f"{provenance_line(frame)} {NOTES}"

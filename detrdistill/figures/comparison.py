@@ -76,7 +76,7 @@ def comparison(frame: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Fi
         why = "no gain found for any of these rows" if (summary["published"] != "").any() else "no such rows"
         note = f"{PUBLISHED}: {why}\n{note}"
     if any(not math.isnan(line[half]) for line in lines for half in ("AP_half", "gain_half")):
-        note += " Large dots and bars: mean and 95 % t-interval over seeds; small dots: seeds."
+        note += " Large dots and bars: mean and 95 % interval; small dots: seeds."
 
     with style.paper():
         # Widths, from the left: titles of rows, counts of seeds, and for each column a panel with words right of it.

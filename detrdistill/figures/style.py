@@ -12,7 +12,9 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import PlaceHolderLayoutEngine
+from matplotlib.textpath import text_to_path
 
 from detrdistill.files import atomic
 
@@ -102,9 +104,21 @@ def save(figure: Figure, stem: Path | str) -> list[Path]:
 def note(figure: Figure, text: str) -> None:
     """Where the figure comes from, small, below everything."""
     if text:
-        letters = int(20 * figure.get_figwidth())  # of this size that fit into a line
-        text = "\n".join(part for line in text.split("\n") for part in textwrap.wrap(line, letters))
-        figure.supxlabel(text, x=0.01, ha="left", fontsize=6.5, color=FAINT)
+        figure.supxlabel("\n".join(wrapped(text, figure.get_figwidth())), x=0.01, ha="left", fontsize=6.5, color=FAINT)
+
+
+def wrapped(text: str, width: float) -> list[str]:
+    """A note's lines in a picture of that many inches."""
+    return [part for line in text.split("\n") for part in textwrap.wrap(line, int(20 * width))]
+
+
+def cut(text: str, width: float, size: float) -> str:
+    """As much of a text as fits into that many inches, with an ellipsis where some is left out."""
+    wide = lambda one: text_to_path.get_text_width_height_descent(one, FontProperties(size=size), ismath=False)[0] / 72  # noqa: E731
+    if wide(text) <= width:
+        return text
+    letters = next((n for n in range(len(text), 0, -1) if wide(text[:n].rstrip() + "\N{HORIZONTAL ELLIPSIS}") <= width), 0)
+    return text[:letters].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def not_run(axes: Axes, text: str = "not run") -> None:

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from detrdistill.errors import InputError
+from detrdistill.experiments.comparisons import Comparisons
 from detrdistill.experiments.paper_tables import make_table
 from detrdistill.experiments.presets import get_preset
 from detrdistill.experiments.report import write_report
@@ -124,7 +125,7 @@ def test_presets_and_tables_do_not_mix(store: Store, tries) -> None:
     frame = collect(quick, store)
     for table, lines in ((other, frame), (quick, pd.concat([frame, collect(other, store)]))):
         with tries("presets mixed"), pytest.raises(InputError, match=r"main_results of preset .* must not be mixed with main_results of"):
-            summarise(table, lines)
+            summarise(table, lines, Comparisons([table], store))
 
 
 def test_runs_of_another_preset_in_the_folder_are_not_taken(store: Store, tries) -> None:
