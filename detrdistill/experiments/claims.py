@@ -95,10 +95,14 @@ def claims_of(table: Table, detector: str) -> list[Claim]:
         plain = [name for name in rows if name.startswith("student")]  # whole, half a decoder, half an encoder, half of both
         whole = plain[0]
         if len(plain) == 4:
-            found.append(Claim("The decoder's depth matters more than the encoder's", "Table 4", plain[2], plain[1]))
+            source = "Table 4" if rows[plain[2]].published else OURS
+            found.append(Claim("The decoder's depth matters more than the encoder's", source, plain[2], plain[1]))
     if table.name in HELPS:
         distilled = [row for row in rows.values() if row.setting.startswith("detrdistill") and row.baseline != whole]
-        found = [Claim(*HELPS[table.name], row.setting, row.baseline) for row in distilled] + found
+        text, source = HELPS[table.name]
+        # Without an encoder students are not the paper's.
+        theirs = [source if row.published or table.name != "encoder_decoder" else OURS for row in distilled]
+        found = [Claim(text, one, row.setting, row.baseline) for one, row in zip(theirs, distilled, strict=True)] + found
     if table.name == "discrepancies":
         found += [Claim(PAPER_FORM, OURS, "detrdistill", name) for name in rows if name not in ("teacher", "student", "detrdistill")]
     if {"teacher", "detrdistill"} <= rows.keys() and table.name in ("main_results", "full_schedule"):

@@ -62,14 +62,18 @@ class Comparisons:
 
 
 def treatment(recipe: Recipe) -> str:
-    """What a recipe is but for its seed and its teacher's: runs of one row, whichever teacher taught them."""
-    teacher = recipe.teacher and recipe.teacher.replace(seed=0)
-    return run_id(any_content(recipe.replace(seed=0, teacher=teacher)))
+    """What a recipe is but for its seeds and its teacher's: runs of one row, whichever teacher taught them."""
+    return run_id(any_content(_seedless(recipe).replace(teacher=recipe.teacher and _seedless(recipe.teacher))))
 
 
 def block(recipe: Recipe) -> str:
     """The plain student of the same seed: what shares start weights, images and their order, and the length of the schedule."""
     return run_id(any_content(recipe.replace(methods=(), teacher=None, teacher_floor=0.0)))
+
+
+def _seedless(recipe: Recipe) -> Recipe:
+    """A teacher's backbone has a seed of its own, as `Preset.teacher_of` says."""
+    return recipe.replace(seed=0, **({"backbone.crops.seed": 0} if recipe.backbone.crops else {}))
 
 
 def value_of(record: Record, measure: str, at: float) -> float:

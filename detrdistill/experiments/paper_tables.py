@@ -70,7 +70,7 @@ def stage_mapping(presets: Presets, seeds: Seeds) -> Table:
     preset = best(presets, CONDITIONAL)
     preset = replace(preset, student=preset.student.replace(decoder_layers=half(preset.student.decoder_layers)))
     rows = [row(preset, seeds, setting, setting, published=GAP) for setting in ("teacher", "student")]
-    rows += [variant(preset, seeds, name, title, {"stages": name}, GAP) for name, title in STRATEGIES.items()]
+    rows += [variant(preset, seeds, name, STRATEGIES[name], {"stages": name}, GAP) for name in preset.mappings or STRATEGIES]
     return table("stage_mapping", [preset], "table5", "Mapping of decoder stages", rows)
 
 
@@ -222,7 +222,7 @@ def make_table(name: str, presets: Presets, seeds: Seeds) -> Table:
         raise InputError(f"table '{name}' is unknown; known: {', '.join(TABLES)}")
     if not seeds:
         raise InputError("no seeds given; name at least one, such as 0")
-    return TABLES[name](presets, seeds)
+    return TABLES[name]([preset for preset in presets if name not in preset.left_out] or presets, seeds)
 
 
 def named_runs(names: Iterable[str], presets: Presets, seeds: Seeds) -> dict[str, Recipe | CropRecipe]:

@@ -11,12 +11,14 @@ from detrdistill.experiments.comparisons import Comparisons
 from detrdistill.experiments.page import Section, write_page
 from detrdistill.experiments.paper_tables import TABLES, make_table, usual_tables
 from detrdistill.experiments.plan import records
-from detrdistill.experiments.presets import get_presets
+from detrdistill.experiments.presets import Preset, get_presets
 from detrdistill.experiments.published import in_words, published
-from detrdistill.experiments.recipes import Recipe
+from detrdistill.experiments.recipes import Digits, Recipe
 from detrdistill.experiments.register import planned_seeds
 from detrdistill.experiments.store import Store, open_store
 from detrdistill.experiments.tables import NOTES, Row, Table, cells, collect, find, provenance_line, summarise, write_table
+from detrdistill.experiments.tuning import NOTE as NOTE_OF_WEIGHTS
+from detrdistill.experiments.tuning import WEIGHTS, tuning_cells, tuning_frame, write_tuning
 from detrdistill.figures import style
 from detrdistill.figures.bars import bars
 from detrdistill.figures.comparison import comparison
@@ -24,6 +26,7 @@ from detrdistill.figures.convergence import convergence
 from detrdistill.figures.forest import forest
 from detrdistill.figures.loss_parts import loss_parts
 from detrdistill.figures.residuals import residuals
+from detrdistill.figures.weights import weight_trials
 from detrdistill.training.logging import read_log
 
 MAIN_FIGURES = ("figure1", "convergence", "loss_parts")  # of the main results, beside their own
@@ -67,6 +70,9 @@ def write_report(
     written, of_claims = write_all_claims(weighed, comparisons, about, store)
     paths += written
     sections = of_claims + sections
+    written, of_weights = write_weights(presets, store)
+    paths += written
+    sections += of_weights
     sections += beside(sections, store.root)
     return [*paths, write_page(store.root, f"detrdistill: {preset_name}", f"{about} {NOTES}", sections)]
 
@@ -92,11 +98,27 @@ def tables_of(preset_name: str, tables: Sequence[str], store: Store) -> list[str
     return sorted(names, key=[*TABLES, *names].index)
 
 
+def write_weights(presets: Sequence[Preset], store: Store) -> tuple[list[Path], list[Section]]:
+    """What was tried to tune the weights, if anything was: a table, a picture, and their part of the page."""
+    digits = [preset for preset in presets if isinstance(preset.student.data, Digits)]
+    frame = tuning_frame(digits, store)
+    if frame.empty or not frame["trials"].any():
+        return [], []
+    files = write_tuning(frame, NOTE_OF_WEIGHTS, store.root / "tables")
+    drawn = style.save(weight_trials(frame, NOTE_OF_WEIGHTS), store.root / "figures" / WEIGHTS)
+    inside = [path.relative_to(store.root).as_posix() for path in (*drawn, *files)]
+    notebooks = [f"notebooks/{path.name}" for path in sorted(NOTEBOOKS.glob(f"[0-9]*_{WEIGHTS}.ipynb"))]
+    section = Section(WEIGHTS, "Weights that were tried", tuning_cells(frame), NOTE_OF_WEIGHTS, inside[:1], notebooks, inside[2:])
+    return [*files, *drawn], [section]
+
+
 def beside(sections: Sequence[Section], root: Path) -> list[Section]:
     """A section for the notebooks that make no table, and their figures, as far as they are there."""
     linked = {Path(path).name for section in sections for path in section.notebooks}
     notebooks = [path for path in sorted(root.glob("notebooks/[0-9]*.ipynb")) if path.name not in linked and ".failed" not in path.name]
-    figures = [path for path in sorted(root.glob("figures/*.png")) if not path.stem.startswith((*TABLES, *MAIN_FIGURES, *CLAIM_FIGURES))]
+    figures = [
+        path for path in sorted(root.glob("figures/*.png")) if not path.stem.startswith((*TABLES, WEIGHTS, *MAIN_FIGURES, *CLAIM_FIGURES))
+    ]
     inside = [[path.relative_to(root).as_posix() for path in found] for found in (figures, notebooks)]
     return [Section("inside", "Inside the detectors", figures=inside[0], notebooks=inside[1])] if any(inside) else []
 
