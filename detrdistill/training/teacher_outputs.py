@@ -1,6 +1,11 @@
 """What the teacher says about a batch: computed, or kept from a step that showed it the same images.
 
-Under `resize.train` "none" or "flip" an image comes back pixel by pixel, epoch after epoch, in the runs of all seeds and methods.
+Under `resize.train` "none" or "flip" an image comes back pixel by pixel, epoch after epoch, in the runs of all seeds and methods. An
+output is looked up by a hash of what the teacher sees: these pixels, and how the batch pads them.
+
+Kept outputs are those that the teacher would compute, bit by bit, where kernels round alike wherever an image stands in its batch. That
+was so for every detector of presets mini and bccd in batches of 8 and 16, in fp32 and bf16, on the CPU. In batches of 3, 5, 6 and 7
+some outputs differed, by 2e-6 at most.
 """
 
 import json
