@@ -60,7 +60,7 @@ def run(
         device: "auto" (cuda if there is one), "cpu" or "cuda". Not part of the recipe, but in the record.
         workers: processes that load images, which changes no number; 0 loads them in this one. None: as many as `loaders` says.
         keep_teacher_outputs: under `resize.train` "none" or "flip" the teacher's outputs are kept in `teacher_outputs` of the data
-            cache (`training.teacher_outputs`), which changes no number. False: the teacher computes them in every step.
+            cache; `training.teacher_outputs` says how equal they are. False: the teacher computes them in every step.
 
     Raises:
         InputError: data, weights or folders are not usable, another process trains this run, the teacher is below its floor, or its
