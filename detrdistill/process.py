@@ -1,4 +1,4 @@
-"""This process among others: SIGTERM, with which schedulers announce that it must end, and its share of the cores."""
+"""This process among others: SIGTERM, with which schedulers announce that it must end, its share of the cores, and free memory."""
 
 import ctypes
 import os
@@ -6,6 +6,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 TERMINATED = 128 + signal.SIGTERM  # the exit code a shell gives what SIGTERM ended, 143: run it again to continue
 
@@ -39,3 +40,22 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             mallopt(parameter, 2**31 - 1)
+
+
+def available_memory() -> int:
+    """Bytes that this machine, or this job where it has a limit, can still give without swapping; 0 where the system does not tell."""
+    try:
+        lines = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
+        own = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()
+    except OSError:
+        return 0
+    found = [1024 * int(line[1]) for line in lines if line[0] == "MemAvailable:"]
+    group = Path("/sys/fs/cgroup") / own.lstrip("/")
+    for folder in (group, *group.parents):  # a limit may be set for a group of groups
+        try:
+            limit, used = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
+        except OSError:
+            continue
+        if limit != "max":
+            found.append(max(0, int(limit) - int(used)))
+    return min(found, default=0)

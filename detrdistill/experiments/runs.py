@@ -34,6 +34,7 @@ from detrdistill.process import keep_freed_memory, share_of_cores
 from detrdistill.training.batches import mix
 from detrdistill.training.crops import train_on_crops
 from detrdistill.training.evaluation import evaluate
+from detrdistill.training.teacher_outputs import TeacherOutputs, kept_outputs
 from detrdistill.training.trainer import train
 
 LOG = logging.getLogger(__name__)
@@ -42,7 +43,15 @@ PATIENCE = timedelta(hours=12)
 ON_CUDA = "sums of backward passes, in any order: grid_sample (which has no other form), indexing, interpolation"
 
 
-def run(recipe: Recipe | CropRecipe, store: Store, *, device: str = "auto", workers: int | None = None, progress: bool = True) -> Record:
+def run(
+    recipe: Recipe | CropRecipe,
+    store: Store,
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    progress: bool = True,
+    keep_teacher_outputs: bool = True,
+) -> Record:
     """Train what `recipe` says and evaluate it, or return the record if that has been done.
 
     An interrupted run continues from its last checkpoint. Under torchrun all processes call this and train together.
@@ -50,9 +59,12 @@ def run(recipe: Recipe | CropRecipe, store: Store, *, device: str = "auto", work
     Args:
         device: "auto" (cuda if there is one), "cpu" or "cuda". Not part of the recipe, but in the record.
         workers: processes that load images, which changes no number; 0 loads them in this one. None: as many as `loaders` says.
+        keep_teacher_outputs: under `resize.train` "none" or "flip" the teacher's outputs are kept in `teacher_outputs` of the data
+            cache; `training.teacher_outputs` says how equal they are. False: the teacher computes them in every step.
 
     Raises:
-        InputError: data, weights or folders are not usable, another process trains this run, or the teacher is below its floor.
+        InputError: data, weights or folders are not usable, another process trains this run, the teacher is below its floor, or its
+            kept outputs are damaged or another teacher's.
         NonFiniteError: training met a NaN or an infinity.
         StoppedError: SIGTERM came while training.
     """
@@ -74,10 +86,11 @@ def run(recipe: Recipe | CropRecipe, store: Store, *, device: str = "auto", work
     else:
         if isinstance(recipe.backbone.weights, Path | WeightsFile):
             file_weights(recipe.backbone.weights)  # refused now, not after a teacher has been trained
-        records = {name: run(parent, store, device=device, workers=workers, progress=progress) for name, parent in parents(recipe).items()}
+        same = {"device": device, "workers": workers, "progress": progress, "keep_teacher_outputs": keep_teacher_outputs}
+        records = {name: run(parent, store, **same) for name, parent in parents(recipe).items()}
         with store.hold(recipe) if fabric.is_global_zero else nullcontext():
             if _look_up(fabric, recipe, store) is None:
-                _run_detector(fabric, recipe, store, records, workers, progress)
+                _run_detector(fabric, recipe, store, records, workers, progress, keep_teacher_outputs)
     fabric.barrier()
     return _look_up(fabric, recipe, store)
 
@@ -209,7 +222,9 @@ def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool)
     )
 
 
-def _run_detector(fabric: Fabric, recipe: Recipe, store: Store, records: dict[str, Record], workers: int, progress: bool) -> None:
+def _run_detector(
+    fabric: Fabric, recipe: Recipe, store: Store, records: dict[str, Record], workers: int, progress: bool, keep_teacher_outputs: bool
+) -> None:
     train_set, val_set = open_split(recipe, "train"), open_split(recipe, "val")
     require_same_categories(train_set, val_set)
     for report in (train_set.report, val_set.report):
@@ -227,23 +242,28 @@ def _run_detector(fabric: Fabric, recipe: Recipe, store: Store, records: dict[st
     lineage: dict[str, dict[str, Any]] = {
         name: {"run": record.id, "weights_sha256": record.provenance["weights_sha256"]} for name, record in records.items()
     }
-    teacher = None
-    if recipe.teacher is not None:
-        teacher = load_detector(recipe.teacher, store, train_set).requires_grad_(False).to(fabric.device, memory_format=torch.channels_last)
-        lineage["teacher"]["AP"] = measured = measure(teacher)[0]["AP"] or 0.0
-        if measured <= recipe.teacher_floor:
-            raise InputError(
-                f"the teacher {records['teacher'].id} has AP {measured:.1f} on this data, and must exceed teacher_floor "
-                f"{recipe.teacher_floor:.1f} to teach; train it longer, check its weights, or lower the floor"
-            )
     student = build_detector(recipe, len(train_set.categories))
     if about := start_backbone(student.backbone, recipe, store):
         lineage["backbone"] = about
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(recipe.seed, 1))  # adapters of the losses; the student has its own stream
         distiller = build_distiller(student, recipe)
+    teacher_outputs = None
+    if recipe.teacher is not None:
+        teacher = load_detector(recipe.teacher, store, train_set).requires_grad_(False).to(fabric.device, memory_format=torch.channels_last)
+        kept, source = None, lineage["teacher"]
+        if keep_teacher_outputs:
+            root = data_cache() / "teacher_outputs"
+            kept = kept_outputs(fabric, distiller, train_set, recipe, source["run"], source["weights_sha256"], root)
+        source["AP"] = measured = measure(teacher)[0]["AP"] or 0.0
+        if measured <= recipe.teacher_floor:
+            raise InputError(
+                f"the teacher {source['run']} has AP {measured:.1f} on this data, and must exceed teacher_floor "
+                f"{recipe.teacher_floor:.1f} to teach; train it longer, check its weights, or lower the floor"
+            )
+        teacher_outputs = TeacherOutputs(teacher, distiller, kept)
     folder = store.folder(recipe)
-    state = train(fabric, distiller, teacher, train_set, recipe, folder, measure, workers=workers, progress=progress, commit=code())
+    state = train(fabric, distiller, teacher_outputs, train_set, recipe, folder, measure, workers=workers, progress=progress, commit=code())
     if not fabric.is_global_zero:
         return
     classes = classes_text([category.name for category in train_set.categories])
@@ -254,7 +274,8 @@ def _run_detector(fabric: Fabric, recipe: Recipe, store: Store, records: dict[st
             recipe=recipe,
             metrics=state["metrics"],
             curve=state["curve"],
-            cost=watch.cost(state["step"], state["seconds"], state["resumed"], recipe.schedule.batch),
+            cost=watch.cost(state["step"], state["seconds"], state["resumed"], recipe.schedule.batch)
+            | {name: state[name] for name in ("teacher_images",) if name in state},
             parents=lineage,
             provenance=_provenance(fabric, recipe.data, store.weights(recipe)) | {"commit": ", ".join(state["commits"]) or None},
         )

@@ -30,7 +30,9 @@ class Record(Strict):
     recipe: Recipe | CropRecipe
     metrics: Numbers = Field(description="the twelve COCO numbers in percent (null: no such object), or crop accuracy in percent")
     curve: list[Numbers] = Field(description="AP by optimizer step")
-    cost: dict[str, float | int | None] = Field(description="seconds of training, steps, images a second, peak MiB, times resumed")
+    cost: dict[str, float | int | None] = Field(
+        description="seconds of training, steps, images a second, peak MiB, times resumed, images that passed the teacher"
+    )
     parents: dict[str, dict[str, str | float | None]] = Field(description="runs whose weights this run started or learned from")
     provenance: dict[str, Any] = Field(description="data and weight hashes, commit, library versions, device")
 

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,11 @@ from detrdistill.data.coco import Batch, CocoDataset
 from detrdistill.distill.distiller import Distiller
 from detrdistill.errors import InputError, NonFiniteError, StoppedError
 from detrdistill.experiments.recipes import Recipe, Schedule
-from detrdistill.models.outputs import DetectorOutput
 from detrdistill.process import on_sigterm
 from detrdistill.training.batches import Draws, micro_batches, mix
 from detrdistill.training.checkpointing import lack_of_space, resume, save_checkpoint
 from detrdistill.training.logging import Log
+from detrdistill.training.teacher_outputs import TeacherOutputs
 
 CHECKPOINT_SECONDS = 30.0  # from one checkpoint to the next; longer where one takes more than a twentieth of it to write
 TEACHER = "teacher's "  # among the loss parts: whether its logits and boxes are finite
@@ -36,7 +35,7 @@ NO_STEP = (
 def train(
     fabric: Fabric,
     distiller: Distiller,
-    teacher: nn.Module | None,
+    teacher_outputs: TeacherOutputs | None,
     dataset: CocoDataset,
     recipe: Recipe,
     folder: Path,
@@ -52,7 +51,7 @@ def train(
 
     Returns:
         `curve` (AP and `changes` by step), `metrics` (of the last evaluation), `seconds` (in training, over all sittings), `resumed`
-        (how often) and `commits` (of the code of all sittings).
+        (how often), `commits` (of the code of all sittings) and, with a teacher, `teacher_images` (that passed it in all sittings).
 
     Raises:
         InputError: the checkpoint is damaged or not of this run, or `folder` has no space for it.
@@ -62,7 +61,6 @@ def train(
     """
     schedule, total = recipe.schedule, recipe.schedule.total_steps(len(dataset))
     distiller.to(memory_format=torch.channels_last)
-    ask = None if teacher is None else partial(distiller.ask, teacher)
     module, optimizer = fabric.setup(distiller, make_optimizer(distiller, schedule))
     state = resume(folder / "checkpoint.pt", distiller, optimizer, total) or {"step": 0, "curve": [], "seconds": 0.0, "resumed": 0}
     first = fabric.broadcast(state["step"])
@@ -74,6 +72,8 @@ def train(
     # All processes refuse together: one that waits for another in a collective operation hears no signal.
     if refused := fabric.broadcast(lack_of_space(folder / "checkpoint.pt", distiller) if fabric.is_global_zero else ""):
         raise InputError(refused)
+    if teacher_outputs is not None:
+        teacher_outputs.images = state.get("teacher_images", 0)
     commits = state.get("commits", [])
     state["commits"] = commits + [commit] * (commit is not None and commit not in commits)
 
@@ -104,7 +104,7 @@ def train(
             images += " or another process's" if fabric.world_size > 1 else ""
             with kept_for_inspection(folder / f"stopped-step{step}-process{fabric.global_rank}.pt", step, batches):
                 try:
-                    parts = accumulate_gradients(fabric, module, ask, batches, schedule)
+                    parts = accumulate_gradients(fabric, module, teacher_outputs, batches, schedule)
                 except NonFiniteError as error:
                     raise NonFiniteError(f"step {step}, {error}") from None
                 norm = nn.utils.clip_grad_norm_(distiller.parameters(), schedule.clip_norm or math.inf)
@@ -116,6 +116,8 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             state["step"] = step
+            if teacher_outputs is not None:
+                state["teacher_images"] = teacher_outputs.images
 
             loss = sum(value for name, value in values.items() if name != "gradient norm")
             bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", refresh=False)
@@ -147,7 +149,7 @@ def train(
 def accumulate_gradients(
     fabric: Fabric,
     module: nn.Module,
-    ask: Callable[[Tensor, Tensor], list[DetectorOutput]] | None,
+    teacher_outputs: TeacherOutputs | None,
     batches: list[Batch],
     schedule: Schedule,
 ) -> dict[str, Tensor]:
@@ -169,9 +171,9 @@ def accumulate_gradients(
         padding = fabric.to_device(batch.padding)
         targets = replace(batch.targets.to(fabric.device), step_boxes=boxes, step_images=float(schedule.batch))
         answers = []
-        if ask is not None:
+        if teacher_outputs is not None:
             with fabric.autocast():
-                answers = ask(pixels, padding)
+                answers = teacher_outputs(batch, pixels, padding)
         with fabric.no_backward_sync(module, enabled=i < len(batches) - 1):
             try:
                 losses = module(pixels, padding, targets, answers)

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +29,7 @@ from detrdistill.training import trainer
 from detrdistill.training.batches import Draws, micro_batches
 from detrdistill.training.crops import train_on_crops
 from detrdistill.training.logging import read_log
+from detrdistill.training.teacher_outputs import TeacherOutputs, kept_outputs
 from detrdistill.training.trainer import accumulate_gradients, changes, lr_factor, make_optimizer, train
 from tests.folders import write_folder
 
@@ -50,15 +50,19 @@ def sum_of_weights(detector: nn.Module) -> tuple[dict[str, float], Tensor]:
     return {"AP": total}, torch.full((2, 3, 4), int(total * 1000) % 5)
 
 
-def sit(folder: Path, recipe: Recipe, workers: int = 0, evaluate: Callable = sum_of_weights) -> tuple[dict, Distiller]:
-    """One sitting of a run: `train` with fresh models, as `runs.run` calls it."""
+def sit(
+    folder: Path, recipe: Recipe, workers: int = 0, evaluate: Callable = sum_of_weights, cache: Path | None = None
+) -> tuple[dict, Distiller]:
+    """One sitting of a run: `train` with fresh models, as `runs.run` calls it. Teacher outputs are kept in `cache`."""
     torch.manual_seed(0)
     distiller = build_distiller(build_detector(recipe, 10), recipe)
     teacher = build_detector(recipe.teacher, 10).eval().requires_grad_(False) if recipe.teacher else None
     folder.mkdir(exist_ok=True)
     fabric = make_fabric("cpu", recipe.precision)
     data = open_split(recipe, "train")
-    return train(fabric, distiller, teacher, data, recipe, folder, evaluate, workers=workers, progress=False), distiller
+    kept = kept_outputs(fabric, distiller, data, recipe, "teacher", "0" * 64, cache) if cache else None
+    outputs = TeacherOutputs(teacher, distiller, kept) if teacher else None
+    return train(fabric, distiller, outputs, data, recipe, folder, evaluate, workers=workers, progress=False), distiller
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -205,7 +209,7 @@ def gradient(recipe: Recipe, **changes) -> tuple[dict[str, Tensor], list[Tensor]
     (batches,) = micro_batches(data, Draws(len(data), schedule.batch, 0, 0, 1, schedule.accumulate, 0, 1), 0)
     teacher = build_detector(recipe.teacher, 10).eval()
     module = fabric.setup_module(distiller)
-    parts = accumulate_gradients(fabric, module, partial(distiller.ask, teacher), batches, schedule)
+    parts = accumulate_gradients(fabric, module, TeacherOutputs(teacher, distiller), batches, schedule)
     assert all(parameter.grad is None for parameter in teacher.parameters()), "no gradient reaches a teacher, frozen or not"
     return parts, [parameter.grad for parameter in distiller.parameters()]
 

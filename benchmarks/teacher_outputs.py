@@ -1,0 +1,157 @@
+"""What keeping the teacher's outputs saves on preset bccd: `python benchmarks/teacher_outputs.py` needs data/bccd.
+
+A step is the trainer's, between batch and optimizer: the teacher, the losses, the backward pass. Five kinds in turn within one process:
+the student alone; the student alone, but decoding the teacher's queries as a second group, forward and backward, for nothing; and
+distillation with the teacher's outputs computed, read from disk, and taken from memory. Weights are random, images are the data set's,
+drawn as in training. On one CPU thread time is what the process had a core for, which other work on the machine changes little.
+"""
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter, process_time
+
+import pandas as pd
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from detrdistill.data.coco import Batch, CocoDataset
+from detrdistill.distill.assignment import QueryAdapter
+from detrdistill.distill.build import build_distiller
+from detrdistill.distill.distiller import Distiller, Term
+from detrdistill.errors import InputError
+from detrdistill.experiments.presets import ALONE, DETECTORS, get_preset
+from detrdistill.experiments.recipes import Recipe
+from detrdistill.experiments.runs import make_fabric, open_split
+from detrdistill.experiments.store import commit
+from detrdistill.files import write_text
+from detrdistill.matching import Pairs, Problem
+from detrdistill.models import build_detector
+from detrdistill.models.outputs import DetectorOutput, Queries, Targets
+from detrdistill.training.batches import Draws, micro_batches
+from detrdistill.training.teacher_outputs import KeptOutputs, TeacherOutputs, kept_outputs
+from detrdistill.training.trainer import accumulate_gradients
+
+HERE = Path(__file__).parent
+METHODS = ("detrdistill", "fgd")  # with a second group of queries, and without
+KINDS = ("student", "student and decoding", "computed", "disk", "memory")
+COLUMNS = ("detector", "method", "step", "milliseconds", "low", "high", "of student and decoding", "ratio low", "ratio high", "aim")
+
+
+class Decoding(nn.Module):
+    """The student decodes the teacher's queries, as for `AssignmentDistillation`, and nothing is made of it."""
+
+    def __init__(self, student_dim: int, teacher_dim: int, position: bool) -> None:
+        super().__init__()
+        self.adapter = QueryAdapter(student_dim, teacher_dim, position)
+
+    def guests(self, teacher: DetectorOutput) -> Queries:
+        return self.adapter(teacher.initial)
+
+    def problems(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, Problem]:
+        return {}
+
+    def forward(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]) -> dict[str, Tensor]:
+        return {"nothing": 0 * (student.logits.sum() + student.boxes.sum())}
+
+
+def distillers(recipe: Recipe, classes: int) -> dict[str, Distiller]:
+    """For the student alone, with a second group of queries where the method has one, and under the method."""
+    student = build_detector(recipe, classes)
+    found = {"student": Distiller(student), "student and decoding": Distiller(student), "method": build_distiller(student, recipe)}
+    if any(hasattr(term.loss, "guests") for term in found["method"].terms):
+        decoding = Decoding(recipe.dim, recipe.teacher.dim, student.query_position)
+        found["student and decoding"] = Distiller(student, [Term("decoding", 1.0, decoding)])
+    return found
+
+
+def step(fabric: Fabric, distiller: Distiller, outputs: Callable | None, batch: Batch, recipe: Recipe) -> float:
+    """Seconds of one step."""
+    on_gpu = fabric.device.type == "cuda"
+    clock = perf_counter if on_gpu else process_time
+    distiller.zero_grad()
+    if on_gpu:
+        torch.cuda.synchronize(fabric.device)
+    start = clock()
+    accumulate_gradients(fabric, distiller, outputs, [batch], recipe.schedule)
+    if on_gpu:
+        torch.cuda.synchronize(fabric.device)
+    return clock() - start
+
+
+def measure(fabric: Fabric, recipe: Recipe, data: CocoDataset, repeats: int, folder: Path) -> list[dict[str, object]]:
+    """All kinds of steps for one method, `repeats` times in turn, each time with another batch."""
+    torch.manual_seed(0)
+    made = distillers(recipe, len(data.categories))
+    teacher = build_detector(recipe.teacher, len(data.categories)).eval().requires_grad_(False)
+    teacher.to(fabric.device, memory_format=torch.channels_last)
+    for distiller in made.values():
+        distiller.to(fabric.device, memory_format=torch.channels_last).train()
+    modules = {name: fabric.setup_module(distiller) for name, distiller in made.items()}
+
+    def kept() -> KeptOutputs:
+        return kept_outputs(fabric, made["method"], data, recipe, "teacher", "0" * 64, folder)
+
+    outputs = {kind: TeacherOutputs(teacher, made["method"], kept() if kind in ("disk", "memory") else None) for kind in KINDS}
+    draws = Draws(len(data), recipe.schedule.batch, recipe.seed, 0, repeats + 1, 1, 0, 1)
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for (batch,) in micro_batches(data, draws, workers=0):
+        given = fabric.to_device(batch.pixels).contiguous(memory_format=torch.channels_last), fabric.to_device(batch.padding)
+        with fabric.autocast():
+            held = outputs["memory"](batch, *given)  # so that it is kept, in memory and on disk
+        outputs["disk"].kept = kept()  # knows nothing yet: reads and checks the files
+        teachers = outputs | {"student": None, "student and decoding": lambda *_, held=held: held}
+        for kind in KINDS:
+            seconds = step(fabric, modules.get(kind, modules["method"]), teachers[kind], batch, recipe)
+            times[kind].append(seconds)
+    return [line(recipe, kind, {name: some[1:] for name, some in times.items()}) for kind in KINDS]  # the first one warms up
+
+
+def line(recipe: Recipe, kind: str, times: dict[str, list[float]]) -> dict[str, object]:
+    ms = [1000 * seconds for seconds in times[kind]]
+    ratios = [one / other for one, other in zip(times[kind], times["student and decoding"], strict=True)]
+    found = {"detector": recipe.detector, "method": recipe.methods[0].name, "step": kind}
+    found |= {"milliseconds": round(statistics.median(ms), 1), "low": round(min(ms), 1), "high": round(max(ms), 1)}
+    spread = statistics.median(ratios), min(ratios), max(ratios)
+    found |= dict(zip(("of student and decoding", "ratio low", "ratio high"), (round(one, 3) for one in spread), strict=True))
+    return found | {"aim": "<= 1.15" if kind in ("disk", "memory") else None}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    scale = parser.add_mutually_exclusive_group()
+    scale.add_argument("--quick", dest="scale", action="store_const", const="quick", help="DETRDistill alone, three steps of each kind")
+    scale.add_argument("--small", dest="scale", action="store_const", const="small", help="preset smoke: only to see that it works")
+    parser.add_argument("--out", type=Path, help="folder of the table; by default benchmarks/, or benchmarks/quick or /small beside it")
+    parser.add_argument("--device", default="cpu", help="cpu (one thread) or cuda")
+    parser.set_defaults(scale="full")
+    arguments = parser.parse_args(words)
+    torch.set_num_threads(1)
+    repeats, methods = (7, METHODS) if arguments.scale == "full" else (3, METHODS[:1])
+    name = "smoke" if arguments.scale == "small" else "bccd"
+    out = arguments.out or (HERE if arguments.scale == "full" else HERE / arguments.scale)
+    device = "one CPU thread" if arguments.device == "cpu" else torch.cuda.get_device_name()
+    about = f"# commit {commit()}; torch {torch.__version__}; {device}; preset {name}; medians of {repeats} steps with their range\n"
+    print(about, end="")
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for detector in ALONE.get(name, DETECTORS):
+            for method in methods:
+                recipe = get_preset(name, detector).recipe(method).replace(**{"resize.train": "flip"})
+                try:
+                    data = open_split(recipe, "train")
+                except InputError as missing:
+                    parser.exit(1, f"{missing}\n")
+                fabric = make_fabric(arguments.device, recipe.precision)
+                rows += measure(fabric, recipe, data, repeats, Path(folder) / detector)
+                for row in rows[-len(KINDS) :]:
+                    print(", ".join(f"{key}: {value}" for key, value in row.items() if value is not None), flush=True)
+                text = pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False, lineterminator="\n")
+                write_text(out / "teacher_outputs.csv", about + text)  # what took long is not lost
+
+
+if __name__ == "__main__":
+    main()
