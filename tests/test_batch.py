@@ -182,3 +182,15 @@ def test_a_batch_that_cannot_be(tmp_path, preset, seeds, message):
     done = plan(tmp_path, preset=preset, seeds=seeds)
     told = done.stdout + done.stderr
     assert done.returncode and message in told and "Traceback" not in told
+
+
+def test_weights_are_tuned_when_asked_for_by_name_a_job_a_row(folder, environment):
+    asked = plan(folder, preset="smoke", seeds="0", tables="weights", detectors="deformable_detr")
+    told = asked.stdout + asked.stderr
+    assert asked.returncode == 0, told
+    rows = ("fgd", "mgd", "fitnet", "detrdistill", "kd_detr", "d3etr", "pkd", "cwd")
+    assert all(f"tune smoke '{row}' --detector deformable_detr" in told for row in rows) and "notebooks/17_weights.ipynb" in told
+    usual = plan(folder, preset="smoke", seeds="0", detectors="deformable_detr")
+    assert usual.returncode == 0 and "rule tune" not in usual.stdout + usual.stderr
+    both = plan(folder, preset="smoke", seeds="0", tables="weights main_results", detectors="deformable_detr")
+    assert both.returncode == 0 and all(word in both.stdout + both.stderr for word in ("tune smoke", "01_main_results", "17_weights"))

@@ -12,6 +12,7 @@ from detrdistill import cli
 from detrdistill.errors import InputError, NonFiniteError
 from detrdistill.experiments.recipes import Folder, run_id
 from tests.folders import read_split, write_folder, write_split
+from tests.test_tables import put
 
 LAUNCH = [sys.executable, "-m", "detrdistill"]
 
@@ -225,6 +226,27 @@ def test_runs_of_a_folder_are_called_by_the_names_that_the_batch_waits_for(monke
     assert "setting 'plain-01234567' is unknown" in refused("train", "mine", "plain-01234567")
     shutil.rmtree(root)
     assert "mine: does not exist" in refused("train", "mine", next(iter(waited)))
+
+
+def test_tune_runs_what_a_row_misses_and_says_what_was_best(monkeypatch, capsys, tmp_path, refused):
+    from detrdistill.experiments import runs
+    from detrdistill.experiments.store import Store
+
+    asked = []
+
+    def run(recipe, store, **_):
+        asked.append(recipe)
+        return put(store, recipe, 20.0 - abs(recipe.methods[0].weight - 3e-5))
+
+    monkeypatch.setattr(runs, "run", run)
+    words = ("tune", "smoke", "mgd", "--detector", "adamixer", "--results", tmp_path)
+    assert call(monkeypatch, *words) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("AdaMixer, mgd: x 0.1: ") and out.rstrip().endswith("best x 1") and len(asked) == 6
+    assert call(monkeypatch, *words) == 0 and len(asked) == 6, "nothing is tried twice"
+    assert len(list(Store(tmp_path).root.glob("runs/*/record.json"))) == 6
+    assert "row 'mdg' has no weights to tune; known: fgd, mgd" in refused("tune", "smoke", "mdg", "--detector", "adamixer")
+    assert "preset bccd: weights are tuned on other embedded digits" in refused("tune", "bccd", "mgd")
 
 
 def test_check_lists_every_fault(monkeypatch, capsys, tmp_path):
