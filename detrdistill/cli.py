@@ -143,20 +143,19 @@ def tune(
         device: auto, cpu or cuda.
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
     """
+    from detrdistill.experiments import tuning
     from detrdistill.experiments.presets import get_presets
     from detrdistill.experiments.store import Store, open_store
-    from detrdistill.experiments.tuning import chosen, find_row, rows_to_tune, runs_to_come, tried
 
     presets, store = get_presets(preset, [detector]), Store(results) if results else open_store(preset)
-    wanted = [find_row(presets, name) for name in rows] or rows_to_tune(presets)
+    wanted = [tuning.find_row(presets, name) for name in rows] or tuning.rows_to_tune(presets)
 
     from detrdistill.experiments.runs import run
 
     for row in wanted:
-        for recipe in runs_to_come(row, store):
-            run(recipe, store, device=device, workers=workers)
-        found = ", ".join(f"x {one.factor:g}: {one.mean:.1f}" for one in tried(row, store))
-        print(f"{row.detector}, {row.name}: {found}; best x {chosen(row, store).factor:g}")
+        tuning.tune(row, store, lambda recipe: run(recipe, store, device=device, workers=workers))
+        found = ", ".join(f"x {one.factor:g}: {one.mean:.1f}" for one in tuning.tried(row, store))
+        print(f"{row.detector}, {row.name}: {found}; best x {tuning.chosen(row, store).factor:g}", flush=True)
 
 
 def check(folder: tyro.conf.Positional[Path], /) -> None:

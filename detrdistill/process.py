@@ -38,8 +38,9 @@ def keep_freed_memory() -> None:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(parameter, 2**31 - 1)
+        trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+        mallopt(mmap, 2**31 - 1) or mallopt(mmap, 2**25)  # the most that glibc before 2.35 takes
+        mallopt(trim, 2**31 - 1)
 
 
 def available_memory() -> int:

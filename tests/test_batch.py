@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from detrdistill.experiments.presets import coco, smoke
+from detrdistill.experiments.presets import coco, get_preset, smoke
 from detrdistill.experiments.recipes import Folder, run_id
 from detrdistill.experiments.runs import pinned
 from tests.folders import write_folder
@@ -194,3 +194,11 @@ def test_weights_are_tuned_when_asked_for_by_name_a_job_a_row(folder, environmen
     assert usual.returncode == 0 and "rule tune" not in usual.stdout + usual.stderr
     both = plan(folder, preset="smoke", seeds="0", tables="weights main_results", detectors="deformable_detr")
     assert both.returncode == 0 and all(word in both.stdout + both.stderr for word in ("tune smoke", "01_main_results", "17_weights"))
+
+
+def test_the_batch_asks_for_a_run_with_the_seed_of_a_student_that_needs_it(folder, environment):
+    done = plan(folder, preset="mini", seeds="0 3", tables="main_results", detectors="adamixer")
+    told = done.stdout + done.stderr
+    preset = get_preset("mini", "adamixer")
+    wanted = {run_id(preset.teacher_of(3)): 3, run_id(preset.teacher): 0, run_id(preset.recipe("fgd", 3)): 3}
+    assert done.returncode == 0 and all(f"train mini {name} --seed {seed} " in told for name, seed in wanted.items())

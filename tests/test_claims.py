@@ -277,7 +277,7 @@ def test_prose_says_what_the_committed_comparisons_say() -> None:
         return " ".join((root / path).read_text().split())
 
     root = PATH.parents[1]
-    empty = {key: ["not run", "one seed"] for key in ("difference", "half", "adjusted_half")}
+    empty = {key: ["not run", "no interval"] for key in ("difference", "half", "adjusted_half", "equivalence_half")}
     committed = pd.read_csv(
         root / "results" / "mini" / "tables" / "claims.csv", na_values=empty | {"published": ["unknown"], "margin": ["none"]}
     )
@@ -300,3 +300,30 @@ def test_prose_says_what_the_committed_comparisons_say() -> None:
     told = ["{:.1f}, {:.1f} and {:.1f}".format(*values) for values in (plain, distilled)]
     assert f"AP of {told[0]}, the distilled one {told[1]}" in page
     assert "The gains are {:+.1f}, {:+.1f} and {:+.1f}".format(*(distilled - plain)) in page
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_any_table_alone_can_be_weighed(name: str, tmp_path: Path) -> None:
+    """Also where all of its comparisons belong to one claim, or where there is one alone."""
+    table = make_table(name, get_presets("mini"), [0, 1])
+    weighed = weigh([table], Comparisons([table], Store(tmp_path)))
+    assert set(weighed["status"]) == {"not run"} and weighed["part"].str.len().gt(0).all()
+
+
+def test_a_report_of_one_table_in_an_empty_folder(tmp_path: Path) -> None:
+    for name in ("self_distillation", "weights"):
+        written = write_report("quick", [0], tmp_path, [name])
+        assert tmp_path / "index.html" in written
+
+
+def test_a_claim_s_parts_are_tested_together_whichever_tables_are_written(tmp_path: Path) -> None:
+    store, presets = Store(tmp_path), get_presets("mini", ["adamixer"])
+    for seed in (0, 1, 2):
+        for i, row in enumerate(["student", "detrdistill", "fgd", "mgd", "fitnet", "fkd", "fgfi"]):
+            put(store, presets[0].recipe(row, seed), 20.0 + i + (seed * i % 3) / 5)
+    halves = []
+    for tables in (["main_results"], ["main_results", "prior_methods"]):
+        write_report("mini", [0, 1, 2], tmp_path, tables, ["adamixer"])
+        lines = pd.read_csv(tmp_path / "tables" / "claims.csv", na_values=["not run", "no interval"])
+        halves.append(lines.loc[lines["than"] == "FGD", "adjusted_half"].iloc[0])
+    assert halves[0] == halves[1]

@@ -228,6 +228,20 @@ def test_runs_of_a_folder_are_called_by_the_names_that_the_batch_waits_for(monke
     assert "mine: does not exist" in refused("train", "mine", next(iter(waited)))
 
 
+def test_parents_of_later_seeds_are_found_with_a_student_s_seed():
+    """Seed 3 of mini has another teacher, whose own seed is 1, and its backbone."""
+    from detrdistill.experiments.paper_tables import TABLES, named_runs
+    from detrdistill.experiments.presets import get_presets
+    from detrdistill.experiments.recipes import Recipe
+
+    found = {}
+    for seed in (3, 0):
+        runs = named_runs(TABLES, get_presets("mini"), (seed,))
+        found |= {name: seed for name, recipe in runs.items() if not isinstance(recipe, Recipe) or recipe.schedule.steps == 4000}
+    assert 1 < list(found.values()).count(3) < len(found), "of either seed"
+    assert all(run_id(cli.named_run("mini", name, seed)) == name for name, seed in found.items())
+
+
 def test_tune_runs_what_a_row_misses_and_says_what_was_best(monkeypatch, capsys, tmp_path, refused):
     from detrdistill.experiments import runs
     from detrdistill.experiments.store import Store
@@ -245,7 +259,7 @@ def test_tune_runs_what_a_row_misses_and_says_what_was_best(monkeypatch, capsys,
     assert out.startswith("AdaMixer, mgd: x 0.1: ") and out.rstrip().endswith("best x 1") and len(asked) == 6
     assert call(monkeypatch, *words) == 0 and len(asked) == 6, "nothing is tried twice"
     assert len(list(Store(tmp_path).root.glob("runs/*/record.json"))) == 6
-    assert "row 'mdg' has no weights to tune; known: fgd, mgd" in refused("tune", "smoke", "mdg", "--detector", "adamixer")
+    assert "row 'mdg' has no weights to tune; known: 'fgd', 'mgd'" in refused("tune", "smoke", "mdg", "--detector", "adamixer")
     assert "preset bccd: weights are tuned on other embedded digits" in refused("tune", "bccd", "mgd")
 
 

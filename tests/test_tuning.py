@@ -1,17 +1,17 @@
 """Tuning: the same trials for every row, on other digits, and what the next one is, read off records."""
 
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from detrdistill.errors import InputError
+from detrdistill.errors import InputError, NonFiniteError
 from detrdistill.experiments.methods import METHODS, DETRDistill
 from detrdistill.experiments.paper_tables import make_table
 from detrdistill.experiments.plan import plan_text
-from detrdistill.experiments.presets import ADAMIXER, CONDITIONAL, DEFORMABLE, PRESETS, TUNED, get_preset, get_presets
+from detrdistill.experiments.presets import ADAMIXER, CONDITIONAL, DEFORMABLE, TUNED, get_preset, get_presets
 from detrdistill.experiments.recipes import parents, run_id
+from detrdistill.experiments.session import validate
 from detrdistill.experiments.store import Store
 from detrdistill.experiments.tuning import (
     FIRST,
@@ -25,6 +25,7 @@ from detrdistill.experiments.tuning import (
     rows_to_tune,
     runs_before_tuning,
     tried,
+    tune,
     tuning_cells,
     tuning_frame,
 )
@@ -141,17 +142,31 @@ def test_frozen_names_are_rows() -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"row 'fdg' has no weights to tune; known: fgd, mgd, fitnet, detrdistill"):
+    with pytest.raises(InputError, match=r"row 'fdg' has no weights to tune; known: 'fgd', 'mgd', 'fitnet', 'detrdistill'"):
         find_row(MINI, "fdg")
     with pytest.raises(InputError, match="preset bccd: weights are tuned on other embedded digits"):
         rows_to_tune(get_presets("bccd"))
-    assert [run_id(one) for name in PRESETS for one in runs_before_tuning(get_presets(name, [DEFORMABLE])).values()], "no refusal here"
+    assert runs_before_tuning(get_presets("bccd")) == {}, "asked of any preset, to find a run by its name"
+
+
+def test_a_trial_that_ends_in_a_nan_is_named(tmp_path: Path) -> None:
+    def train(recipe):
+        raise NonFiniteError("step 7: the loss is nan")
+
+    with pytest.raises(NonFiniteError, match=r"Deformable DETR, row 'cwd', weights x 0.1, seed 100: step 7"):
+        tune(find_row(MINI, "cwd"), Store(tmp_path), train)
+
+
+def test_what_a_user_states_of_the_method_is_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TUNED, ADAMIXER, {"detrdistill": 0.3, "fgd": 3.0, "features": 0.1})
+    session = validate(preset="mini", seeds=[0], changes={"method.features": 0.5}, device="cpu", progress=False, detector=ADAMIXER)
+    stated = session.preset.recipe("detrdistill").methods[0]
+    assert (stated.logits, stated.features) == (0.3, 0.5) and session.preset.recipe("fgd").methods[0].foreground == 3e-3
 
 
 def test_a_plan_names_the_trials_that_are_known_to_be_wanted(tmp_path: Path) -> None:
     store = Store(tmp_path)
     lines = plan_text("mini", [0], ["weights"], ["deformable_detr"], store).splitlines()
     assert len(lines) == 8 * len(FIRST) + 3 + 1, "trials, teacher, two backbones, sum"
-    smaller = replace(find_row(MINI, "fgd"))
-    fill(store, smaller, lambda factor, seed: 20.0 - abs(math.log(factor)))
+    fill(store, find_row(MINI, "fgd"), lambda factor, seed: 20.0 - abs(math.log(factor)))
     assert len(plan_text("mini", [0], ["weights"], ["deformable_detr"], store).splitlines()) == len(lines) - len(FIRST)

@@ -14,7 +14,19 @@ import pandas as pd
 from detrdistill.experiments.comparisons import AP, CHANGES, HALFWAY, MARGINS, Comparisons
 from detrdistill.experiments.paper_tables import STRATEGIES
 from detrdistill.experiments.published import published, published_value
-from detrdistill.experiments.statistics import AGAINST, HOLDS, ONE_SEED, VERDICTS, Difference, holm, seeds_to_decide, verdict, verdict_words
+from detrdistill.experiments.statistics import (
+    AGAINST,
+    EQUIVALENCE,
+    HOLDS,
+    NO_EFFECT,
+    NO_GAIN,
+    VERDICTS,
+    Difference,
+    holm,
+    seeds_to_decide,
+    verdict,
+    verdict_words,
+)
 from detrdistill.experiments.tables import NOT_RUN, Row, Table, to_markdown
 from detrdistill.files import write_text
 
@@ -138,14 +150,18 @@ def weigh(tables: Sequence[Table], comparisons: Comparisons, planned: Mapping[tu
             differences[place] = one
     decided = [_decided(one, MARGINS[measure]) for one, measure in zip(differences, frame["measure"], strict=True)]
     frame = pd.concat([frame, pd.DataFrame(decided)], axis=1)
-    frame["part"] = frame.groupby("claim", sort=False, group_keys=False)[["ahead", "than"]].apply(_part_names)
+    frame["part"] = pd.concat([_part_names(parts) for _, parts in frame.groupby("claim", sort=False)])
     return frame.sort_values("claim", key=lambda texts: texts.map(list(dict.fromkeys(texts)).index), kind="stable", ignore_index=True)
 
 
 def _decided(difference: Difference, margin: float | None) -> dict[str, Any]:
     seeds = seeds_to_decide(difference, margin)
     found = {"difference": difference.mean, "half": difference.half(), "adjusted_half": difference.adjusted_half}
-    found |= {"family": difference.family, "margin": math.nan if margin is None else margin}
+    found |= {
+        "equivalence_half": difference.half(EQUIVALENCE),
+        "family": difference.family,
+        "margin": math.nan if margin is None else margin,
+    }
     return found | {"status": verdict_words(verdict(difference, margin) or NOT_RUN, seeds), "seeds_to_decide": seeds}
 
 
@@ -192,7 +208,8 @@ def board(weighed: pd.DataFrame) -> pd.DataFrame:
 def sentence(parts: pd.DataFrame) -> str:
     """The verdict on one claim, such as "holds on AdaMixer (+6.1 [+4.0, +8.2]); undecided on Conditional DETR (+12.7 [..], about 9 seeds)".
 
-    Of a claim of several comparisons a detector, each is named. Numbers are differences with their adjusted intervals.
+    Of a claim of several comparisons a detector, each is named. Numbers are differences with the intervals that the word was taken from:
+    the adjusted one, or for what is held against the margin the one of 90 %.
 
     Args:
         parts: the claim's lines of `weigh`.
@@ -230,7 +247,9 @@ def _numbers(line: Mapping[str, Any]) -> str:
     """ "(+12.7 [-5.1, +30.5], about 9 seeds)"; nothing where nothing was measured."""
     if math.isnan(line["difference"]):
         return ""
-    found = [" ".join(filter(None, [_signed(line["difference"], ""), _adjusted(line)]))]
+    against_margin = line["status"] in (NO_EFFECT, NO_GAIN)
+    interval = _interval(line, "equivalence_half") + ", 90 %" if against_margin else _adjusted(line)
+    found = [" ".join(filter(None, [_signed(line["difference"], ""), interval]))]
     if line["seeds_to_decide"]:
         found.append(line["status"].partition(" (")[2].removesuffix(")"))
     return f"({', '.join(found)})"
@@ -242,7 +261,11 @@ def _listed(words: Iterable[str]) -> str:
 
 
 def _adjusted(line: Mapping[str, Any]) -> str:
-    mean, half = line["difference"], line["adjusted_half"]
+    return _interval(line, "adjusted_half")
+
+
+def _interval(line: Mapping[str, Any], name: str) -> str:
+    mean, half = line["difference"], line[name]
     return "" if math.isnan(half) else f"[{_signed(mean - half, '')}, {_signed(mean + half, '')}]"
 
 
@@ -259,10 +282,10 @@ def write_claims(weighed: pd.DataFrame, provenance: str, folder: Path) -> list[P
     if weighed.empty:
         return []
     # Sums and square roots may differ in their last digits from one version of a library to the next.
-    numbers = ["difference", "half", "adjusted_half", "published", "margin"]
+    numbers = ["difference", "half", "adjusted_half", "equivalence_half", "published", "margin"]
     written = weighed.round(dict.fromkeys(numbers, 6)).astype(object)
     for column in numbers:
-        empty = {"published": "unknown", "margin": "none"}.get(column, weighed["status"].where(weighed["status"] == NOT_RUN, ONE_SEED))
+        empty = {"published": "unknown", "margin": "none"}.get(column, weighed["status"].where(weighed["status"] == NOT_RUN, "no interval"))
         written[column] = written[column].where(weighed[column].notna(), empty)
     preset = weighed["preset"].iloc[0]
     text = to_markdown(board(weighed), f"Claims, preset {preset}", "Each comparison:").rstrip()

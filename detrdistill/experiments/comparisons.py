@@ -55,9 +55,10 @@ class Comparisons:
     def difference(self, ahead: Row, than: Row, measure: str = AP) -> Difference:
         """One row of a table minus another of the same detector. An interval needs two runs of each; of a teacher, one."""
         fit = self.fit(ahead.detector, measure, ahead.at)
-        names = {treatment(next(iter(row.recipes.values()))): row.setting for row in (ahead, than)}
+        names = [treatment(next(iter(row.recipes.values()))) for row in (ahead, than)]
         found = fit.difference(*names)
-        once = any((fit.runs["treatment"] == name).sum() < 2 and setting != "teacher" for name, setting in names.items())
+        runs = {row.setting: (fit.runs["treatment"] == name).sum() for row, name in zip((ahead, than), names, strict=True)}
+        once = any(count < 2 for setting, count in runs.items() if setting != "teacher")
         return Difference(found.mean, seeds=min(found.seeds, 1)) if once else found
 
 

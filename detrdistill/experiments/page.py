@@ -17,9 +17,15 @@ from detrdistill.files import write_text
 # Words that may be said of a difference or a row, a sign for those who do not see colours, and what they mean.
 STATUSES = {
     "reproduced": ("✓", f"on COCO itself: AP within {REPRODUCED_WITHIN:g} of the published value"),
-    HOLDS: ("▲", "the difference is positive: its adjusted interval excludes 0. Of a row: it is above the plain student"),
+    HOLDS: (
+        "▲",
+        "positive: the adjusted interval excludes 0. Of a row, by its own interval: above the plain student",
+    ),
     HOLDS + SMALL: ("△", f"positive, but smaller than the margin of {MARGIN:g} AP"),
-    AGAINST: ("▼", "the difference is negative: its adjusted interval excludes 0. Of a row: it is below the plain student"),
+    AGAINST: (
+        "▼",
+        "negative: the adjusted interval excludes 0. Of a row, by its own interval: below the plain student",
+    ),
     AGAINST + SMALL: ("▽", f"negative, but smaller than the margin of {MARGIN:g} AP"),
     NO_EFFECT: ("≈", f"whatever the difference is, it is smaller than {MARGIN:g} AP: the 90 % interval lies within the margin"),
     NO_GAIN: ("≤", f"it may be harm, but no gain of {MARGIN:g} AP: the 90 % interval ends below the margin"),

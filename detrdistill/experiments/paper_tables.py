@@ -13,6 +13,7 @@ from detrdistill.experiments.presets import ADAMIXER, CONDITIONAL, Preset, all_r
 from detrdistill.experiments.recipes import CropRecipe, Recipe
 from detrdistill.experiments.tables import DETECTORS, TITLES, Row, Table, measured_on
 
+WEIGHTS = "weights"  # the table of what was tried to tune weights, which is made in `tuning`
 GAP = "not found"  # stands in the paper, but not in any source we could reach
 Presets = Sequence[Preset]
 Seeds = Sequence[int]
@@ -219,7 +220,7 @@ def make_table(name: str, presets: Presets, seeds: Seeds) -> Table:
         InputError: there is none, or no seeds.
     """
     if name not in TABLES:
-        raise InputError(f"table '{name}' is unknown; known: {', '.join(TABLES)}")
+        raise InputError(f"table '{name}' is unknown; known: {', '.join(TABLES)}, {WEIGHTS}")
     if not seeds:
         raise InputError("no seeds given; name at least one, such as 0")
     return TABLES[name]([preset for preset in presets if name not in preset.left_out] or presets, seeds)

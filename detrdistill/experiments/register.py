@@ -13,7 +13,7 @@ import pandas as pd
 from detrdistill.errors import InputError
 from detrdistill.experiments.claims import CLAIMS, Claim, claims_of
 from detrdistill.experiments.comparisons import MARGINS
-from detrdistill.experiments.paper_tables import make_table, usual_tables
+from detrdistill.experiments.paper_tables import TABLES, make_table, usual_tables
 from detrdistill.experiments.presets import PRESETS, get_presets
 from detrdistill.experiments.tables import DETECTORS, Table
 from detrdistill.files import write_text
@@ -88,6 +88,10 @@ def planned_seeds(tables: Iterable[Table], path: Path = PATH) -> dict[Key, int]:
         lines = list(reader)
     found: dict[Key, int] = {}
     for number, line in enumerate(lines, start=2):
+        known = {"preset": REGISTERED, "table": TABLES, "detector": DETECTORS.values()}
+        for name in known:
+            if line[name] not in known[name]:
+                raise InputError(f"{path.name}, line {number}: {name} '{line[name]}' is unknown; known: {', '.join(known[name])}")
         table = made.get((line["preset"], line["table"]))
         rows = {row.setting for row in table.rows if row.detector == line["detector"]} if table else set()
         if not rows:

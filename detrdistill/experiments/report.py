@@ -59,14 +59,18 @@ def write_report(
     made = [make_table(name, presets, seeds) for name in tables_of(preset_name, tables, store)]
     frames = [collect(table, store) for table in made]
     # Of all tables, whichever are shown: every run of a detector tells how large its noise is.
-    comparisons = Comparisons([make_table(name, presets, seeds) for name in TABLES], store)
-    weighed = weigh(made, comparisons, planned_seeds(made))
+    everything = [make_table(name, presets, seeds) for name in TABLES]
+    comparisons = Comparisons(everything, store)
+    weighed = weigh(everything, comparisons, planned_seeds(everything))  # whose parts are tested together, whichever are shown
+    if not weighed.empty:
+        weighed = weighed[weighed["table"].isin([table.name for table in made])].reset_index(drop=True)
     paths, sections = [], []
     for table, frame in zip(made, frames, strict=True):
         written, section = write_one(table, frame, comparisons, store)
         paths += written
         sections.append(section)
-    about = f"Preset {preset_name}. {provenance_line(pd.concat(frames))}"  # of all tables, which may differ in code and seeds
+    # Of all tables, which may differ in code and seeds; of weights alone there is none.
+    about = f"Preset {preset_name}. {provenance_line(pd.concat(frames))}" if frames else f"Preset {preset_name}."
     written, of_claims = write_all_claims(weighed, comparisons, about, store)
     paths += written
     sections = of_claims + sections
@@ -93,8 +97,9 @@ def stored_seeds(
 
 
 def tables_of(preset_name: str, tables: Sequence[str], store: Store) -> list[str]:
-    """Those named, or else the preset's usual ones, and those that are there already; in the paper's order."""
-    names = {*(tables or usual_tables(preset_name)), *(name for name in TABLES if (store.root / "tables" / f"{name}.csv").exists())}
+    """Those named, or else the preset's usual ones, and those that are there already; in the paper's order. (Not `WEIGHTS`.)"""
+    there = {name for name in TABLES if (store.root / "tables" / f"{name}.csv").exists()}
+    names = (there | set(tables or usual_tables(preset_name))) - {WEIGHTS}
     return sorted(names, key=[*TABLES, *names].index)
 
 

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeInt, field_validator
 
 from detrdistill.data.layout import data_cache, layout
 from detrdistill.errors import InputError
+from detrdistill.experiments.methods import METHODS
 from detrdistill.experiments.presets import DEFORMABLE, DETECTORS, PRESETS, Preset, get_preset
 from detrdistill.experiments.recipes import Digits, Folder, run_id
 from detrdistill.experiments.store import Record, Store, open_store, provenance, short_commit
@@ -180,14 +181,14 @@ class Session:
             InputError: no detector has a row of this name, or the preset's data is a folder.
         """
         from detrdistill.experiments.runs import run
-        from detrdistill.experiments.tuning import find_row, rows_to_tune, runs_to_come, tuning_frame
+        from detrdistill.experiments.tuning import find_row, rows_to_tune, tune, tuning_frame
 
         presets = list(self.presets.values())
         for name in self.rows:
             find_row(presets, name)
         for row in rows_to_tune(presets):
-            for recipe in runs_to_come(row, self.store) if row.name in self.rows else ():
-                run(recipe, self.store, device=self.device, progress=self.progress)
+            if row.name in self.rows:
+                tune(row, self.store, lambda recipe: run(recipe, self.store, device=self.device, progress=self.progress))
         return tuning_frame(presets, self.store)
 
     def curves(self, table: "Table") -> dict[str, list[list[dict[str, float | None]]]]:
@@ -312,6 +313,9 @@ def _changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
     own = lambda part: {name.removeprefix(part): value for name, value in changes.items() if name.startswith(part)}  # noqa: E731
     of_student = {name: value for name, value in changes.items() if not name.startswith(("method.", "teacher."))}
     shared = {name: value for name, value in of_student.items() if name.split(".")[0] in SHARED}
+    if own("method."):  # a weight that is stated holds: DETRDistill's are multiplied first, and those of its parts not at all
+        tuned = {name: factor for name, factor in preset.tuned.items() if name in METHODS and name != "detrdistill"}
+        preset = replace(preset, method=preset.tuned_method("detrdistill"), tuned=tuned)
     return replace(
         preset,
         student=preset.student.replace(**of_student),

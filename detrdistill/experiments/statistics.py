@@ -13,7 +13,6 @@ from functools import cached_property
 import numpy as np
 import pandas as pd
 from scipy.special import digamma, fdtrc, polygamma, stdtr, stdtrit
-from statsmodels.stats.multitest import multipletests
 
 HOLDS, AGAINST, SMALL = "holds", "against", " (small)"
 NO_EFFECT, NO_GAIN = "no effect above the margin", "no gain above the margin"
@@ -169,8 +168,12 @@ class BlockFit:
         self.values = self.runs["value"].to_numpy(float)
 
     @cached_property
+    def _residual_variances(self) -> tuple[np.ndarray, np.ndarray]:
+        return self.design.variances(self.values)
+
+    @cached_property
     def _variances(self) -> tuple[np.ndarray, np.ndarray, float]:
-        own, pooled = self.design.variances(self.values)
+        own, pooled = self._residual_variances
         return *row_variances(own, pooled, self.design.freedom), float(pooled)
 
     @property
@@ -181,7 +184,7 @@ class BlockFit:
     @property
     def residuals(self) -> pd.DataFrame:
         """The runs with their residuals, and whether their row's spread stands out; rows without a residual are left out."""
-        own, pooled = self.design.variances(self.values)
+        own, pooled = self._residual_variances
         place = self.runs["treatment"].map(self.design.names)
         alone = stand_out(own, pooled, self.design.freedom, STANDS_OUT)[place]
         found = self.runs.assign(residual=self.design.residual @ self.values, stands_out=alone)
@@ -230,6 +233,8 @@ def holm(differences: Sequence[Difference]) -> list[Difference]:
     tested = [i for i, one in enumerate(differences) if one.error > 0]
     if not tested:
         return list(differences)
+    from statsmodels.stats.multitest import multipletests  # takes longer to import than all else here
+
     p = np.array([differences[i].p for i in tested])
     rejected = multipletests(p, LEVEL, method="holm")[0] if len(p) > 1 else p <= LEVEL
     ranks = np.argsort(np.argsort(p, kind="stable"), kind="stable")
@@ -250,8 +255,8 @@ def verdict(difference: Difference, margin: float | None) -> str:
         margin: the smallest difference that matters; None where none is stated.
     """
     mean, half = difference.mean, difference.adjusted_half
-    if math.isnan(half):
-        return "" if math.isnan(mean) else ONE_SEED
+    if math.isnan(half):  # run once; or, with more seeds, nothing is left that could tell how large the noise is
+        return "" if math.isnan(mean) else ONE_SEED if difference.seeds < 2 else UNDECIDED
     if abs(mean) > half:
         small = margin is not None and abs(mean) + half < margin
         return (HOLDS if mean > 0 else AGAINST) + SMALL * small
@@ -267,7 +272,7 @@ def seeds_to_decide(difference: Difference, margin: float | None) -> int:
     Returns:
         0 where it is decided already or has no interval; `SEEDS_AT_MOST` + 1 where even that many would not do.
     """
-    if verdict(difference, margin) != UNDECIDED:
+    if verdict(difference, margin) != UNDECIDED or math.isnan(difference.half()):
         return 0
     for seeds in range(difference.seeds + 1, SEEDS_AT_MOST + 1):
         # Each further seed of a pair adds at least one degree of freedom.

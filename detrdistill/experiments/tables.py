@@ -309,8 +309,9 @@ def provenance_line(frame: pd.DataFrame) -> str:
 
 NOTES = (
     "± of AP is half of the row's own 95 % t-interval over seeds. Gains are over the plain student; their ± is half of the 95 % interval "
-    "that all runs of the detector give, fitted seed by seed, and the status says what it means (docs/results.md). Of twenty gains without "
-    "any effect one is taken for one by chance. n/a: the data has no objects of that size."
+    "that all runs of the detector give, fitted seed by seed, and the status says what it means (docs/results.md). It is a row's own, not "
+    "adjusted for other rows as a claim's is: of twenty gains without any effect one is taken for one by chance. "
+    "n/a: the data has no objects of that size."
 )
 
 

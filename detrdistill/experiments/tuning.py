@@ -7,21 +7,29 @@ of records. The multipliers that were found are frozen in `presets.TUNED`. No to
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
-from detrdistill.errors import InputError
-from detrdistill.experiments.paper_tables import Presets, components, feature_masks, follow_ups, logits, main_results, prior_methods
+from detrdistill.errors import InputError, NonFiniteError
+from detrdistill.experiments.paper_tables import (
+    WEIGHTS,
+    Presets,
+    components,
+    feature_masks,
+    follow_ups,
+    logits,
+    main_results,
+    prior_methods,
+)
 from detrdistill.experiments.presets import ADAMIXER, Preset, all_runs
 from detrdistill.experiments.recipes import CropRecipe, Digits, Recipe
 from detrdistill.experiments.store import Record, Store
 from detrdistill.experiments.tables import DETECTORS, NOT_RUN, TITLES, find, to_markdown
 from detrdistill.files import write_text
 
-WEIGHTS = "weights"  # the name of the table of trials, as `make reproduce TABLE=` and the notebook have it
 SEEDS = FIRST_SEED, SECOND_SEED = 100, 101  # of no reported run
 FIRST = (0.1, 0.3, 1.0, 3.0)
 NOTE = (
@@ -123,7 +131,7 @@ def find_row(presets: Presets, name: str) -> TunedRow:
     for row in rows:
         if row.name == name:
             return row
-    raise InputError(f"row '{name}' has no weights to tune; known: {', '.join(dict.fromkeys(row.name for row in rows))}")
+    raise InputError(f"row '{name}' has no weights to tune; known: {', '.join(dict.fromkeys(repr(row.name) for row in rows))}")
 
 
 def tried(row: TunedRow, store: Store) -> list[Trial]:
@@ -146,10 +154,21 @@ def chosen(row: TunedRow, store: Store) -> Trial | None:
     return max(two, key=lambda trial: trial.mean) if two and all(trial.second for trial in two) else None
 
 
-def runs_to_come(row: TunedRow, store: Store) -> Iterator[Recipe]:
-    """What is to be run next, one after another; each must have been run before the next is asked for."""
+def tune(row: TunedRow, store: Store, train: Callable[[Recipe], object]) -> None:
+    """Run what the row still misses, one trial after another.
+
+    Args:
+        train: trains a recipe and leaves its record in `store`.
+
+    Raises:
+        NonFiniteError: a trial met a NaN or an infinity; names the row and its multiplier.
+    """
     while waiting := next_trials(row, store):
-        yield row.trial(*waiting[0])
+        factor, seed = waiting[0]
+        try:
+            train(row.trial(factor, seed))
+        except NonFiniteError as error:
+            raise NonFiniteError(f"{row.detector}, row '{row.name}', weights x {factor:g}, seed {seed}: {error}") from None
 
 
 def runs_before_tuning(presets: Presets) -> dict[str, Recipe | CropRecipe]:
