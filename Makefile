@@ -100,6 +100,7 @@ benchmark: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.detectors $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.distillation $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.since $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu_days $(ARGS)
 
 gpu-check: setup

@@ -6,12 +6,13 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import benchmarks, detectors, distillation, gpu_days, since
+from benchmarks import benchmarks, coverage, detectors, distillation, gpu_days, since
 
 ROWS = {
     benchmarks: {"matching / textbook matcher, 2 images, 2 stages, 20 queries", "reference: gain of DETRDistill, three seeds"},
     detectors: {"deformable_detr", "conditional_detr", "adamixer"},
     distillation: {"random student", "deformable_detr", "conditional_detr", "adamixer"},
+    coverage: {"Deformable DETR"},
     gpu_days: {"conditional_detr"},
     since: {"deformable_detr"},
 }
