@@ -27,3 +27,11 @@ def test_a_benchmark_works(tmp_path: Path, capsys: pytest.CaptureFixture, benchm
     found = list(csv.DictReader(table))
     assert about.startswith("# commit ") and rows <= {next(iter(row.values())) for row in found}
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(found), "every row is told when it is known"
+
+
+def test_without_the_history_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        since.main(["--small", "--out", str(tmp_path), "0" * 40])
+    assert ended.value.code == 2 and not list(tmp_path.iterdir())
+    out, error = capsys.readouterr()
+    assert not out and error.startswith("error: commit 000") and len(error.splitlines()) == 1
