@@ -99,8 +99,10 @@ benchmark: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.benchmarks $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.detectors $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.distillation $(ARGS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.since $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.teacher_outputs $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu_days $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.since $(ARGS)
 
 gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)

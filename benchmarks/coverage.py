@@ -1,10 +1,11 @@
-"""What the intervals of `experiments.statistics` cover: simulated tables whose true differences are known. `python benchmarks/coverage.py`.
+"""What the intervals of `experiments.statistics` cover: simulated tables whose true differences are known. `python -m benchmarks.coverage`.
 
-A table is normal noise on the runs of a detector of preset mini: the stored runs (two or three seeds a row), or six seeds of each row
-that has three now. Means and blocks are 0, which changes nothing: the fit takes them out. The rows' true spreads are
+A table is normal noise on the runs of a detector of preset mini: those of coverage_runs.csv (two or three seeds a row), or six seeds of
+each row that has three there. These are the runs on which the choice was made; results/ changes with the preset. Means and blocks are 0,
+which changes nothing: the fit takes them out. The rows' true spreads are
 
-- equal: the pooled residual SD of the stored runs;
-- measured: each row's own residual SD of the stored runs, the pooled one where a row has less than one degree of freedom nearly;
+- equal: the pooled residual SD of these runs;
+- measured: each row's own residual SD of these runs, the pooled one where a row has less than one degree of freedom nearly;
 - measured, all: the same for every row. A pair of rows that share no block with others has half a degree of freedom a row;
 - drawn: pooled variance times a scaled inverse chi-square of 3 degrees of freedom, drawn anew for each table.
 
@@ -19,22 +20,19 @@ How a row's variance is estimated is the choice to make:
 that of the row with the largest true spread. Wanted are 94 to 97 % and at least 85 %. `half` is the median half-width in AP.
 """
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 from scipy.special import stdtrit
 
-from detrdistill.experiments.comparisons import Comparisons
-from detrdistill.experiments.paper_tables import TABLES, make_table
-from detrdistill.experiments.presets import get_presets
+from benchmarks.measure import HERE, Table, make_parser, table_path
 from detrdistill.experiments.statistics import Design, moderated, row_variances, satterthwaite, stand_out
-from detrdistill.experiments.store import Store, commit
-from detrdistill.files import write_text
+from detrdistill.experiments.store import commit
 
-ROOT = Path(__file__).resolve().parents[1]
-TABLES_SIMULATED, SEED, SEEDS_PLANNED = 2000, 0, 6
+RUNS = HERE / "coverage_runs.csv"  # detector, row, block, AP
+COLUMNS = ("detector", "seeds", "rows", "freedom", "spreads", "variance", "pairs", "average", "noisiest", "half")
+SEED, SEEDS_PLANNED = 0, 6
 KNOWN_FROM = 0.85  # degrees of freedom of a row of two seeds among many rows
 Choice = Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
@@ -104,24 +102,24 @@ def scenarios(fit_design: Design, values: np.ndarray, random: np.random.Generato
     }
 
 
-def main() -> None:
-    presets, random, found = get_presets("mini"), np.random.default_rng(SEED), []
-    stored = Comparisons([make_table(name, presets, [0, 1, 2]) for name in TABLES], Store(ROOT / "results" / "mini"))
-    for detector in stored.detectors:
-        fit = stored.fit(detector)
-        runs = fit.runs["treatment"].value_counts()
-        planned = [name for name in fit.design.names if runs[name] == 3]
-        rows = np.repeat(planned, SEEDS_PLANNED)
-        larger = Design(rows, np.tile(np.arange(SEEDS_PLANNED), len(planned)))
-        for name, spreads in scenarios(fit.design, fit.values, random, TABLES_SIMULATED).items():
-            places = [fit.design.names[row] for row in larger.names]
-            for seeds, design, of_rows in (("2 to 3", fit.design, spreads), (str(SEEDS_PLANNED), larger, spreads[places])):
-                lines = coverage(design, of_rows, CHOICES, TABLES_SIMULATED, random)
+def main(words: Sequence[str] | None = None) -> None:
+    arguments = make_parser(__doc__).parse_args(words)
+    runs, random = pd.read_csv(RUNS, comment="#"), np.random.default_rng(SEED)
+    tables = {"full": 2000, "quick": 200, "small": 50}[arguments.scale]
+    if arguments.scale == "small":
+        runs = runs[runs["detector"] == runs["detector"].iloc[0]]
+    table = Table(table_path(arguments, "coverage.csv"), COLUMNS)
+    table.start(f"commit {commit()}; {tables} simulated tables a line, seed {SEED}; nominal 95 %")
+    for detector, of in runs.groupby("detector", sort=False):
+        stored, counts = Design(of["row"], of["block"]), of["row"].value_counts()
+        planned = [row for row in stored.names if counts[row] == 3]
+        larger = Design(np.repeat(planned, SEEDS_PLANNED), np.tile(np.arange(SEEDS_PLANNED), len(planned)))
+        places = [stored.names[row] for row in larger.names]
+        for name, spreads in scenarios(stored, of["AP"].to_numpy(), random, tables).items():
+            for seeds, design, of_rows in (("2 to 3", stored, spreads), (SEEDS_PLANNED, larger, spreads[places])):
                 about = {"detector": detector, "seeds": seeds, "rows": len(of_rows), "freedom": round(design.total), "spreads": name}
-                found.append(pd.concat([pd.DataFrame([about] * len(lines)), lines], axis=1))
-                print(found[-1].round(3).to_string(index=False, header=len(found) == 1), flush=True)
-    head = f"# commit {commit()}; {TABLES_SIMULATED} simulated tables a line, seed {SEED}; nominal 95 %\n"
-    write_text(ROOT / "benchmarks" / "coverage.csv", head + pd.concat(found).round(3).to_csv(index=False, lineterminator="\n"))
+                for line in coverage(design, of_rows, CHOICES, tables, random).round(3).to_dict("records"):
+                    table.add(about | line)
 
 
 if __name__ == "__main__":

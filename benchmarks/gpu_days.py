@@ -1,4 +1,4 @@
-"""What the runs of Table 3 would cost on COCO, in days of a V100 and in memory: counted, not measured. `make benchmark` runs it last.
+"""What the runs of Table 3 would cost on COCO, in days of a V100 and in memory: counted, not measured. `python -m benchmarks.gpu_days`.
 
 The multiplications of one image's pass are counted (torch's own counter) and put in proportion to what the official Deformable DETR
 took: 6.5 hours of a V100 an epoch for 173 G (its README; single-scale 3.2 for 78, DETR 4.0 for 86: 0.038 to 0.047 hours a G, which

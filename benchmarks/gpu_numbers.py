@@ -28,6 +28,7 @@ from detrdistill.experiments.runs import make_fabric, open_split, run
 from detrdistill.experiments.store import Store
 from detrdistill.models import build_detector
 from detrdistill.training.logging import read_log
+from detrdistill.training.teacher_outputs import TeacherOutputs
 from detrdistill.training.trainer import train
 from tests.parity.checks import CHECKS as REPLAYS
 from tests.parity.oracle import Oracle, kind_of, paths
@@ -161,7 +162,7 @@ def one_process(report: Report) -> None:
         distiller = build_distiller(build_detector(recipe, len(dataset.categories)), recipe)
         teacher = build_detector(recipe.teacher, len(dataset.categories)).eval().requires_grad_(False).to(fabric.device)
         with tempfile.TemporaryDirectory() as folder:
-            train(fabric, distiller, teacher, dataset, recipe, Path(folder), no_evaluation, progress=False)
+            train(fabric, distiller, TeacherOutputs(teacher, distiller), dataset, recipe, Path(folder), no_evaluation, progress=False)
             logs[name] = read_log(Path(folder) / "log.jsonl")
     natural = difference(logs["alone"], logs["again"])
     report.add("largest difference of a loss between two runs without", natural, "relative")

@@ -7,7 +7,6 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -138,9 +137,8 @@ def sampling(report: Report) -> None:
     tokens, heads, points = sum(h * w for h, w in shapes), 8, 4
     sizes = torch.tensor([(w, h) for h, w in shapes], dtype=torch.float32, device=report.device)[:, None]  # L 1 2
     forms: dict[str, Callable[..., Tensor]] = {
-        "grid_sample a level, as it is": attention.sample_and_sum,
-        "grid_sample a level, einsum": partial(with_sum, lambda samples, weights: torch.einsum("ndqk,nqk->ndq", samples, weights)),
-        "grid_sample a level, multiply and sum": partial(with_sum, lambda samples, weights: (samples * weights[:, None]).sum(-1)),
+        "grid_sample a level, as it is: queries last, multiply and sum": attention.sample_and_sum,
+        "grid_sample a level, queries before points, einsum": sample_and_einsum,
         "one gather of all levels": gather_and_sum,
     }
     for place, queries in (("encoder", tokens), ("decoder", 300)):
@@ -170,9 +168,18 @@ def both_ways(form: Callable[..., Tensor], upstream: Tensor, *given: object) -> 
     return [out.detach(), *torch.autograd.grad(out, learned, upstream)]
 
 
-def with_sum(weighted_sum: Callable[[Tensor, Tensor], Tensor], *given: object) -> Tensor:
-    with patch.object(attention, "weighted_sum", weighted_sum):
-        return attention.sample_and_sum(*given)
+def sample_and_einsum(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor, heads: int) -> Tensor:
+    """As `attention.sample_and_sum`, with the points of a query side by side, which `einsum` sums as products of matrices."""
+    batch, queries = locations.shape[:2]
+    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # L, B*M, Q, K, 2
+    weights = weights.permute(3, 0, 2, 1, 4).flatten(1, 2)  # L, B*M, Q, K
+    maps = value.transpose(1, 2).unflatten(1, (heads, -1)).flatten(0, 1)  # B*M, D/M, T
+    total = None
+    for (h, w), level, grid, weight in zip(shapes, maps.split([h * w for h, w in shapes], dim=-1), grids, weights, strict=True):
+        sampled = F.grid_sample(level.unflatten(-1, (h, w)), grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+        summed = torch.einsum("ndqk,nqk->ndq", sampled, weight)
+        total = summed if total is None else total + summed
+    return total.reshape(batch, -1, queries).transpose(1, 2)
 
 
 def gather_and_sum(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor, heads: int) -> Tensor:

@@ -15,6 +15,7 @@ from io import BytesIO
 from pathlib import Path
 
 from benchmarks.measure import ROOT, Table, make_parser, spread, table_path
+from detrdistill.errors import InputError
 from detrdistill.experiments.presets import ADAMIXER, CONDITIONAL, DEFORMABLE, get_preset
 from detrdistill.experiments.recipes import Recipe
 from detrdistill.experiments.store import commit
@@ -46,8 +47,17 @@ def short(recipe: Recipe, steps: int) -> Recipe:
 
 
 def unpack(version: str, folder: Path) -> None:
-    """The package as it was at a commit."""
-    packed = subprocess.run(["git", "archive", version, "detrdistill"], cwd=ROOT, check=True, capture_output=True).stdout
+    """The package as it was at a commit.
+
+    Raises:
+        InputError: git does not have the commit.
+    """
+    try:
+        packed = subprocess.run(["git", "archive", version, "detrdistill"], cwd=ROOT, check=True, capture_output=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        raise InputError(
+            f"commit {version}: git does not have it here; measure in a clone with all of its history (git fetch --unshallow)"
+        ) from None
     with tarfile.open(fileobj=BytesIO(packed)) as archive:
         archive.extractall(folder, filter="data")
 
@@ -67,9 +77,12 @@ def main(words: Sequence[str] | None = None) -> None:
     preset, steps, repeats = {"full": ("mini", 40, 3), "quick": ("mini", 30, 2), "small": ("smoke", 1, 1)}[arguments.scale]
     detectors = (DEFORMABLE,) if arguments.scale == "small" else (DEFORMABLE, ADAMIXER, CONDITIONAL)
     table = Table(table_path(arguments, "since.csv"), COLUMNS)
-    table.start(f"commit {commit()} against {arguments.commit}; preset {preset}, {steps} steps, one thread; medians of {repeats}")
     with tempfile.TemporaryDirectory() as folder:
-        unpack(arguments.commit, before := Path(folder))
+        try:
+            unpack(arguments.commit, before := Path(folder))
+        except InputError as missing:
+            parser.exit(2, f"error: {missing}\n")
+        table.start(f"commit {commit()} against {arguments.commit}; preset {preset}, {steps} steps, one thread; medians of {repeats}")
         for detector in detectors:
             for setting in SETTINGS:
                 recipe = short(get_preset(preset, detector).recipe(setting), steps)

@@ -1,4 +1,6 @@
-"""What keeping the teacher's outputs saves on preset bccd: `python benchmarks/teacher_outputs.py` needs data/bccd.
+"""What keeping the teacher's outputs saves on preset bccd: `python -m benchmarks.teacher_outputs`.
+
+It needs data/bccd (README.md); without, it says so and measures nothing.
 
 A step is the trainer's, between batch and optimizer: the teacher, the losses, the backward pass. Five kinds in turn within one process:
 the student alone; the student alone, but decoding the teacher's queries as a second group, forward and backward, for nothing; and
@@ -6,18 +8,16 @@ distillation with the teacher's outputs computed, read from disk, and taken from
 drawn as in training. On one CPU thread time is what the process had a core for, which other work on the machine changes little.
 """
 
-import argparse
-import statistics
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter, process_time
 
-import pandas as pd
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from benchmarks.measure import Table, make_parser, spread, table_path
 from detrdistill.data.coco import Batch, CocoDataset
 from detrdistill.distill.assignment import QueryAdapter
 from detrdistill.distill.build import build_distiller
@@ -27,7 +27,6 @@ from detrdistill.experiments.presets import ALONE, DETECTORS, get_preset
 from detrdistill.experiments.recipes import Recipe
 from detrdistill.experiments.runs import make_fabric, open_split
 from detrdistill.experiments.store import commit
-from detrdistill.files import write_text
 from detrdistill.matching import Pairs, Problem
 from detrdistill.models import build_detector
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
@@ -35,7 +34,6 @@ from detrdistill.training.batches import Draws, micro_batches
 from detrdistill.training.teacher_outputs import KeptOutputs, TeacherOutputs, kept_outputs
 from detrdistill.training.trainer import accumulate_gradients
 
-HERE = Path(__file__).parent
 METHODS = ("detrdistill", "fgd")  # with a second group of queries, and without
 KINDS = ("student", "student and decoding", "computed", "disk", "memory")
 COLUMNS = ("detector", "method", "step", "milliseconds", "low", "high", "of student and decoding", "ratio low", "ratio high", "aim")
@@ -107,50 +105,43 @@ def measure(fabric: Fabric, recipe: Recipe, data: CocoDataset, repeats: int, fol
         for kind in KINDS:
             seconds = step(fabric, modules.get(kind, modules["method"]), teachers[kind], batch, recipe)
             times[kind].append(seconds)
-    return [line(recipe, kind, {name: some[1:] for name, some in times.items()}) for kind in KINDS]  # the first one warms up
+    return [row(recipe, kind, {name: some[1:] for name, some in times.items()}) for kind in KINDS]  # the first one warms up
 
 
-def line(recipe: Recipe, kind: str, times: dict[str, list[float]]) -> dict[str, object]:
-    ms = [1000 * seconds for seconds in times[kind]]
+def row(recipe: Recipe, kind: str, times: dict[str, list[float]]) -> dict[str, object]:
     ratios = [one / other for one, other in zip(times[kind], times["student and decoding"], strict=True)]
-    found = {"detector": recipe.detector, "method": recipe.methods[0].name, "step": kind}
-    found |= {"milliseconds": round(statistics.median(ms), 1), "low": round(min(ms), 1), "high": round(max(ms), 1)}
-    spread = statistics.median(ratios), min(ratios), max(ratios)
-    found |= dict(zip(("of student and decoding", "ratio low", "ratio high"), (round(one, 3) for one in spread), strict=True))
-    return found | {"aim": "<= 1.15" if kind in ("disk", "memory") else None}
+    return {
+        "detector": recipe.detector,
+        "method": recipe.methods[0].name,
+        "step": kind,
+        **{name: round(1000 * seconds, 1) for name, seconds in spread(times[kind], "milliseconds").items()},
+        **dict(zip(("of student and decoding", "ratio low", "ratio high"), spread(ratios).values(), strict=True)),
+        "aim": "<= 1.15" if kind in ("disk", "memory") else None,
+    }
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    scale = parser.add_mutually_exclusive_group()
-    scale.add_argument("--quick", dest="scale", action="store_const", const="quick", help="DETRDistill alone, three steps of each kind")
-    scale.add_argument("--small", dest="scale", action="store_const", const="small", help="preset smoke: only to see that it works")
-    parser.add_argument("--out", type=Path, help="folder of the table; by default benchmarks/, or benchmarks/quick or /small beside it")
+    parser = make_parser(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu (one thread) or cuda")
-    parser.set_defaults(scale="full")
     arguments = parser.parse_args(words)
     torch.set_num_threads(1)
     repeats, methods = (7, METHODS) if arguments.scale == "full" else (3, METHODS[:1])
     name = "smoke" if arguments.scale == "small" else "bccd"
-    out = arguments.out or (HERE if arguments.scale == "full" else HERE / arguments.scale)
+    pairs = [(detector, method) for detector in ALONE.get(name, DETECTORS) for method in methods]
+    recipes = [get_preset(name, detector).recipe(method).replace(**{"resize.train": "flip"}) for detector, method in pairs]
+    try:
+        splits = [open_split(recipe, "train") for recipe in recipes]
+    except InputError as missing:
+        print(f"not measured: {missing}")
+        return
     device = "one CPU thread" if arguments.device == "cpu" else torch.cuda.get_device_name()
-    about = f"# commit {commit()}; torch {torch.__version__}; {device}; preset {name}; medians of {repeats} steps with their range\n"
-    print(about, end="")
-    rows: list[dict[str, object]] = []
+    table = Table(table_path(arguments, "teacher_outputs.csv"), COLUMNS)
+    table.start(f"commit {commit()}; torch {torch.__version__}; {device}; preset {name}; medians of {repeats} steps with their range")
     with tempfile.TemporaryDirectory() as folder:
-        for detector in ALONE.get(name, DETECTORS):
-            for method in methods:
-                recipe = get_preset(name, detector).recipe(method).replace(**{"resize.train": "flip"})
-                try:
-                    data = open_split(recipe, "train")
-                except InputError as missing:
-                    parser.exit(1, f"{missing}\n")
-                fabric = make_fabric(arguments.device, recipe.precision)
-                rows += measure(fabric, recipe, data, repeats, Path(folder) / detector)
-                for row in rows[-len(KINDS) :]:
-                    print(", ".join(f"{key}: {value}" for key, value in row.items() if value is not None), flush=True)
-                text = pd.DataFrame(rows, columns=COLUMNS).to_csv(index=False, lineterminator="\n")
-                write_text(out / "teacher_outputs.csv", about + text)  # what took long is not lost
+        for recipe, data in zip(recipes, splits, strict=True):
+            fabric = make_fabric(arguments.device, recipe.precision)
+            for found in measure(fabric, recipe, data, repeats, Path(folder) / recipe.detector):
+                table.add(found)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,11 @@ def keep_freed_memory() -> None:
 
 
 def available_memory() -> int:
-    """Bytes that this machine, or this job where it has a limit, can still give without swapping; 0 where the system does not tell."""
+    """Bytes that this machine, or this job where it has a limit, can still give without swapping; 0 where the system does not tell.
+
+    Linux tells, and limits of its control groups, version 2. Those of version 1 are not asked, nor is macOS: there it is what the machine
+    has, and 0.
+    """
     try:
         lines = [line.split() for line in Path("/proc/meminfo").read_text().splitlines()]
         own = Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip()

@@ -6,12 +6,14 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import benchmarks, detectors, distillation, gpu_days, since
+from benchmarks import benchmarks, coverage, detectors, distillation, gpu_days, since, teacher_outputs
 
 ROWS = {
     benchmarks: {"matching / textbook matcher, 2 images, 2 stages, 20 queries", "reference: gain of DETRDistill, three seeds"},
     detectors: {"deformable_detr", "conditional_detr", "adamixer"},
     distillation: {"random student", "deformable_detr", "conditional_detr", "adamixer"},
+    teacher_outputs: {"deformable_detr", "conditional_detr", "adamixer"},
+    coverage: {"Deformable DETR"},
     gpu_days: {"conditional_detr"},
     since: {"deformable_detr"},
 }
@@ -26,3 +28,21 @@ def test_a_benchmark_works(tmp_path: Path, capsys: pytest.CaptureFixture, benchm
     found = list(csv.DictReader(table))
     assert about.startswith("# commit ") and rows <= {next(iter(row.values())) for row in found}
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(found), "every row is told when it is known"
+
+
+def test_without_the_history_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(SystemExit) as ended:
+        since.main(["--small", "--out", str(tmp_path), "0" * 40])
+    assert ended.value.code == 2 and not list(tmp_path.iterdir())
+    out, error = capsys.readouterr()
+    assert not out and error.startswith("error: commit 000") and len(error.splitlines()) == 1
+
+
+def test_without_its_photographs_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And ends well, so that what `make benchmark` measures after it is measured."""
+    monkeypatch.chdir(tmp_path)
+    for words in ([], ["--quick"]):
+        teacher_outputs.main([*words, "--out", "out"])
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith("not measured: data folder data/bccd: does not exist; expected there: ")
+    assert not list(tmp_path.iterdir())

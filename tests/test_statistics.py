@@ -1,12 +1,9 @@
 """Block fit, intervals, Holm and verdicts, against other ways to compute them; and what the intervals cover, in a small simulation."""
 
 import gc
-import importlib.util
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -18,6 +15,8 @@ from scipy.special import polygamma
 from statsmodels.api import OLS
 from statsmodels.stats.multitest import multipletests
 
+from benchmarks import coverage
+from benchmarks.measure import HERE, ROOT
 from detrdistill.experiments.statistics import (
     AGAINST,
     HOLDS,
@@ -40,7 +39,6 @@ from detrdistill.experiments.statistics import (
     verdict_words,
 )
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 # Rows of two and three seeds that share blocks 0 to 2; x and y are of another architecture; t is a single run beside all.
 RUNS = [("a", 0), ("a", 1), ("a", 2), ("b", 0), ("b", 1), ("c", 1), ("c", 2), ("d", 0), ("d", 1), ("d", 2)]
 ALONE = [("x", "0'"), ("x", "1'"), ("y", "0'"), ("y", "1'"), ("t", "0''")]
@@ -226,31 +224,23 @@ def test_seeds_that_would_decide() -> None:
     assert told == ["undecided (about 9 seeds)", "undecided (over 99 seeds)", "undecided"]
 
 
-@pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("coverage_benchmark", BENCHMARKS / "coverage.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_intervals_cover_what_they_say(benchmark: ModuleType) -> None:
+def test_intervals_cover_what_they_say() -> None:
     """20 rows, of which half have two seeds and half three, equally noisy or not."""
     runs = [(row, block) for row in range(20) for block in range(2 + row % 2)]
     design, random = Design(*zip(*runs, strict=True)), np.random.default_rng(0)
-    choices = {name: benchmark.CHOICES[name] for name in ("pooled", "kit")}
+    choices = {name: coverage.CHOICES[name] for name in ("pooled", "kit")}
     for spreads in (np.full(20, 1.4), 1.4 * np.sqrt(3 / random.chisquare(3, (20, 300)))):
-        found = benchmark.coverage(design, spreads, choices, 300, random).set_index("variance")
+        found = coverage.coverage(design, spreads, choices, 300, random).set_index("variance")
         assert 0.94 <= found.loc["kit", "average"] <= 0.975 and found.loc["kit", "noisiest"] >= 0.85
     assert found.loc["pooled", "noisiest"] < 0.8, "why one variance for all will not do"
 
 
 def test_the_committed_coverage_holds() -> None:
-    kit = pd.read_csv(BENCHMARKS / "coverage.csv", comment="#").query("variance == 'kit'")
+    kit = pd.read_csv(HERE / "coverage.csv", comment="#").query("variance == 'kit'")
     assert set(kit["detector"]) == {"Deformable DETR", "Conditional DETR", "AdaMixer"} and set(kit["seeds"].astype(str)) == {"2 to 3", "6"}
     usual = kit[kit["spreads"] != "measured, all"]
     assert len(usual) == 18 and usual["average"].between(0.94, 0.97).all() and (usual["noisiest"] >= 0.85).all()
-    page = (BENCHMARKS.parent / "docs" / "results.md").read_text()
+    page = (ROOT / "docs" / "results.md").read_text()
     for (spreads, seeds), of in usual.astype({"seeds": str}).groupby(["spreads", "seeds"]):
         average = f"{100 * of['average'].min():.1f} to {100 * of['average'].max():.1f} %"
         assert f"| {spreads} | {seeds} | {average} | {100 * of['noisiest'].min():.1f} % |" in page

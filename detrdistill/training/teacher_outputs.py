@@ -12,7 +12,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from detrdistill.process import available_memory
 
 LOG = logging.getLogger(__name__)
 VIEWS = {"none": 1, "flip": 2}  # how many forms of an image `resize.train` leaves; the others leave too many
-OF_MEMORY, OF_DISK = 1 / 4, 1 / 10  # what kept outputs may take at most of the available memory and of the free disk
+OF_MEMORY, OF_DISK = 1 / 4, 1 / 10  # what one run's outputs may take at most of the memory available to it and of the free disk
 STACKED, LEVELS, VECTORS = ("logits", "boxes", "queries"), ("features", "padding", "neck"), ("content", "position", "reference")
 LAST = ".channels_last"
 Tensors = dict[str, Tensor]  # an output as `flatten` has it
@@ -88,10 +88,12 @@ class KeptOutputs:
     """One teacher's outputs for single images: in memory, and on disk for the runs to come, as far as each has room for all of them.
 
     A file holds the output for one image as a batch showed it, padding included, and a hash of itself and of `made_by`. Files appear
-    whole, so that runs may fill the folder side by side.
+    whole, so that runs may fill the folder side by side. Outputs in memory are each process's own: of runs that start together, each may
+    take a quarter of what is available then.
 
     Args:
-        root: the folder of all teachers; each has a folder of its own in it, which may be deleted at any time.
+        root: the folder of all teachers; each has a folder of its own in it, which may be deleted at any time: a run that uses it computes
+            again. Nothing else removes it, since runs of other code, which have folders of their own, may be using them.
         made_by: all that decides the outputs' bits beside the image: the teacher, the code, the size of a batch, ...
         count: outputs that there will be at most.
 
@@ -105,10 +107,10 @@ class KeptOutputs:
         self.in_memory: dict[str, Tensors] = {}
         self.uses_memory = self.uses_disk = False
         self._decided = False
-        self._on_disk = {path.stem for path in self.folder.glob("*.safetensors")}
-        for name in self._on_disk:
-            with self._open(name):
-                pass
+        self._on_disk: set[str] = set()
+        for path in self.folder.glob("*.safetensors"):
+            with suppress(FileNotFoundError), self._open(path.stem):
+                self._on_disk.add(path.stem)
 
     @property
     def has_room(self) -> bool:
@@ -122,9 +124,10 @@ class KeptOutputs:
         """
         if name in self.in_memory:
             return self.in_memory[name]
-        if not self._path(name).exists():  # another run may have written it since
+        try:
+            tensors = self._read(name)  # another run may have written it since
+        except FileNotFoundError:
             return None
-        tensors = self._read(name)
         self._make_room(tensors)
         if self.uses_memory:
             self.in_memory[name] = tensors
@@ -140,7 +143,7 @@ class KeptOutputs:
         if self.uses_disk:
             try:
                 self._write(name, tensors)
-            except InputError as refused:
+            except (InputError, OSError, SafetensorError) as refused:  # a full disk, or a folder that is deleted meanwhile
                 self.uses_disk = False
                 LOG.warning("teacher outputs are not kept on disk any more: %s", refused)
 
@@ -151,12 +154,14 @@ class KeptOutputs:
         self._decided = True
         size = sum(tensor.nbytes for tensor in tensors.values())
         existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
-        self.uses_memory = size * self.count <= OF_MEMORY * available_memory()
+        memory = available_memory()
+        self.uses_memory = size * self.count <= OF_MEMORY * memory
         self.uses_disk = size * (self.count - len(self._on_disk)) <= OF_DISK * shutil.disk_usage(existing).free
         if not self.has_room:
             LOG.warning(
-                "teacher outputs are not kept: up to %d of %.1f MiB are more than a quarter of the available memory and a tenth of the "
-                "free disk at %s; the teacher computes them in every step", self.count, size / 2**20, existing,
+                "teacher outputs are not kept: up to %d of %.1f MiB are more than %sa tenth of the free disk at %s; "
+                "the teacher computes them in every step",
+                self.count, size / 2**20, "a quarter of the available memory and " if memory else "", existing,
             )  # fmt: skip
 
     def _path(self, name: str) -> Path:
@@ -177,7 +182,12 @@ class KeptOutputs:
 
     @contextmanager
     def _open(self, name: str) -> Iterator[Any]:
-        """The file for the image `name`, refused if it is another teacher's or cannot be read."""
+        """The file for the image `name`, refused if it is another teacher's or cannot be read.
+
+        Raises:
+            FileNotFoundError: there is none, or it is deleted meanwhile.
+            InputError: it is refused.
+        """
         path = self._path(name)
         try:
             with safe_open(path, "pt") as file:
@@ -188,6 +198,8 @@ class KeptOutputs:
                         f"teacher outputs {path}: of another teacher, or made otherwise ({found}; wanted: {wanted}); delete {path.parent}"
                     )
                 yield file
+        except FileNotFoundError:
+            raise
         except (SafetensorError, OSError) as error:
             raise InputError(f"teacher outputs {path}: damaged ({' '.join(str(error).split())[:100]}); delete the file") from None
 
@@ -232,9 +244,9 @@ def padded_images(dataset: CocoDataset, recipe: Recipe) -> int:
 
 
 def code_hash() -> str:
-    """SHA-256 of the code that detectors are made of: outputs of other code are other outputs."""
+    """SHA-256 of the code that detectors are made of and asked with: outputs of other code are other outputs."""
     package = Path(detrdistill.__file__).parent
-    files = [package / "boxes.py", *sorted((package / "models").glob("*.py"))]
+    files = [package / "boxes.py", package / "distill" / "distiller.py", *sorted((package / "models").glob("*.py"))]
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -274,7 +274,9 @@ def test_a_file_from_another_folder_is_refused(tmp_path):
 Usage = namedtuple("Usage", "total used free")
 
 
-@pytest.mark.parametrize(("memory", "disk", "place"), [(1e9, 1e9, "both"), (1e9, 1e4, "memory"), (1e4, 1e9, "disk"), (1e4, 1e4, "none")])
+@pytest.mark.parametrize(
+    ("memory", "disk", "place"), [(1e9, 1e9, "both"), (1e9, 1e4, "memory"), (1e4, 1e9, "disk"), (1e4, 1e4, "none"), (0, 1e4, "none")]
+)
 def test_they_are_kept_where_they_have_room(tmp_path, monkeypatch, caplog, memory, disk, place):
     monkeypatch.setattr(teacher_outputs, "available_memory", lambda: memory)
     monkeypatch.setattr(teacher_outputs.shutil, "disk_usage", lambda path: Usage(1e12, 1e12 - disk, disk))
@@ -287,6 +289,7 @@ def test_they_are_kept_where_they_have_room(tmp_path, monkeypatch, caplog, memor
     assert len(caplog.messages) == (place == "none") == (kept.kept is None)
     if place == "none":
         assert caplog.messages[0].startswith("teacher outputs are not kept: up to 8 of 0.") and "\n" not in caplog.messages[0]
+        assert ("memory" in caplog.messages[0]) == (memory > 0), "what is unknown is not spoken of"
     else:
         assert bool(kept.kept.in_memory) == (place in ("both", "memory"))
 
@@ -307,6 +310,40 @@ def test_a_disk_that_is_full_later_does_not_stop_the_run(tmp_path, monkeypatch, 
     for batch in (b, c, a, d):
         odd = differences(show(kept, batch), show(computed, batch))
         assert not odd
+
+
+@pytest.mark.parametrize("moment", ["between steps", "at the start", "while it reads", "while it writes"])
+def test_a_folder_that_is_deleted_does_not_stop_the_run(tmp_path, monkeypatch, caplog, moment):
+    """What was in it is computed again."""
+    a, b, _, _ = (collate([image]) for image in images())
+    kept, computed = lookup(tmp_path, a)
+    folder = kept.kept.folder
+
+    def deleting(call):
+        def delete_and_call(*words, **named):
+            shutil.rmtree(folder, ignore_errors=True)
+            return call(*words, **named)
+
+        return delete_and_call
+
+    if moment == "between steps":
+        shutil.rmtree(folder)
+    else:
+        name = "save_file" if moment == "while it writes" else "safe_open"
+        monkeypatch.setattr(teacher_outputs, name, deleting(getattr(teacher_outputs, name)))
+    if moment == "at the start":
+        kept, _ = lookup(tmp_path)
+    else:
+        kept.images, kept.kept.uses_memory = 0, False
+        kept.kept.in_memory.clear()
+    batch = b if moment == "while it writes" else a
+    odd = differences(show(kept, batch), show(computed, batch))
+    assert not odd and kept.images == 1
+    if moment == "while it writes":
+        (message,) = caplog.messages
+        assert message.startswith("teacher outputs are not kept on disk any more: ") and "\n" not in message
+    else:
+        assert not caplog.messages and len(list(folder.iterdir())) == 1, "and kept again"
 
 
 def test_what_is_not_finite_is_not_kept(tmp_path):
