@@ -29,6 +29,7 @@ from detrdistill.experiments.tuning import (
     tuning_cells,
     tuning_frame,
 )
+from detrdistill.figures.weights import weight_trials
 from tests.test_tables import put
 
 MINI = get_presets("mini")
@@ -108,6 +109,18 @@ def test_the_table_counts_trials(tmp_path: Path) -> None:
     row = text.loc[("Deformable DETR", "FGD")]
     assert (row["Trials"], row["Multiplier"], row["x 1"], row["x 0.1"]) == ("4", "1", "20.0 (two seeds)", "17.7")
     assert text.loc[("AdaMixer", "Logits"), ["Trials", "Multiplier", "x 1"]].tolist() == ["0", "not run", "-"]
+
+
+def test_the_picture_has_a_panel_for_each_row_that_was_tried(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, find_row(MINI, "fgd"), lambda factor, seed: 20.0 - abs(math.log(factor)))
+    figure = weight_trials(tuning_frame(MINI, store))
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert [axes.get_title(loc="left") for axes in shown] == ["Deformable DETR\nFGD"]
+    first, second, chosen = shown[0].lines
+    assert list(first.get_xdata()) == list(FIRST) and list(chosen.get_xdata()) == [1.0] and chosen.get_ydata()[0] == pytest.approx(20.0)
+    assert [label.get_text() for label in shown[0].get_xticklabels()] == ["0.1", "0.3", "1", "3"] and len(second.get_xdata()) == len(FIRST)
+    assert f"{len(rows_to_tune(MINI)) - 1} rows have no trials yet" in figure.get_suptitle()
 
 
 def test_what_was_found_is_frozen_in_the_preset_and_reaches_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
