@@ -27,12 +27,13 @@ from benchmarks.measure import ROOT, Table, make_parser, seconds, spread, table_
 from detrdistill.boxes import cxcywh_to_xyxy
 from detrdistill.criterion import ALPHA, CLASS, GAMMA, GIOU, L1, target_cost
 from detrdistill.distill.build import build_distiller
-from detrdistill.experiments.presets import get_preset
-from detrdistill.experiments.runs import open_split
-from detrdistill.experiments.store import Store, commit, open_store
 from detrdistill.matching import Problem, match
 from detrdistill.models import build_detector
 from detrdistill.models.outputs import DetectorOutput, Targets
+from detrdistill.recipes.presets import get_preset
+from detrdistill.runs.load import open_split
+from detrdistill.runs.provenance import commit
+from detrdistill.runs.store import Store, open_store
 from detrdistill.training.batches import Draws, micro_batches
 from detrdistill.training.evaluation import coco_metrics
 
@@ -76,7 +77,7 @@ def import_time(scale: Scale) -> Row:
 
 def report_time(scale: Scale) -> Row:
     """Of the runs that are committed, copied: the report is written beside them."""
-    code = "from detrdistill.experiments.report import write_report; write_report('quick', (0,))"
+    code = "from detrdistill.report.write import write_report; write_report('quick', (0,))"
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(REFERENCE / "runs", Path(folder) / "quick" / "runs")
         found = command_time(code, scale.repeats[1], DETRDISTILL_RESULTS=folder)

@@ -1,4 +1,4 @@
-"""What the intervals of `experiments.statistics` cover: simulated tables whose true differences are known. `python -m benchmarks.coverage`.
+"""What the intervals of `statistics` cover: simulated tables whose true differences are known. `python -m benchmarks.coverage`.
 
 A table is normal noise on the runs of a detector of preset mini: those of coverage_runs.csv (two or three seeds a row), or six seeds of
 each row that has three there. These are the runs on which the choice was made; results/ changes with the preset. Means and blocks are 0,
@@ -27,8 +27,8 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from benchmarks.measure import HERE, Table, make_parser, table_path
-from detrdistill.experiments.statistics import Design, moderated, row_variances, satterthwaite, stand_out
-from detrdistill.experiments.store import commit
+from detrdistill.runs.provenance import commit
+from detrdistill.statistics import Design, moderated, row_variances, satterthwaite, stand_out
 
 RUNS = HERE / "coverage_runs.csv"  # detector, row, block, AP
 COLUMNS = ("detector", "seeds", "rows", "freedom", "spreads", "variance", "pairs", "average", "noisiest", "half")

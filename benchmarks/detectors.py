@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForObjectDetection
 
 from benchmarks.measure import Table, make_parser, seconds, spread, table_path
-from detrdistill.experiments.recipes import Recipe
-from detrdistill.experiments.store import commit
+from detrdistill.checkpoints.hugging_face import export_hugging_face
 from detrdistill.models import build_detector
-from detrdistill.models.hugging_face import export_hugging_face
+from detrdistill.recipes.recipe import Recipe
+from detrdistill.runs.provenance import commit
 
 CLASSES = 91
 SMALL = {"dim": 64, "heads": 4, "ffn": 256, "encoder_layers": 1, "decoder_layers": 3, "queries": 20}

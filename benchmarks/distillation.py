@@ -30,15 +30,15 @@ from detrdistill.criterion import ALPHA, CLASS, GAMMA, GIOU, L1, box_cost
 from detrdistill.distill.build import build_distiller
 from detrdistill.distill.distiller import Distiller
 from detrdistill.distill.logits import LogitsDistillation, class_cost
-from detrdistill.experiments.methods import METHODS, DETRDistill
-from detrdistill.experiments.presets import get_preset
-from detrdistill.experiments.recipes import Recipe
-from detrdistill.experiments.store import commit
 from detrdistill.matching import Pairs, match
 from detrdistill.models import build_detector
 from detrdistill.models.attention import sine_position
 from detrdistill.models.deformable_detr import Memory, token_centres
 from detrdistill.models.outputs import DetectorOutput, Targets
+from detrdistill.recipes.methods import METHODS, DETRDistill
+from detrdistill.recipes.presets import get_preset
+from detrdistill.recipes.recipe import Recipe
+from detrdistill.runs.provenance import commit
 
 CLASSES, OBJECTS, BATCH = 80, 7, 2
 DETECTORS = ("conditional_detr", "deformable_detr", "adamixer")

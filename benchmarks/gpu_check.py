@@ -74,7 +74,7 @@ def main(words: Sequence[str] | None = None) -> int:
     }
 
     from benchmarks.gpu_report import COLUMNS, Report
-    from detrdistill.experiments.store import commit
+    from detrdistill.runs.provenance import commit
 
     table = Table(table_path(arguments, "gpu.csv"), COLUMNS)
     device = "CPU, tiny sizes" if small else torch.cuda.get_device_name()
@@ -93,7 +93,7 @@ def all_checks() -> "list[Check]":
     from benchmarks.gpu_numbers import one_process, parity, resume, step
     from benchmarks.gpu_report import Check
     from benchmarks.gpu_speed import compiled, cost, loader, sampling
-    from detrdistill.experiments.presets import DETECTORS
+    from detrdistill.recipes.words import DETECTORS
 
     return [
         Check("parity, TF32 off", 75, parity, (False,)),

@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.measure import Table, make_parser, table_path
-from detrdistill.experiments.presets import get_presets
-from detrdistill.experiments.recipes import Recipe
-from detrdistill.experiments.store import commit
 from detrdistill.models import build_detector
+from detrdistill.recipes.presets import get_presets
+from detrdistill.recipes.recipe import Recipe
+from detrdistill.runs.provenance import commit
 
 SIZE = (800, 1066)  # of an image of COCO's usual 480 x 640 pixels
 LONGEST, SQUARE = (800, 1333), (1333, 1333)  # of a batch of landscape images, and of one with portraits among them

@@ -22,11 +22,14 @@ from torch import Tensor, nn
 from benchmarks.distillation import total
 from benchmarks.gpu_report import Lesson, Report, one_line
 from detrdistill.distill.build import build_distiller
-from detrdistill.experiments.presets import get_preset
-from detrdistill.experiments.recipes import Recipe, run_id
-from detrdistill.experiments.runs import make_fabric, open_split, run
-from detrdistill.experiments.store import Store
 from detrdistill.models import build_detector
+from detrdistill.recipes.identity import run_id
+from detrdistill.recipes.presets import get_preset
+from detrdistill.recipes.recipe import Recipe
+from detrdistill.runs.load import open_split
+from detrdistill.runs.run import run
+from detrdistill.runs.store import Store
+from detrdistill.training.fabric import make_fabric
 from detrdistill.training.logging import read_log
 from detrdistill.training.teacher_outputs import TeacherOutputs
 from detrdistill.training.trainer import train

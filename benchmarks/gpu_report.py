@@ -19,10 +19,10 @@ from benchmarks.distillation import Batch, build, make_batch, total
 from benchmarks.measure import Table
 from detrdistill.distill.build import build_distiller
 from detrdistill.distill.distiller import Distiller
-from detrdistill.experiments.presets import get_preset
-from detrdistill.experiments.recipes import Backbone
-from detrdistill.experiments.runs import make_fabric
 from detrdistill.models.outputs import DetectorOutput
+from detrdistill.recipes.presets import get_preset
+from detrdistill.recipes.recipe import BackboneRecipe
+from detrdistill.training.fabric import make_fabric
 
 COLUMNS = ("check", "what", "value", "unit", "aim", "passed", "seconds", "note")
 GPUS = 8  # that share the paper's batch
@@ -160,7 +160,7 @@ class Lesson:
     def prepare(cls, report: Report, detector: str) -> Self:
         torch.manual_seed(0)
         preset = get_preset("smoke" if report.small else "coco", detector)
-        changes = {"backbone": Backbone(name="resnet18"), "teacher.backbone": Backbone(name="resnet18")} if report.small else {}
+        changes = {"backbone": BackboneRecipe(name="resnet18"), "teacher.backbone": BackboneRecipe(name="resnet18")} if report.small else {}
         recipe = preset.recipe("detrdistill").replace(dropout=0.0, precision="bf16", **changes)
         teacher = build(recipe.teacher, report.device).eval().requires_grad_(False)
         student = build(recipe, report.device)

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from benchmarks.detectors import passes, port
 from benchmarks.distillation import CLASSES
 from benchmarks.gpu_report import Lesson, Report
-from detrdistill.experiments.presets import get_preset
-from detrdistill.experiments.recipes import Folder
-from detrdistill.experiments.runs import open_split
 from detrdistill.models import attention
 from detrdistill.process import share_of_cores
+from detrdistill.recipes.presets import get_preset
+from detrdistill.recipes.recipe import Folder
+from detrdistill.runs.load import open_split
 from detrdistill.training.batches import Draws, micro_batches
 
 

@@ -23,14 +23,16 @@ from detrdistill.distill.assignment import QueryAdapter
 from detrdistill.distill.build import build_distiller
 from detrdistill.distill.distiller import Distiller, Term
 from detrdistill.errors import InputError
-from detrdistill.experiments.presets import ALONE, DETECTORS, get_preset
-from detrdistill.experiments.recipes import Recipe
-from detrdistill.experiments.runs import make_fabric, open_split
-from detrdistill.experiments.store import commit
 from detrdistill.matching import Pairs, Problem
 from detrdistill.models import build_detector
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
+from detrdistill.recipes.presets import ALONE, get_preset
+from detrdistill.recipes.recipe import Recipe
+from detrdistill.recipes.words import DETECTORS
+from detrdistill.runs.load import open_split
+from detrdistill.runs.provenance import commit
 from detrdistill.training.batches import Draws, micro_batches
+from detrdistill.training.fabric import make_fabric
 from detrdistill.training.teacher_outputs import KeptOutputs, TeacherOutputs, kept_outputs
 from detrdistill.training.trainer import accumulate_gradients
 

@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 _HOME = {
     "InputError": "detrdistill.errors",
     "NonFiniteError": "detrdistill.errors",
-    "Recipe": "detrdistill.experiments.recipes",
-    "Store": "detrdistill.experiments.store",
-    "run": "detrdistill.experiments.runs",
+    "Recipe": "detrdistill.recipes.recipe",
+    "Store": "detrdistill.runs.store",
+    "run": "detrdistill.runs.run",
     "build_detector": "detrdistill.models",
 }
 

@@ -19,7 +19,7 @@ from detrdistill.errors import InputError, NonFiniteError, StoppedError
 from detrdistill.process import TERMINATED
 
 if TYPE_CHECKING:
-    from detrdistill.experiments.recipes import CropRecipe, Recipe
+    from detrdistill.recipes.recipe import CropRecipe, Recipe
 
 Row = Annotated[str, tyro.conf.arg(help="teacher, student, a method such as detrdistill or fgd+mgd, or the id of a run")]
 
@@ -55,8 +55,8 @@ def train(
         device: auto, cpu or cuda.
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
     """
-    from detrdistill.experiments.presets import get_preset
-    from detrdistill.experiments.store import Store, open_store
+    from detrdistill.recipes.presets import get_preset
+    from detrdistill.runs.store import Store, open_store
 
     recipe = named_run(preset, row, seed) or get_preset(preset, detector).recipe(row, seed)
     if data is not None:
@@ -66,7 +66,7 @@ def train(
     recipe = recipe.replace(**shared_with_teacher(recipe, changes))
     store = Store(results) if results else open_store(preset)
 
-    from detrdistill.experiments.runs import run  # only now: torch takes seconds, a mistyped parameter should not
+    from detrdistill.runs.run import run  # only now: torch takes seconds, a mistyped parameter should not
 
     record = run(recipe, store, device=device, workers=workers)
     shown = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items() if value is not None)
@@ -75,16 +75,17 @@ def train(
 
 def named_run(preset: str, row: str, seed: int) -> "Recipe | CropRecipe | None":
     """The run of a preset's tables that has this id, whichever detectors the tables are made for; None if `row` is no id of one."""
-    from detrdistill.experiments.paper_tables import TABLES, named_runs
-    from detrdistill.experiments.presets import get_presets
-    from detrdistill.experiments.tuning import runs_before_tuning
+    from detrdistill.data.layout import pinned_preset
+    from detrdistill.recipes.presets import get_presets
+    from detrdistill.recipes.tables import TABLES, named_runs
+    from detrdistill.runs.tuning import runs_before_tuning
 
     if not re.search("-[0-9a-f]{8}$", row):
         return None
     presets = get_presets(preset)
     for chosen in (presets, *([one] for one in presets)):  # a table of one detector depends on which there are
         for pin in (False, True):
-            runs = named_runs(TABLES, [one.pinned() if pin else one for one in chosen], (seed,))
+            runs = named_runs(TABLES, [pinned_preset(one) if pin else one for one in chosen], (seed,))
             if row in runs:
                 return runs[row]
     return runs_before_tuning(presets).get(row)
@@ -104,7 +105,7 @@ def with_switches(recipe: "Recipe", changes: dict[str, str]) -> "Recipe":
     Raises:
         InputError: a change to a method that the recipe does not have, an unknown switch, or a wrong value.
     """
-    from detrdistill.experiments.methods import METHODS
+    from detrdistill.recipes.methods import METHODS
 
     stated: dict[str, dict[str, str]] = {}
     for name in [name for name in changes if name.split(".")[0] in METHODS]:
@@ -143,14 +144,14 @@ def tune(
         device: auto, cpu or cuda.
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
     """
-    from detrdistill.experiments import tuning
-    from detrdistill.experiments.presets import get_presets
-    from detrdistill.experiments.store import Store, open_store
+    from detrdistill.recipes.presets import get_presets
+    from detrdistill.runs import tuning
+    from detrdistill.runs.store import Store, open_store
 
     presets, store = get_presets(preset, [detector]), Store(results) if results else open_store(preset)
     wanted = [tuning.find_row(presets, name) for name in rows] or tuning.rows_to_tune(presets)
 
-    from detrdistill.experiments.runs import run
+    from detrdistill.runs.run import run
 
     for row in wanted:
         tuning.tune(row, store, lambda recipe: run(recipe, store, device=device, workers=workers))
@@ -162,7 +163,7 @@ def check(folder: tyro.conf.Positional[Path], /) -> None:
     """Validate a data folder of COCO json and images, and list every fault and what would be done about it."""
     from detrdistill.data.coco import open_dataset, require_same_categories
     from detrdistill.data.layout import data_cache
-    from detrdistill.experiments.recipes import Folder
+    from detrdistill.recipes.recipe import Folder
 
     splits = {split: open_dataset(Folder(path=folder), split, data_cache(), None) for split in ("train", "val")}
     require_same_categories(*splits.values())
@@ -182,8 +183,8 @@ def report(preset: str = "quick", seeds: tuple[int, ...] = (), tables: tuple[str
         tables: names of tables; without, those that are there already and the preset's usual ones.
         detectors: names of detectors; without, all that the preset has recipes for.
     """
-    from detrdistill.experiments.report import stored_seeds, write_report
-    from detrdistill.experiments.store import open_store
+    from detrdistill.report.write import stored_seeds, write_report
+    from detrdistill.runs.store import open_store
 
     for path in write_report(preset, seeds or stored_seeds(preset, tables, detectors), open_store(preset).root, tables, detectors):
         print(path)
@@ -198,7 +199,7 @@ def plan(preset: str = "quick", seeds: tuple[int, ...] = (0,), tables: tuple[str
         tables: names of tables; the preset's usual ones if none are named.
         detectors: names of detectors; all that the preset has recipes for if none are named.
     """
-    from detrdistill.experiments.plan import plan_text
+    from detrdistill.runs.plan import plan_text
 
     print(plan_text(preset, seeds, tables, detectors))
 
@@ -213,7 +214,7 @@ def notebook(
         output: where the executed notebook goes; written when it is complete.
         parameters: name=value for its parameters cell; may be repeated.
     """
-    from detrdistill.experiments.notebooks import execute
+    from detrdistill.notebooks import execute
 
     if output.is_dir():
         raise InputError(f"output {output}: is a folder; name the notebook to write")
@@ -227,14 +228,14 @@ def export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path], 
         run: the run's folder, results/<preset>/runs/<id>.
         folder: where the new folder goes.
     """
-    from detrdistill.experiments.store import read_record
+    from detrdistill.records import read_record
 
     if not (run / "record.json").is_file():
         raise InputError(f"run {run}: no record.json, so it is not a complete run; give the folder of one")
     resize = read_record(run / "record.json").recipe.resize
 
-    from detrdistill.models.checkpoints import load_pretrained
-    from detrdistill.models.hugging_face import export_hugging_face
+    from detrdistill.checkpoints.hugging_face import export_hugging_face
+    from detrdistill.checkpoints.pretrained import load_pretrained
 
     detector, about = load_pretrained(run)
     print(export_hugging_face(detector, folder, [name or f"class {i}" for i, name in enumerate(about.names)], resize))

@@ -80,7 +80,10 @@ def pairwise_box_cost(rows: Float[Tensor, "K Q 4"], columns: Float[Tensor, "K N 
     a, b = cxcywh_to_xyxy(rows), cxcywh_to_xyxy(columns)
     distance = torch.cdist(rows, columns, p=1) if l1 == "cxcywh" else torch.cdist(a, b, p=1)
     (left, top, right, bottom), others = a[:, :, None].unbind(-1), b[:, None].unbind(-1)
-    side = lambda low, high, one, other: high(one[1], other[1]).sub_(low(one[0], other[0])).clamp_(min=0)  # noqa: E731
+
+    def side(low, high, one, other):
+        return high(one[1], other[1]).sub_(low(one[0], other[0])).clamp_(min=0)
+
     horizontal, vertical = ((left, right), others[0::2]), ((top, bottom), others[1::2])
     overlap = side(torch.maximum, torch.minimum, *horizontal).mul_(side(torch.maximum, torch.minimum, *vertical))
     hull = side(torch.minimum, torch.maximum, *horizontal).mul_(side(torch.minimum, torch.maximum, *vertical))
@@ -105,7 +108,10 @@ def box_losses(
 ) -> dict[str, Float[Tensor, " S"]]:
     """Weighted L1 and GIoU losses summed over the pairs of each stage."""
     distance, giou = _compare(boxes[pairs.stage, pairs.image, pairs.query], wanted, l1)
-    per_stage = lambda values: boxes.new_zeros(len(boxes)).index_add(0, pairs.stage, values)  # noqa: E731
+
+    def per_stage(values):
+        return boxes.new_zeros(len(boxes)).index_add(0, pairs.stage, values)
+
     return {"l1": L1 * per_stage(distance), "giou": GIOU * per_stage(1 - giou)}
 
 

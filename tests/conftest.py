@@ -23,9 +23,9 @@ def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store with the smoke preset's distilled student, its teacher and their backbone. Not to be written to."""
-    from detrdistill.experiments.presets import smoke
-    from detrdistill.experiments.runs import run
-    from detrdistill.experiments.store import Store
+    from detrdistill.recipes.presets import smoke
+    from detrdistill.runs.run import run
+    from detrdistill.runs.store import Store
 
     root = tmp_path_factory.mktemp("finished")
     run(smoke().recipe("detrdistill"), Store(root), device="cpu", progress=False)

@@ -9,10 +9,12 @@ import time
 import pytest
 
 from detrdistill import cli
+from detrdistill.data.layout import pinned_preset
 from detrdistill.errors import InputError, NonFiniteError
-from detrdistill.experiments.recipes import Folder, run_id
+from detrdistill.recipes.identity import run_id
+from detrdistill.recipes.recipe import Folder
 from tests.folders import read_split, write_folder, write_split
-from tests.test_tables import put
+from tests.report.test_tables import put
 
 LAUNCH = [sys.executable, "-m", "detrdistill"]
 
@@ -131,8 +133,8 @@ def test_imagenet_without_network(refused, monkeypatch, tmp_path):
 
 
 def test_a_damaged_checkpoint(refused, tmp_path, finished):
-    from detrdistill.experiments.presets import smoke
-    from detrdistill.experiments.store import Store
+    from detrdistill.recipes.presets import smoke
+    from detrdistill.runs.store import Store
 
     shutil.copytree(finished, tmp_path / "results")
     folder = Store(tmp_path / "results").folder(smoke().student)
@@ -147,12 +149,12 @@ def test_both_kinds_of_errors_are_told_alike(refused, monkeypatch, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr("detrdistill.experiments.presets.get_preset", fail)
+    monkeypatch.setattr("detrdistill.recipes.presets.get_preset", fail)
     assert refused("train", "smoke", "student") == "error: it is so"
 
 
 def test_other_errors_keep_their_traceback(monkeypatch):
-    monkeypatch.setattr("detrdistill.experiments.presets.get_preset", lambda *names: 1 / 0)
+    monkeypatch.setattr("detrdistill.recipes.presets.get_preset", lambda *names: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call(monkeypatch, "train", "smoke", "student")
 
@@ -179,8 +181,8 @@ def test_train_by_the_name_of_a_run(monkeypatch, capsys, finished):
 @pytest.fixture
 def asked(monkeypatch):
     """Recipes that the command asks for; nothing is trained."""
-    from detrdistill.experiments import runs
-    from detrdistill.experiments.store import Record
+    from detrdistill.records import Record
+    from detrdistill.runs import run as runs
 
     recipes = []
 
@@ -205,8 +207,8 @@ def test_what_the_detectors_see_is_set_for_the_teacher_too(monkeypatch, tmp_path
 
 
 def test_runs_of_a_folder_are_called_by_the_names_that_the_batch_waits_for(monkeypatch, tmp_path, asked, refused):
-    from detrdistill.experiments import presets
-    from detrdistill.experiments.paper_tables import named_runs
+    from detrdistill.recipes import presets
+    from detrdistill.recipes.tables import named_runs
 
     root = write_folder(tmp_path / "mine")
     folder = {"data": Folder(path=root)}
@@ -216,9 +218,9 @@ def test_runs_of_a_folder_are_called_by_the_names_that_the_batch_waits_for(monke
         return dataclasses.replace(smoke, name="mine", teacher=smoke.teacher.replace(**folder), student=smoke.student.replace(**folder))
 
     monkeypatch.setitem(presets.PRESETS, "mine", mine)
-    monkeypatch.setattr("detrdistill.experiments.presets.DETECTORS", ("deformable_detr",))
+    monkeypatch.setattr("detrdistill.recipes.presets.DETECTORS", ("deformable_detr",))
     named = lambda preset: named_runs(["components"], [preset], (0, 3))  # noqa: E731
-    waited = named(mine().pinned())
+    waited = named(pinned_preset(mine()))
     assert len(waited) == 18 and not waited.keys() & named(mine()).keys()
     for name, recipe in waited.items():
         assert call(monkeypatch, "train", "mine", name, "--seed", getattr(recipe, "seed", 0)) == 0
@@ -230,9 +232,9 @@ def test_runs_of_a_folder_are_called_by_the_names_that_the_batch_waits_for(monke
 
 def test_parents_of_later_seeds_are_found_with_a_student_s_seed():
     """Seed 3 of mini has another teacher, whose own seed is 1, and its backbone."""
-    from detrdistill.experiments.paper_tables import TABLES, named_runs
-    from detrdistill.experiments.presets import get_presets
-    from detrdistill.experiments.recipes import Recipe
+    from detrdistill.recipes.presets import get_presets
+    from detrdistill.recipes.recipe import Recipe
+    from detrdistill.recipes.tables import TABLES, named_runs
 
     found = {}
     for seed in (3, 0):
@@ -243,8 +245,8 @@ def test_parents_of_later_seeds_are_found_with_a_student_s_seed():
 
 
 def test_tune_runs_what_a_row_misses_and_says_what_was_best(monkeypatch, capsys, tmp_path, refused):
-    from detrdistill.experiments import runs
-    from detrdistill.experiments.store import Store
+    from detrdistill.runs import run as runs
+    from detrdistill.runs.store import Store
 
     asked = []
 
@@ -295,13 +297,13 @@ def test_control_c(monkeypatch):
     def interrupt(*names):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("detrdistill.experiments.presets.get_preset", interrupt)
+    monkeypatch.setattr("detrdistill.recipes.presets.get_preset", interrupt)
     assert call(monkeypatch, "train", "smoke", "student") == 130
 
 
 def test_switches_of_methods(monkeypatch, tmp_path):
-    from detrdistill.experiments import runs
-    from detrdistill.experiments.methods import FGD, DETRDistill
+    from detrdistill.recipes.methods import FGD, DETRDistill
+    from detrdistill.runs import run as runs
 
     seen = []
     monkeypatch.setattr(runs, "run", lambda recipe, store, **_: seen.append(recipe) or 1 / 0)
@@ -331,8 +333,8 @@ def test_wrong_switches_are_refused(monkeypatch, capsys, row, change, part):
 def test_every_run_that_the_batch_names_is_known(detectors):
     """Whatever detectors it was asked for, and whatever seed."""
     from detrdistill.cli import named_run
-    from detrdistill.experiments.paper_tables import TABLES, named_runs
-    from detrdistill.experiments.presets import get_presets
+    from detrdistill.recipes.presets import get_presets
+    from detrdistill.recipes.tables import TABLES, named_runs
 
     for table in TABLES:
         for name, recipe in named_runs([table], get_presets("smoke", detectors), (3,)).items():

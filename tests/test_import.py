@@ -10,12 +10,12 @@ import detrdistill
 TIMED = "import sys, time; start = time.perf_counter(); import detrdistill{}; print(time.perf_counter() - start, 'torch' in sys.modules)"
 
 
-@pytest.mark.parametrize("module", ["", ".cli", ".experiments.recipes", ".experiments.store", ".experiments.report"])
+@pytest.mark.parametrize("module", ["", ".cli", ".recipes.recipe", ".runs.store", ".report.write"])
 def test_import_is_quick_and_without_torch(module):
     done = subprocess.run([sys.executable, "-c", TIMED.format(module)], capture_output=True, text=True, timeout=60, check=True)
     seconds, torch_imported = done.stdout.split()
     assert torch_imported == "False"
-    if module in ("", ".cli", ".experiments.recipes"):
+    if module in ("", ".cli", ".recipes.recipe"):
         assert float(seconds) < 2
 
 

@@ -7,7 +7,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from detrdistill.errors import InputError
-from detrdistill.experiments.notebooks import execute, last_line, literal, unfinished
+from detrdistill.notebooks import execute, last_line, literal, unfinished
 
 LIMIT = 100
 FAILURES = {

@@ -11,13 +11,13 @@ import nbformat
 import papermill
 import pytest
 
-from detrdistill.experiments.comparisons import Comparisons
-from detrdistill.experiments.notebooks import execute
-from detrdistill.experiments.paper_tables import TABLES, make_table
-from detrdistill.experiments.presets import get_preset, get_presets
-from detrdistill.experiments.runs import run
-from detrdistill.experiments.store import Store
-from detrdistill.experiments.tables import collect, summarise
+from detrdistill.notebooks import execute
+from detrdistill.recipes.presets import get_preset, get_presets
+from detrdistill.recipes.tables import TABLES, make_table
+from detrdistill.report.comparisons import Comparisons
+from detrdistill.report.tables import collect, summarise
+from detrdistill.runs.run import run
+from detrdistill.runs.store import Store
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
@@ -66,7 +66,7 @@ def test_runs_and_shows_what_it_measured(path: Path, results: Path, monkeypatch:
 @pytest.mark.parametrize("name", ["01_main_results", "12_stability"])
 def test_a_run_without_weights_is_left_out_of_what_needs_them(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most students of the committed results are records and logs alone: a batch that has no more to train must not stop at them."""
-    from detrdistill.experiments.session import validate
+    from detrdistill.session import validate
 
     monkeypatch.setenv("DETRDISTILL_RESULTS", str(tmp_path))
     store, recipe = Store(tmp_path / "smoke"), get_preset("smoke").recipe("student")
@@ -134,14 +134,14 @@ def test_help_explains_every_parameter(path: Path) -> None:
 )
 def test_refuses_bad_parameters(given: dict[str, str], named: str) -> None:
     from detrdistill.errors import InputError
-    from detrdistill.experiments.session import validate
+    from detrdistill.session import validate
 
     with pytest.raises(InputError, match=f"parameters: '{named}"):
         validate(**({"preset": "smoke", "seeds": [0], "device": "cpu", "progress": False} | given))
 
 
 def test_text_numbers_are_accepted() -> None:
-    from detrdistill.experiments.session import validate
+    from detrdistill.session import validate
 
     assert validate(preset="smoke", seeds="0 1", device="cpu", progress="true").seeds == (0, 1)
     assert validate(preset="smoke", seeds=2, device="cpu", progress=False).seeds == (2,)
@@ -149,7 +149,7 @@ def test_text_numbers_are_accepted() -> None:
 
 def test_fields_of_the_recipe_can_be_changed() -> None:
     """Also with a number as text, as YAML passes 1e-4; what is changed makes other runs, and the teacher stays."""
-    from detrdistill.experiments.session import validate
+    from detrdistill.session import validate
 
     changes = {"schedule.lr": "1e-4", "schedule.steps": 3, "method.gamma": 0.2}
     preset = validate(preset="smoke", seeds=[0], changes=changes, device="cpu", progress=False).preset
@@ -161,7 +161,7 @@ def test_fields_of_the_recipe_can_be_changed() -> None:
 @pytest.mark.parametrize("changes", [{"schedule.lrr": 1}, {"lr": 1}, {"schedule.steps": -1}, {"method.gama": 1}, {"schedule.lr": "fast"}])
 def test_refuses_bad_changes(changes: dict) -> None:
     from detrdistill.errors import InputError
-    from detrdistill.experiments.session import validate
+    from detrdistill.session import validate
 
     with pytest.raises(InputError, match=next(iter(changes)).rpartition(".")[2]):
         validate(preset="smoke", seeds=[0], changes=changes, device="cpu", progress=False)

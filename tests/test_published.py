@@ -5,9 +5,9 @@ import math
 import pandas as pd
 import pytest
 
+from detrdistill import published as module
 from detrdistill.errors import InputError
-from detrdistill.experiments import published as module
-from detrdistill.experiments.published import COLUMNS, FOLDER, published, published_value
+from detrdistill.published import COLUMNS, FOLDER, published, published_value
 
 FILES = sorted(path.stem for path in FOLDER.glob("*.csv"))
 DETECTORS = ("AdaMixer", "Deformable DETR", "Conditional DETR")

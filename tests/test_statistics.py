@@ -17,7 +17,7 @@ from statsmodels.stats.multitest import multipletests
 
 from benchmarks import coverage
 from benchmarks.measure import HERE, ROOT
-from detrdistill.experiments.statistics import (
+from detrdistill.statistics import (
     AGAINST,
     HOLDS,
     NO_EFFECT,

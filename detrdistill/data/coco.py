@@ -23,8 +23,8 @@ from detrdistill.data.layout import Split, data_hash, layout
 from detrdistill.data.transforms import ImageTransform
 from detrdistill.data.validation import load_annotations
 from detrdistill.errors import InputError
-from detrdistill.experiments.recipes import Digits, Folder
 from detrdistill.models.outputs import Targets
+from detrdistill.recipes.recipe import Digits, Folder
 
 Sample = tuple[Float[Tensor, "3 H W"], dict[str, Any]]
 Prepared = tuple[tv_tensors.Image, dict[str, Tensor]]

@@ -20,8 +20,8 @@ from filelock import FileLock
 from PIL import Image
 
 from detrdistill.errors import InputError
-from detrdistill.experiments.recipes import Digits
 from detrdistill.files import file_hash, make_folder, writing
+from detrdistill.recipes.recipe import Digits
 
 log = logging.getLogger(__name__)
 

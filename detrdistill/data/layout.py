@@ -1,14 +1,16 @@
 """Where a data set's files lie, and its hash, which a recipe is pinned to. No torch here: the batch names runs before any is trained."""
 
 import os
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from detrdistill.data.digits import write_digits
 from detrdistill.errors import InputError
-from detrdistill.experiments.recipes import CropRecipe, Digits, Folder, Recipe
 from detrdistill.files import nearby
+from detrdistill.recipes.presets import Preset
+from detrdistill.recipes.recipe import CropRecipe, Digits, Folder, Recipe
 
 Split = Literal["train", "val"]
 R = TypeVar("R", Recipe, CropRecipe, Recipe | CropRecipe)
@@ -34,6 +36,15 @@ def pinned(recipe: R) -> R:
     if isinstance(recipe, Recipe) and recipe.teacher is not None:
         changes["teacher"] = pinned(recipe.teacher)
     return recipe.replace(**changes)
+
+
+def pinned_preset(preset: Preset) -> Preset:
+    """The preset with the hash of its data filled in: its runs then have the names that `runs.run` gives them.
+
+    Raises:
+        InputError: the data folder is missing or not laid out as expected.
+    """
+    return replace(preset, teacher=pinned(preset.teacher), student=pinned(preset.student))
 
 
 def data_hash(spec: Digits | Folder, cache: Path) -> str:

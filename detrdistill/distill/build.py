@@ -19,8 +19,8 @@ from detrdistill.distill.distiller import Distiller, Term
 from detrdistill.distill.features import FeatureDistillation
 from detrdistill.distill.levels import LevelByLevel
 from detrdistill.distill.logits import LogitsDistillation
-from detrdistill.experiments import methods
-from detrdistill.experiments.recipes import Recipe
+from detrdistill.recipes import methods
+from detrdistill.recipes.recipe import Recipe
 
 
 def build_distiller(student: nn.Module, recipe: Recipe) -> Distiller:

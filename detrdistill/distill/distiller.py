@@ -129,7 +129,10 @@ def align(student: DetectorOutput, teacher: DetectorOutput, strategy: str) -> tu
 
 def scoped(name: str, problems: Mapping[str, Problem]) -> dict[str, Problem]:
     """The problems under names that no other loss has."""
-    inner = lambda other: other and f"{name}: {other}"  # noqa: E731
+
+    def inner(other):
+        return other and f"{name}: {other}"
+
     return {inner(key): replace(one, among=inner(one.among), besides=inner(one.besides)) for key, one in problems.items()}
 
 

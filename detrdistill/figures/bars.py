@@ -7,9 +7,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from detrdistill.experiments.published import published_value
-from detrdistill.experiments.tables import TITLES
 from detrdistill.figures import style
+from detrdistill.published import published_value
+from detrdistill.recipes.words import TITLES
 
 ORDER = ("student", "detrdistill", "teacher")
 IN_PAPER = {"student": "Student", "detrdistill": "Ours", "teacher": "Teacher"}

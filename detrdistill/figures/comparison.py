@@ -15,8 +15,8 @@ from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import MaxNLocator
 
-from detrdistill.experiments.tables import NOT_RUN
 from detrdistill.figures import style
+from detrdistill.recipes.words import NOT_RUN
 
 Line = Mapping[str, Any]
 Mark = tuple[Line, float, str]  # a line, the height it is drawn at, and its colour

@@ -8,8 +8,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import StrMethodFormatter
 
-from detrdistill.experiments.tables import TITLES, mean_and_half
 from detrdistill.figures import style
+from detrdistill.recipes.words import TITLES
+from detrdistill.statistics import mean_and_half
 
 Curve = Sequence[Mapping[str, float | None]]
 

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.textpath import TextPath
 
-from detrdistill.experiments.tables import TITLES
 from detrdistill.figures import style
+from detrdistill.recipes.words import TITLES
 
 SIZE = 6  # points of the labels
 CROWDED = 12  # boxes; with more, labels would cover what they tell of

@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from detrdistill.experiments.tables import TITLES
 from detrdistill.figures import style
 from detrdistill.figures.convergence import Curve, draw, series
+from detrdistill.recipes.words import TITLES
 
 Runs = Sequence[np.ndarray]
 WHEN = ("Changes between decoder stages", "Changes since the evaluation before, last stage")

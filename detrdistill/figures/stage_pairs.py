@@ -22,7 +22,10 @@ def stage_pairs(strategies: Mapping[str, StagePairs], student: int, teacher: int
         figure = style.Picture(figsize=(style.WIDTH, 0.2 + 1.35 * rows))
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         widest = max(student, teacher)
-        centre = lambda stage, stages: (stage + 0.5) * widest / stages  # noqa: E731
+
+        def centre(stage, stages):
+            return (stage + 0.5) * widest / stages
+
         for axes, (title, pairs) in zip(panels, strategies.items(), strict=False):
             axes.set_title(title, loc="left")
             axes.set(xlim=(-0.1 * widest, 1.02 * widest), ylim=(-0.35, 1.35))

@@ -114,7 +114,10 @@ def wrapped(text: str, width: float) -> list[str]:
 
 def cut(text: str, width: float, size: float) -> str:
     """As much of a text as fits into that many inches, with an ellipsis where some is left out."""
-    wide = lambda one: text_to_path.get_text_width_height_descent(one, FontProperties(size=size), ismath=False)[0] / 72  # noqa: E731
+
+    def wide(one):
+        return text_to_path.get_text_width_height_descent(one, FontProperties(size=size), ismath=False)[0] / 72
+
     if wide(text) <= width:
         return text
     letters = next((n for n in range(len(text), 0, -1) if wide(text[:n].rstrip() + "\N{HORIZONTAL ELLIPSIS}") <= width), 0)

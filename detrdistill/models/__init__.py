@@ -6,12 +6,12 @@
 
 import torch
 
-from detrdistill.experiments.recipes import Recipe
 from detrdistill.models.adamixer import AdaMixer
 from detrdistill.models.backbones import Backbone
 from detrdistill.models.conditional_detr import ConditionalDETR
 from detrdistill.models.deformable_detr import DeformableDETR
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
+from detrdistill.recipes.recipe import Recipe
 
 __all__ = ["AdaMixer", "Backbone", "ConditionalDETR", "DeformableDETR", "DetectorOutput", "Queries", "Targets", "build_detector"]
 

@@ -210,8 +210,7 @@ class AdaMixer(nn.Module):
     def encode_features(self, features: Sequence[Float[Tensor, "B _ _ _"]], padding: Bool[Tensor, "B H W"]) -> Memory:
         """As `encode`, from the backbone's maps on."""
         maps = [x.contiguous() for x in self.neck(features)]  # every stage samples groups of channels
-        valid = ~padding
-        sizes = torch.stack((valid[:, 0].sum(-1), valid[:, :, 0].sum(-1)), dim=-1).to(self.init_boxes.dtype)
+        sizes = torch.stack(((~padding[:, 0]).sum(-1), (~padding[:, :, 0]).sum(-1)), dim=-1).to(self.init_boxes.dtype)
         return Memory(maps, [level_padding(padding, x.shape[-2:]) for x in maps], sizes.repeat(1, 2)[:, None])
 
     def queries(self, memory: Memory) -> Queries:

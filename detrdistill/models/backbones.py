@@ -16,9 +16,9 @@ from torchvision.models.resnet import BasicBlock, conv3x3
 from torchvision.ops import FrozenBatchNorm2d
 
 from detrdistill.errors import InputError
-from detrdistill.experiments import recipes
 from detrdistill.files import file_hash, nearby
 from detrdistill.models.weights import named_tensors, read_pickle
+from detrdistill.recipes.recipe import BackboneRecipe, WeightsFile
 
 Norm = Callable[[int], nn.Module]
 
@@ -111,7 +111,7 @@ class ThinResNet(nn.Module):
         return self.fc(self.avgpool(x).flatten(1))
 
 
-def classifier(recipe: recipes.Backbone, classes: int, norm: Norm = nn.BatchNorm2d) -> nn.Module:
+def classifier(recipe: BackboneRecipe, classes: int, norm: Norm = nn.BatchNorm2d) -> nn.Module:
     """The complete image classifier that a recipe's backbone is the body of, with fresh weights."""
     if recipe.name == "thin_resnet":
         return ThinResNet(recipe.width, recipe.blocks, classes, norm)
@@ -145,7 +145,7 @@ class Backbone(nn.Module):
     frozen statistics of random weights learn nothing.
     """
 
-    def __init__(self, recipe: recipes.Backbone, first_level: int = 3) -> None:
+    def __init__(self, recipe: BackboneRecipe, first_level: int = 3) -> None:
         super().__init__()
         whole = classifier(recipe, 1, FrozenBatchNorm2d if recipe.frozen_norm else nn.BatchNorm2d)
         mobile = recipe.name == "mobilenet_v2"
@@ -220,7 +220,7 @@ def imagenet_weights(name: str) -> dict[str, Tensor]:
         ) from None
 
 
-def weights_path(weights: Path | recipes.WeightsFile) -> Path:
+def weights_path(weights: Path | WeightsFile) -> Path:
     """Where a file of weights lies.
 
     Raises:
@@ -239,7 +239,7 @@ def weights_path(weights: Path | recipes.WeightsFile) -> Path:
     return path
 
 
-def file_weights(weights: Path | recipes.WeightsFile) -> dict[str, Tensor]:
+def file_weights(weights: Path | WeightsFile) -> dict[str, Tensor]:
     """A state_dict file of torch.save; nothing in it is executed.
 
     Raises:

@@ -37,7 +37,10 @@ class Queries:
     @classmethod
     def join(cls, groups: "Sequence[Queries]", batch: int) -> "Queries":
         """All groups side by side, for a decoder pass over `batch` images."""
-        join = lambda parts: torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)  # noqa: E731
+
+        def join(parts):
+            return torch.cat([part.expand(batch, -1, -1) for part in parts], dim=1)
+
         position = None if groups[0].position is None else join([group.position for group in groups])
         return cls(join([group.content for group in groups]), position, join([group.reference for group in groups]))
 
@@ -145,5 +148,8 @@ class Targets:
 
     def to(self, device: torch.device | str) -> "Targets":
         """The same on another device, copied without waiting."""
-        move = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
+
+        def move(tensor):
+            return tensor.to(device, non_blocking=True)
+
         return replace(self, labels=move(self.labels), boxes=move(self.boxes))

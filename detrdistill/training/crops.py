@@ -15,8 +15,8 @@ from detrdistill.data.coco import CocoDataset
 from detrdistill.data.crops import object_crops
 from detrdistill.data.transforms import MEAN, STD
 from detrdistill.errors import NonFiniteError
-from detrdistill.experiments.recipes import CropRecipe
 from detrdistill.models.backbones import classifier
+from detrdistill.recipes.recipe import CropRecipe
 
 
 def train_on_crops(

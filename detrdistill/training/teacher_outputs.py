@@ -30,10 +30,10 @@ from detrdistill.data.coco import Batch, CocoDataset
 from detrdistill.data.transforms import shorter_side
 from detrdistill.distill.distiller import Distiller
 from detrdistill.errors import InputError
-from detrdistill.experiments.recipes import Recipe
 from detrdistill.files import atomic
 from detrdistill.models.outputs import DetectorOutput, Queries
 from detrdistill.process import available_memory
+from detrdistill.recipes.recipe import Recipe
 
 LOG = logging.getLogger(__name__)
 VIEWS = {"none": 1, "flip": 2}  # how many forms of an image `resize.train` leaves; the others leave too many

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from detrdistill.data.coco import Batch, CocoDataset
 from detrdistill.distill.distiller import Distiller
 from detrdistill.errors import InputError, NonFiniteError, StoppedError
-from detrdistill.experiments.recipes import Recipe, Schedule
 from detrdistill.process import on_sigterm
+from detrdistill.recipes.recipe import Recipe, Schedule
 from detrdistill.training.batches import Draws, micro_batches, mix
 from detrdistill.training.checkpointing import lack_of_space, resume, save_checkpoint
 from detrdistill.training.logging import Log

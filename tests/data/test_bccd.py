@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from detrdistill.data.coco import open_dataset
-from detrdistill.experiments.presets import get_preset
+from detrdistill.recipes.presets import get_preset
 
 SCRIPT = Path(__file__).resolve().parents[2] / "workflow" / "bccd.py"
 

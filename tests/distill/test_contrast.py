@@ -6,8 +6,8 @@ from torch.nn.functional import normalize
 
 from detrdistill.distill.contrast import ContrastiveHead
 from detrdistill.distill.logits import LogitsDistillation
-from detrdistill.experiments.methods import DETRDistill
 from detrdistill.matching import match
+from detrdistill.recipes.methods import DETRDistill
 from tests.examples import permuted, some_output, some_targets, with_gradient
 
 

@@ -10,11 +10,11 @@ from detrdistill import matching
 from detrdistill.distill import distiller as module
 from detrdistill.distill.build import build_distiller
 from detrdistill.distill.distiller import Distiller, Term, full_precision, prefixed
-from detrdistill.experiments.methods import DETRDistill
-from detrdistill.experiments.presets import smoke
-from detrdistill.experiments.recipes import Recipe
 from detrdistill.models import build_detector
 from detrdistill.models.outputs import Targets
+from detrdistill.recipes.methods import DETRDistill
+from detrdistill.recipes.presets import smoke
+from detrdistill.recipes.recipe import Recipe
 from tests.examples import some_output, some_targets
 
 PARTS = {

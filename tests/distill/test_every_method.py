@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from detrdistill.distill.build import build_distiller
 from detrdistill.distill.distiller import Distiller
-from detrdistill.experiments.methods import D3ETR, FGD, KDDETR, METHODS, MGD, DETRDistill, FitNet, Method
 from detrdistill.models import build_detector
 from detrdistill.models.outputs import Targets
+from detrdistill.recipes.methods import D3ETR, FGD, KDDETR, METHODS, MGD, DETRDistill, FitNet, Method
 from tests.examples import some_targets
 from tests.models.small import CLASSES, KINDS, QUERIES, batch, randomise, small_detector, small_recipe
 

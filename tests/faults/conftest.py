@@ -8,7 +8,8 @@ from datetime import date
 
 import pytest
 
-from detrdistill.experiments.store import commit, short_commit
+from detrdistill.records import short_commit
+from detrdistill.runs.provenance import commit
 
 TABLE = pytest.StashKey[dict[str, list[int]]]()
 

@@ -20,10 +20,11 @@ from typing import Any
 
 import torch
 
-from detrdistill.experiments.presets import smoke
-from detrdistill.experiments.recipes import Recipe, parents
-from detrdistill.experiments.store import Store
 from detrdistill.models.weights import read_weights
+from detrdistill.recipes.identity import parents
+from detrdistill.recipes.presets import smoke
+from detrdistill.recipes.recipe import Recipe
+from detrdistill.runs.store import Store
 from detrdistill.training.checkpointing import load_checkpoint
 from detrdistill.training.logging import read_log
 
@@ -32,7 +33,7 @@ RECIPE = smoke().student.replace(**CHANGES)
 LEFT = [".lock", "log.jsonl", "record.json", "weights.safetensors"]
 OPERATIONS = ("open", "os.chmod", "os.remove", "os.rename")
 NURSERY = multiprocessing.get_context("forkserver")
-NURSERY.set_forkserver_preload(["pytest", "detrdistill.cli", "detrdistill.experiments.runs"])
+NURSERY.set_forkserver_preload(["pytest", "detrdistill.cli", "detrdistill.runs.run"])
 
 
 def command(store: Store, **changes: object) -> list[str]:

@@ -17,10 +17,11 @@ import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from detrdistill.experiments.notebooks import unfinished
-from detrdistill.experiments.presets import smoke
-from detrdistill.experiments.recipes import parents
-from detrdistill.experiments.store import Store, read_record
+from detrdistill.notebooks import unfinished
+from detrdistill.recipes.identity import parents
+from detrdistill.recipes.presets import smoke
+from detrdistill.records import read_record
+from detrdistill.runs.store import Store
 from tests.faults.killing import holder, steps, until
 
 ROOT = Path(__file__).parents[2]
@@ -29,9 +30,9 @@ LONG = STUDENT.replace(**{"schedule.steps": 40, "schedule.evaluations": 10})
 CELLS = """
 results: str = ""
 ---
-from detrdistill.experiments.presets import smoke
-from detrdistill.experiments.runs import run
-from detrdistill.experiments.store import Store
+from detrdistill.recipes.presets import smoke
+from detrdistill.runs.run import run
+from detrdistill.runs.store import Store
 recipe = smoke().student.replace(**{"schedule.steps": 40, "schedule.evaluations": 10})
 ---
 print(run(recipe, Store(results), device="cpu", progress=False).id)
@@ -102,7 +103,7 @@ def test_a_notebook_that_trains(finished: Path, tmp_path: Path, times: Callable[
 
 
 def undisturbed(finished: Path, root: Path) -> bytes:
-    from detrdistill.experiments.runs import run
+    from detrdistill.runs.run import run
 
     store = backbone_only(finished, root)
     run(LONG, store, device="cpu", progress=False)

@@ -18,19 +18,19 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
+from detrdistill.checkpoints.hugging_face import export_hugging_face
+from detrdistill.checkpoints.pretrained import load_detector_weights, load_pretrained
 from detrdistill.errors import InputError
-from detrdistill.experiments import recipes
-from detrdistill.experiments.presets import smoke
-from detrdistill.experiments.recipes import Recipe, Schedule, parents
-from detrdistill.experiments.runs import run
-from detrdistill.experiments.store import Store
 from detrdistill.models import build_detector
 from detrdistill.models.backbones import Backbone, classifier, file_weights, imagenet_weights
-from detrdistill.models.checkpoints import load_detector_weights, load_pretrained
-from detrdistill.models.hugging_face import export_hugging_face
+from detrdistill.recipes.identity import parents
+from detrdistill.recipes.presets import smoke
+from detrdistill.recipes.recipe import BackboneRecipe, Recipe, Schedule
+from detrdistill.runs.run import run
+from detrdistill.runs.store import Store
 from tests.models.small import CLASSES, small_detector, small_recipe
 
-THIN = recipes.Backbone(name="thin_resnet", width=8, weights="none")
+THIN = BackboneRecipe(name="thin_resnet", width=8, weights="none")
 
 
 class Attack:
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder. Not to be written to."""
     root = tmp_path_factory.mktemp("hugging") / "face"
     recipe = Recipe(
-        backbone=recipes.Backbone(name="resnet18"), form="two_stage", dim=32, heads=4, ffn=32, encoder_layers=1, decoder_layers=2,
+        backbone=BackboneRecipe(name="resnet18"), form="two_stage", dim=32, heads=4, ffn=32, encoder_layers=1, decoder_layers=2,
         queries=5, levels=2, points=2, dropout=0.0, schedule=Schedule(steps=1),
     )  # fmt: skip
     return export_hugging_face(build_detector(recipe, CLASSES), root, ["a", "b", "c"])

@@ -22,10 +22,10 @@ from detrdistill.data.crops import object_crops
 from detrdistill.data.images import read_image
 from detrdistill.data.transforms import build_transform
 from detrdistill.errors import InputError
-from detrdistill.experiments.page import Section, write_page
-from detrdistill.experiments.recipes import Resize
 from detrdistill.matching import match
 from detrdistill.models.outputs import DetectorOutput, Targets
+from detrdistill.recipes.recipe import Resize
+from detrdistill.report.page import Section, write_page
 from detrdistill.training.evaluation import evaluate
 from tests.folders import read_split, write_folder, write_split
 from tests.models.small import KINDS, small_detector

@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 
 from detrdistill.errors import InputError
-from detrdistill.experiments import runs
-from detrdistill.experiments.presets import smoke
-from detrdistill.experiments.recipes import Recipe, parents
-from detrdistill.experiments.runs import run
-from detrdistill.experiments.store import Store
 from detrdistill.files import atomic, write_text
+from detrdistill.recipes.identity import parents
+from detrdistill.recipes.presets import smoke
+from detrdistill.recipes.recipe import Recipe
+from detrdistill.runs import run as runs
+from detrdistill.runs.run import run
+from detrdistill.runs.store import Store
 from detrdistill.training import trainer
 from detrdistill.training.checkpointing import load_checkpoint
 from detrdistill.training.logging import read_log

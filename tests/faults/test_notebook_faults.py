@@ -11,7 +11,7 @@ import pytest
 from papermill.parameterize import parameterize_notebook
 
 from detrdistill.errors import InputError
-from detrdistill.experiments.notebooks import execute
+from detrdistill.notebooks import execute
 from tests.test_notebook_runner import notebook, outputs
 
 ROOT = Path(__file__).parents[2]

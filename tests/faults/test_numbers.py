@@ -19,14 +19,18 @@ from torch import Tensor
 
 from detrdistill.criterion import SetCriterion
 from detrdistill.errors import InputError, NonFiniteError
-from detrdistill.experiments import runs
-from detrdistill.experiments.presets import DETECTORS, get_preset, smoke
-from detrdistill.experiments.recipes import Folder, Recipe, parents
-from detrdistill.experiments.runs import open_split, run
-from detrdistill.experiments.store import Record, Store
 from detrdistill.files import file_hash
 from detrdistill.models import build_detector
 from detrdistill.models.weights import read_weights, save_weights
+from detrdistill.recipes.identity import parents
+from detrdistill.recipes.presets import get_preset, smoke
+from detrdistill.recipes.recipe import Folder, Recipe
+from detrdistill.recipes.words import DETECTORS
+from detrdistill.records import Record
+from detrdistill.runs import run as runs
+from detrdistill.runs.load import open_split
+from detrdistill.runs.run import run
+from detrdistill.runs.store import Store
 from detrdistill.training import evaluation, trainer
 from detrdistill.training.evaluation import METRICS, evaluate
 from detrdistill.training.logging import read_log

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from detrdistill.errors import InputError, StoppedError
-from detrdistill.experiments import runs
-from detrdistill.experiments.recipes import run_id
-from detrdistill.experiments.store import Store
+from detrdistill.recipes.identity import run_id
+from detrdistill.runs import run as runs
+from detrdistill.runs.store import Store
 from detrdistill.training.checkpointing import load_checkpoint
 from tests.faults.killing import RECIPE, Death, Whole, command, ended, holder, start, steps, until
 

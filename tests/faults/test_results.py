@@ -11,13 +11,14 @@ import pandas as pd
 import pytest
 
 from detrdistill.errors import InputError
-from detrdistill.experiments.comparisons import Comparisons
-from detrdistill.experiments.paper_tables import make_table
-from detrdistill.experiments.presets import get_preset
-from detrdistill.experiments.report import write_report
-from detrdistill.experiments.store import Record, Store, read_record
-from detrdistill.experiments.tables import collect, refuse_mixed, summarise
-from tests.test_tables import SMOKE, fill, put
+from detrdistill.recipes.presets import get_preset
+from detrdistill.recipes.tables import make_table
+from detrdistill.records import Record, read_record, refuse_mixed
+from detrdistill.report.comparisons import Comparisons
+from detrdistill.report.tables import collect, summarise
+from detrdistill.report.write import write_report
+from detrdistill.runs.store import Store
+from tests.report.test_tables import SMOKE, fill, put
 
 RESULTS = Path(__file__).parents[2] / "results"
 QUICK = get_preset("quick")

@@ -41,8 +41,8 @@ WORDS = {"shell", "trust_remote_code", "allow_pickle", "unsafe"}
 # The places that may, each as found: its file, what it calls, how often, and why it may.
 ALLOWED = {
     ("detrdistill/__init__.py", "importlib.import_module"): (1, "of a table of the kit's own modules"),
-    ("detrdistill/experiments/notebooks.py", "subprocess.run"): (1, "papermill, as a list of words, no shell"),
-    ("detrdistill/experiments/store.py", "subprocess.run"): (1, "git with fixed words, no shell, to name the commit"),
+    ("detrdistill/notebooks.py", "subprocess.run"): (1, "papermill, as a list of words, no shell"),
+    ("detrdistill/runs/provenance.py", "subprocess.run"): (1, "git with fixed words, no shell, to name the commit"),
     ("detrdistill/process.py", "ctypes.CDLL"): (1, "the C library that is loaded already, for one call with two fixed numbers"),
     ("detrdistill/training/batches.py", "multiprocessing.active_children"): (2, "only lists which processes this one has started"),
 }

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from detrdistill.experiments.recipes import Backbone, Recipe, Schedule
 from detrdistill.models import build_detector
+from detrdistill.recipes.recipe import BackboneRecipe, Recipe, Schedule
 
 # What each detector needs beside the sizes they share.
 KINDS = {
@@ -21,7 +21,7 @@ def small_recipe(kind: str, **changes) -> Recipe:
     """A recipe of a few thousand parameters; `changes` as `Recipe.replace` takes them."""
     base = Recipe(
         **KINDS[kind],
-        backbone=Backbone(name="thin_resnet", width=8, weights="none"),
+        backbone=BackboneRecipe(name="thin_resnet", width=8, weights="none"),
         dim=DIM,
         heads=4,
         ffn=32,

@@ -9,10 +9,11 @@ from pydantic import ValidationError
 from torch import nn
 from torchvision import models
 
-from detrdistill.experiments.recipes import Backbone as Recipe
-from detrdistill.experiments.recipes import CropTraining, Digits, Schedule, parents
-from detrdistill.experiments.recipes import Recipe as RunRecipe
 from detrdistill.models.backbones import Backbone, Shortcut, classifier
+from detrdistill.recipes.identity import parents
+from detrdistill.recipes.recipe import BackboneRecipe as Recipe
+from detrdistill.recipes.recipe import CropTraining, Digits, Schedule
+from detrdistill.recipes.recipe import Recipe as RunRecipe
 from tests.models.small import randomise
 
 CHANNELS = {
@@ -85,7 +86,7 @@ def test_freeze_after_spares_what_the_first_maps_need(name: str) -> None:
 
 TRAIN = """
 import sys, torch
-from detrdistill.experiments.recipes import Backbone as Recipe
+from detrdistill.recipes.recipe import BackboneRecipe as Recipe
 from detrdistill.models.backbones import Backbone
 backbone = Backbone(Recipe(name="thin_resnet", width=int(sys.argv[1]), weights="none")).to(memory_format=torch.channels_last)
 for _ in range(3):

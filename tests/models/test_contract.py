@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 import detrdistill.distill
 from detrdistill.distill.build import build_distiller
-from detrdistill.experiments.methods import DETRDistill
 from detrdistill.models import (
     AdaMixer,
     ConditionalDETR,
@@ -23,6 +22,7 @@ from detrdistill.models import (
     build_detector,
     conditional_detr,
 )
+from detrdistill.recipes.methods import DETRDistill
 from tests.models.small import CLASSES, DIM, KINDS, QUERIES, STAGES, batch, randomise, small_detector, small_recipe
 
 CLOSE = {"atol": 2e-5, "rtol": 0}  # products of other sizes round otherwise

@@ -3,8 +3,8 @@
 import pytest
 
 from detrdistill.errors import InputError
-from detrdistill.experiments.methods import DETRDistill
-from detrdistill.experiments.recipes import run_id
+from detrdistill.recipes.identity import run_id
+from detrdistill.recipes.methods import DETRDistill
 from tests.models.small import small_recipe
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from detrdistill import boxes, criterion
-from detrdistill.experiments import recipes
+from detrdistill.checkpoints.names import ADAMIXER, CONDITIONAL, DEFORMABLE, our_name, our_state
 from detrdistill.matching import Problem, match
 from detrdistill.models import adamixer, attention, conditional_detr
 from detrdistill.models.adamixer import AdaMixer, AdaptiveMixing, Neck, Stage
@@ -20,8 +20,8 @@ from detrdistill.models.attention import DeformableAttention, sine_code, sine_po
 from detrdistill.models.backbones import Backbone
 from detrdistill.models.conditional_detr import ConditionalDETR
 from detrdistill.models.deformable_detr import DeformableDETR, Memory, token_anchors
-from detrdistill.models.names import ADAMIXER, CONDITIONAL, DEFORMABLE, our_name, our_state
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
+from detrdistill.recipes.recipe import BackboneRecipe
 from detrdistill.training.evaluation import detections
 from tests.parity.oracle import PIXEL, SCALAR, Oracle, formula_weight
 
@@ -178,7 +178,7 @@ def full_deformable(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
     points = weights["transformer.encoder.layers.0.self_attn.attention_weights.bias"][0] // (heads * levels)
     ffn = weights["transformer.encoder.layers.0.linear1.bias"][0]
     # An ImageNet recipe freezes BatchNorm; its weights come from the oracle.
-    backbone = Backbone(recipes.Backbone(name=config.get("backbone", "resnet50"), weights="imagenet"))
+    backbone = Backbone(BackboneRecipe(name=config.get("backbone", "resnet50"), weights="imagenet"))
     model = build(backbone, oracle, dim, heads, ffn, levels, points, points)
     pixels, padding = formula_images(oracle, config["image_sizes"])
     with torch.no_grad():
@@ -270,7 +270,7 @@ def full_conditional(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
     sizes["ffn"] = weights["transformer.encoder.layers.0.linear1.bias"][0]
     for part in ("encoder", "decoder"):
         sizes[f"{part}_layers"] = len({name.split(".")[3] for name in weights if name.startswith(f"transformer.{part}.layers.")})
-    recipe = recipes.Backbone(name=config["backbone"], weights="imagenet", dilation=config["dilation"])
+    recipe = BackboneRecipe(name=config["backbone"], weights="imagenet", dilation=config["dilation"])
     model = build_conditional(Backbone(recipe), oracle, **sizes)
     pixels, padding = formula_images(oracle, config["image_sizes"])
     with torch.no_grad():
@@ -432,7 +432,7 @@ def full_adamixer(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
     all_points = stage["sampling_n_mixing.sampling_offset_generator.0.bias"][0] // 3
     generated = stage["sampling_n_mixing.adaptive_mixing.parameter_generator.0.bias"][0]
     groups = channels**2 // (generated - all_points * out_points)
-    recipe = recipes.Backbone(name=f"resnet{config['depth']}", weights="imagenet")
+    recipe = BackboneRecipe(name=f"resnet{config['depth']}", weights="imagenet")
     model = AdaMixer(
         Backbone(recipe, first_level=2), classes=config["num_classes"], dim=dim, channels=channels, heads=stage["iof_tau"][0],
         ffn=stage["ffn.layers.0.0.bias"][0], decoder_layers=config["num_stages"], queries=config["num_queries"],

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from detrdistill.checkpoints.names import ADAMIXER, CONDITIONAL, DEFORMABLE, Table, our_name
 from detrdistill.models.adamixer import AdaMixer
 from detrdistill.models.conditional_detr import ConditionalDETR
 from detrdistill.models.deformable_detr import DeformableDETR
-from detrdistill.models.names import ADAMIXER, CONDITIONAL, DEFORMABLE, Table, our_name
 from tests.parity.checks_detectors import Channels
 from tests.parity.conftest import SELECTION
 

@@ -11,12 +11,12 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+from detrdistill.checkpoints.hugging_face import export_hugging_face
+from detrdistill.checkpoints.pretrained import load_pretrained
 from detrdistill.data.transforms import build_transform, shorter_side
 from detrdistill.errors import InputError
-from detrdistill.experiments.recipes import Backbone, Recipe, Resize, Schedule
 from detrdistill.models import build_detector
-from detrdistill.models.checkpoints import load_pretrained
-from detrdistill.models.hugging_face import export_hugging_face
+from detrdistill.recipes.recipe import BackboneRecipe, Recipe, Resize, Schedule
 from detrdistill.training.evaluation import detections
 from tests.models.small import randomise, small_detector
 
@@ -28,13 +28,14 @@ KINDS = {
     "refine": {"form": "box_refine", "levels": 3, "points": 2},
     "two-stage": {"form": "two_stage", "levels": 2},
     "single-level": {"levels": 1},
-    "trained-norm": {"levels": 1, "backbone": Backbone(name="resnet18", weights="none")},
+    "trained-norm": {"levels": 1, "backbone": BackboneRecipe(name="resnet18", weights="none")},
 }
 
 
 def detector_of(kind: str, **changes) -> nn.Module:
     sizes = {"dim": 64, "heads": 4, "ffn": 48, "encoder_layers": 1, "decoder_layers": 3, "queries": 30}
-    recipe = {"backbone": Backbone(name="resnet18", weights="imagenet"), "schedule": Schedule(steps=1)} | sizes | KINDS[kind] | changes
+    recipe = {"backbone": BackboneRecipe(name="resnet18", weights="imagenet"), "schedule": Schedule(steps=1)}
+    recipe |= sizes | KINDS[kind] | changes
     detector = build_detector(Recipe(**recipe), len(NAMES))
     randomise(detector)
     return detector.eval()
@@ -90,7 +91,7 @@ def test_same_detections_and_the_same_bits_back(kind: str, tmp_path: Path, caplo
 
 
 def test_stride_in_1x1_is_known_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    msra = Backbone(name="resnet50", weights=tmp_path / "msra.pth", stride_in_1x1=True)
+    msra = BackboneRecipe(name="resnet50", weights=tmp_path / "msra.pth", stride_in_1x1=True)
     detector = detector_of("single-level", backbone=msra, encoder_layers=0, decoder_layers=1)
     export_hugging_face(detector, tmp_path, NAMES, RESIZE)
     assert_same_detections(detector, tmp_path, caplog)
@@ -114,9 +115,9 @@ def test_sizes_are_ours_but_for_a_rounding_at_the_limit(width: int, height: int,
     [
         (lambda: small_detector("deformable"), r"cannot have a thin_resnet .*7x7"),
         (lambda: small_detector("adamixer"), "transformers has no AdaMixer"),
-        (lambda: detector_of("plain", backbone=Backbone(name="mobilenet_v2")), "cannot have a mobilenet_v2"),
+        (lambda: detector_of("plain", backbone=BackboneRecipe(name="mobilenet_v2")), "cannot have a mobilenet_v2"),
         (lambda: detector_of("conditional", temperature=20), "has the temperature 10000, not 20"),
-        (lambda: detector_of("single-level", backbone=Backbone(name="resnet18", dilation=True)), "cannot be dilated"),
+        (lambda: detector_of("single-level", backbone=BackboneRecipe(name="resnet18", dilation=True)), "cannot be dilated"),
     ],
     ids=["thin", "adamixer", "mobilenet", "temperature", "dilated"],
 )

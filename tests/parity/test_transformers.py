@@ -14,7 +14,7 @@ from transformers import (
     ResNetConfig,
 )
 
-from detrdistill.models.checkpoints import load_pretrained
+from detrdistill.checkpoints.pretrained import load_pretrained
 
 SIZES = [(96, 118), (71, 128), (128, 60)]
 LAYERS, CLASSES, QUERIES = 3, 7, 11

@@ -18,14 +18,16 @@ from torch import Tensor
 
 from detrdistill.data.coco import Batch, collate
 from detrdistill.errors import InputError
-from detrdistill.experiments.methods import KDDETR, METHODS, FitNet
-from detrdistill.experiments.presets import smoke
-from detrdistill.experiments.recipes import parents
-from detrdistill.experiments.runs import make_fabric, open_split, run
-from detrdistill.experiments.store import Store
 from detrdistill.models.outputs import DetectorOutput
 from detrdistill.process import available_memory
+from detrdistill.recipes.identity import parents
+from detrdistill.recipes.methods import KDDETR, METHODS, FitNet
+from detrdistill.recipes.presets import smoke
+from detrdistill.runs.load import open_split
+from detrdistill.runs.run import run
+from detrdistill.runs.store import Store
 from detrdistill.training import teacher_outputs, trainer
+from detrdistill.training.fabric import make_fabric
 from detrdistill.training.teacher_outputs import KeptOutputs, TeacherOutputs, flatten, kept_outputs, padded_images
 from tests.distill.test_every_method import fitting, lesson
 from tests.folders import write_folder

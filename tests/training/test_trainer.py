@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from detrdistill.distill.build import build_distiller
 from detrdistill.distill.distiller import Distiller
 from detrdistill.errors import InputError, NonFiniteError
-from detrdistill.experiments.methods import DETRDistill
-from detrdistill.experiments.presets import smoke
-from detrdistill.experiments.recipes import Backbone, CropRecipe, CropTraining, Recipe, Schedule, parents
-from detrdistill.experiments.runs import make_fabric, open_split
-from detrdistill.experiments.store import Store
 from detrdistill.models import build_detector
+from detrdistill.recipes.identity import parents
+from detrdistill.recipes.methods import DETRDistill
+from detrdistill.recipes.presets import smoke
+from detrdistill.recipes.recipe import BackboneRecipe, CropRecipe, CropTraining, Recipe, Schedule
+from detrdistill.runs.load import open_split
+from detrdistill.runs.store import Store
 from detrdistill.training import trainer
 from detrdistill.training.batches import Draws, micro_batches
 from detrdistill.training.crops import train_on_crops
+from detrdistill.training.fabric import make_fabric
 from detrdistill.training.logging import read_log
 from detrdistill.training.teacher_outputs import TeacherOutputs, kept_outputs
 from detrdistill.training.trainer import accumulate_gradients, changes, lr_factor, make_optimizer, train
@@ -124,7 +126,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, fault):
 
 def test_crops_with_dropout_are_reproducible():
     """Whatever was drawn before, and without drawing from what follows."""
-    backbone = Backbone(name="mobilenet_v2", weights="crops", crops=CropTraining(steps=2, batch=4, precision="fp32"))
+    backbone = BackboneRecipe(name="mobilenet_v2", weights="crops", crops=CropTraining(steps=2, batch=4, precision="fp32"))
     recipe, fabric = CropRecipe(backbone=backbone, data=plain().data), make_fabric("cpu", "fp32")
     data = open_split(plain(), "train")
     models = []

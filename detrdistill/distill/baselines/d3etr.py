@@ -105,7 +105,10 @@ class FixedMatching(OneToOne):
 
 def chosen(output: DetectorOutput, index: Int[Tensor, "S B K"]) -> DetectorOutput:
     """Some of the queries, in another order, which each stage and image has for itself."""
-    rows = lambda x: x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))  # noqa: E731
+
+    def rows(x):
+        return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
+
     found = {name: rows(getattr(output, name)) for name in ("logits", "boxes", "queries")}
     if output.self_attention is not None:
         columns = index[:, :, None].expand(-1, -1, index.shape[2], -1)

@@ -29,7 +29,10 @@ class MGD(nn.Module):
         super().__init__()
         self.masked = masked
         self.align = adapter(student_dim, teacher_dim)
-        conv = lambda: nn.Conv2d(teacher_dim, teacher_dim, 3, padding=1)  # noqa: E731
+
+        def conv():
+            return nn.Conv2d(teacher_dim, teacher_dim, 3, padding=1)
+
         self.generation = nn.Sequential(conv(), nn.ReLU(), conv())
 
     def forward(

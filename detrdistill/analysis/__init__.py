@@ -1,0 +1,1 @@
+"""What a trained detector does with images, as arrays."""

@@ -1,0 +1,222 @@
+"""Whose format a file of weights is in, and its tensors under the kit's names."""
+
+import argparse
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from detrdistill.checkpoints import names
+from detrdistill.checkpoints.hugging_face import equal, form_of, positive, read_folder, told_by_config
+from detrdistill.checkpoints.sizes import settings_of
+from detrdistill.errors import InputError
+from detrdistill.models import AdaMixer, ConditionalDETR, DeformableDETR
+from detrdistill.models.weights import classes_of, few, named_tensors, read_pickle, read_weights
+from detrdistill.recipes.recipe import OWNERS, Recipe
+from detrdistill.records import read_record
+
+FAMILIES = {"conditional_detr": ConditionalDETR, "deformable_detr": DeformableDETR, "adamixer": AdaMixer}
+SHARED_FIELDS = ("detector", "backbone", "dim", "heads", "ffn", "decoder_layers", "queries", "dropout")
+
+
+@dataclass(frozen=True)
+class About:
+    """What a file of weights says of itself, in its own words and by the shapes of its tensors.
+
+    Attributes:
+        path: the file or folder.
+        origin: whose format it is in: "kit", "official", "mmdetection" or "Hugging Face".
+        settings: a recipe's fields of this detector, as far as they are known.
+        names: the class of each output of the head; None where an output stands for none, or nobody says.
+        rows: for each class of the detector that was loaded, the output of the file that it got; None where it started afresh.
+        left_out: beginnings of names of tensors that are not the detector's, in a file that holds more.
+    """
+
+    path: Path
+    origin: str
+    settings: dict[str, Any]
+    names: tuple[str | None, ...]
+    rows: tuple[int | None, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        return f"{self.path} ({self.origin} weights of a {FAMILIES[self.settings['detector']].__name__})"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A format, recognised by the name of a parameter that only this detector has."""
+
+    detector: str
+    origin: str
+    sign: str
+    table: names.Table
+
+
+LAYOUTS = (
+    Layout("conditional_detr", "official", "transformer.decoder.ref_point_head.layers.0.weight", names.CONDITIONAL),
+    Layout("deformable_detr", "official", "transformer.level_embed", names.DEFORMABLE),
+    Layout("adamixer", "official", "rpn_head.init_content_features.weight", names.ADAMIXER),
+    Layout("deformable_detr", "mmdetection", "bbox_head.transformer.level_embeds", names.MMDET_DEFORMABLE),
+    Layout("conditional_detr", "Hugging Face", "model.decoder.ref_point_head.layers.0.weight", names.HUGGING_FACE_CONDITIONAL),
+    Layout("deformable_detr", "Hugging Face", "model.level_embed", names.HUGGING_FACE_DEFORMABLE),
+    Layout("conditional_detr", "kit", "ref_point_head.layers.0.weight", ()),
+    Layout("deformable_detr", "kit", "level_embed", ()),
+    Layout("adamixer", "kit", "init_content.weight", ()),
+)
+
+
+def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[dict[str, Tensor], About]:
+    """A detector's tensors under the kit's names, from a file or folder in any of the formats, and what is known of it.
+
+    Raises:
+        InputError: the file is missing, damaged, holds code, or another model.
+    """
+    path = Path(path)
+    tensors, told = _read(path)
+    tensors, left_out = _unwrapped(tensors, part, path)
+    layout = _layout(tensors)
+    if layout is None and all(name.startswith("model.") for name in tensors):  # as Lightning saves
+        tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
+        layout = _layout(tensors)
+    if layout is None:
+        hint = "it is an image classifier: give it as backbone.weights" if {"fc.weight", "conv1.weight"} <= tensors.keys() else ""
+        raise InputError(
+            f"weights {path}: no Conditional DETR, Deformable DETR or AdaMixer in any format known here ({len(tensors)} tensors: "
+            f"{few(sorted(tensors))}); {hint or 'give a checkpoint of one of these'}"
+        )
+    stated = told.pop("names", None)
+    try:
+        state = _our_state(tensors, layout, told)
+    except InputError as error:
+        raise InputError(f"weights {path}: {error}") from None
+    settings = settings_of(state, path, {"detector": layout.detector} | told)
+    head = state.get("class_embed.weight", state.get("class_embed.0.weight", state.get("stages.0.fc_cls.weight")))
+    if head is None:
+        raise InputError(f"weights {path}: a {layout.detector} without its class head; give the complete checkpoint")
+    return state, About(path, layout.origin, settings, _classes(stated, len(head)), left_out=left_out)
+
+
+def _layout(tensors: Mapping[str, Tensor]) -> Layout | None:
+    return next((layout for layout in LAYOUTS if layout.sign in tensors), None)
+
+
+def _unwrapped(tensors: dict[str, Tensor], part: str | None, path: Path) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The detector's tensors without the prefixes of what it was wrapped in, and beginnings of the names of what else there was."""
+
+    def without(some, prefix):
+        return {name.removeprefix(prefix): value for name, value in some.items() if name.startswith(prefix)}
+
+    def parallel(some):
+        return without(some, "module.") if all(name.startswith("module.") for name in some) else some
+
+    tensors = parallel(tensors)
+    parts = [one for one in ("student", "teacher") if any(name.startswith(f"{one}.") for name in tensors)]
+    if part is None and len(parts) == 2:
+        raise InputError(f"weights {path} hold a student and a teacher; say part='student' or part='teacher'")
+    if part is not None and part not in parts:
+        raise InputError(f"weights {path} hold no tensors of a '{part}' ({' and '.join(parts) or 'no prefix'} instead); leave out 'part'")
+    if not parts:
+        return tensors, ()
+    chosen = part or parts[0]
+    others = sorted({name.split(".")[0] for name in tensors} - {chosen})
+    return parallel(without(tensors, f"{chosen}.")), tuple(others)
+
+
+def _our_state(tensors: dict[str, Tensor], layout: Layout, told: dict[str, Any]) -> dict[str, Tensor]:
+    if layout.origin == "kit":
+        return tensors
+    if layout.origin == "mmdetection":
+        # Its extra levels are numbered on their own.
+        levels = len({name.split(".")[2] for name in tensors if name.startswith("neck.convs.")})
+
+        def extra(name):
+            return re.sub(r"^neck\.extra_convs\.(\d+)", lambda m: f"neck.convs.{levels + int(m[1])}", name)
+
+        tensors = {extra(name): value for name, value in tensors.items()}
+    state = names.our_state(tensors, layout.table, one_head=layout.detector == "deformable_detr" and _plain(tensors, layout, told))
+    if layout.origin == "mmdetection":
+        # Its neck's convolutions have no bias.
+        for name in [name for name in state if re.fullmatch(r"input_proj\.\d+\.0\.weight", name)]:
+            state.setdefault(name.replace("weight", "bias"), torch.zeros(len(state[name])))
+    if layout.origin == "Hugging Face" and told.get("form") == "box_refine":
+        # Transformers 5 ties the class heads of all stages, and then saves the first.
+        for stage in range(1, len({name.split(".")[1] for name in state if name.startswith("decoder.")})):
+            for kind in ("weight", "bias"):
+                if f"class_embed.0.{kind}" in state:
+                    state.setdefault(f"class_embed.{stage}.{kind}", state[f"class_embed.0.{kind}"])
+    # Ours pack the three projections of plain attention into one matrix.
+    for name in [name for name in state if re.search(r"\.self_attn\.q_proj\.", name)]:
+        parts = [name.replace(".q_proj.", f".{one}_proj.") for one in "qkv"]
+        if all(one in state for one in parts):
+            state[name.replace(".q_proj.", ".in_proj_")] = torch.cat([state.pop(one) for one in parts])
+    return state
+
+
+def _plain(tensors: dict[str, Tensor], layout: Layout, told: Mapping[str, Any]) -> bool:
+    """Whether a Deformable DETR's stages share one head: as the file says, or else if all heads are equal."""
+    if "form" in told:
+        return told["form"] == "plain"
+    if any(re.search(r"decoder\.bbox_embed\.|\benc_output\.", name) for name in tensors):
+        return False
+    ours = {names.our_name(name, layout.table): value for name, value in tensors.items()}
+    heads = [(name, value) for name, value in ours.items() if re.match(r"(class|bbox)_embed\.", name)]
+    first = {name: ours.get(re.sub(r"^(\w+)\.\d+", r"\1.0", name)) for name, _ in heads}
+    return all(first[name] is not None and torch.equal(first[name], value) for name, value in heads)
+
+
+def _classes(stated: Sequence[str | None] | None, count: int) -> tuple[str | None, ...]:
+    """The class of each output of the head."""
+    if stated is not None and any(stated):  # never another's names in their stead
+        return tuple(stated) if len(stated) == count else (None,) * count
+    if count == len(names.COCO_91):
+        return names.COCO_91
+    coco = tuple(name for name in names.COCO_91 if name)
+    return coco if count == len(coco) else (None,) * count
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A file's tensors under their own names, and what lies beside them: a recipe's fields, and "names", the class of each output."""
+    if path.is_dir():
+        if (path / "weights.safetensors").is_file():
+            return _read(path / "weights.safetensors")
+        return read_folder(path), told_by_config(path / "config.json")
+    if path.suffix == ".safetensors":
+        tensors, header = read_weights(path)
+        told: dict[str, Any] = {"names": names} if (names := classes_of(header)) is not None else {}
+        if (path.parent / "record.json").is_file():
+            recipe = read_record(path.parent / "record.json").recipe
+            if isinstance(recipe, Recipe):
+                told |= {name: getattr(recipe, name) for name in (*SHARED_FIELDS, *OWNERS)}
+        elif (path.parent / "config.json").is_file():
+            told |= told_by_config(path.parent / "config.json")
+        return named_tensors(tensors, path), told
+    content = read_pickle(path)
+    state = next((content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)), content)
+    state = named_tensors(state, path)
+    if isinstance(content.get("args"), argparse.Namespace):
+        return state, _told_by_args(vars(content["args"]), path)
+    meta = content.get("meta") if isinstance(content.get("meta"), dict) else {}
+    later = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), dict) else {}
+    classes = meta.get("CLASSES") or later.get("classes")
+    named = isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
+    return state, {"names": list(classes)} if named else {}
+
+
+def _told_by_args(args: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Settings among an official checkpoint's arguments."""
+    told = {"heads": positive(args, "nheads", path, 8)} if "nheads" in args else {}
+    if "dropout" in args:
+        told["dropout"] = args["dropout"]
+    if "dilation" in args:
+        told["backbone"] = {"dilation": args["dilation"]}
+    if "with_box_refine" in args:
+        told |= form_of(args, "num_queries")
+    if "dec_n_points" in args:
+        told["points"] = equal(args, "enc_n_points", "dec_n_points", path, 4)
+    return told

@@ -1,0 +1,1 @@
+"""Records as tables, claims, figures and a page."""

@@ -1,0 +1,179 @@
+"""Tables: pure functions of stored records. Which runs make which table stands in `paper_tables.py`. No torch here.
+
+A table is made in three steps: `collect` reads a line a run, `summarise` turns these into a line a row (means, intervals, gains,
+status), `cells` into text. A run without a record is "not run" in every form, never blank and never zero.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+from pandas.io.formats.style import Styler
+
+from detrdistill.errors import InputError
+from detrdistill.published import published, published_value
+from detrdistill.recipes.claims import MARGIN, REPRODUCED_WITHIN
+from detrdistill.recipes.identity import run_id
+from detrdistill.recipes.rows import Table
+from detrdistill.recipes.words import METRICS, NO_OBJECTS, NOT_RUN
+from detrdistill.records import Record, refuse_mixed, short_commit
+from detrdistill.runs.store import Store, find
+from detrdistill.statistics import ONE_SEED, Difference, mean_and_half, seeds_to_decide, verdict, verdict_words
+
+if TYPE_CHECKING:
+    from detrdistill.report.comparisons import Comparisons
+
+
+def collect(table: Table, store: Store) -> pd.DataFrame:
+    """A line a run: table, preset, detector, setting, seed, run, the twelve numbers, status ("measured" or "not run"), provenance.
+
+    Raises:
+        InputError: a record was edited, or the records do not belong together (other data, or another teacher than the table's).
+    """
+    lines, records = [], []
+    for row in table.rows:
+        for seed, recipe in row.recipes.items():
+            record = find(store, recipe)
+            line = {"table": table.name, "preset": table.preset, "detector": row.detector, "setting": row.setting, "seed": seed}
+            line |= {"run": record.id if record else run_id(recipe)}
+            line |= {name: _nan(value) for name, value in metrics_at(record, row.at).items()}
+            line |= {"status": "measured" if record else NOT_RUN}
+            about = record.provenance if record else {}
+            records += [record] if record else []
+            line |= {"measured_on": table.measured_on, "data_sha256": about.get("data_sha256"), "commit": about.get("commit")}
+            line |= {"computed_by": _computed_by(about)}
+            lines.append(line)
+    refuse_mixed(records)
+    return pd.DataFrame(lines)
+
+
+def metrics_at(record: Record | None, at: float) -> dict[str, float | None]:
+    """The twelve numbers, or the AP of the last evaluation up to a part of the schedule."""
+    if record is None or at == 1:
+        return record.metrics if record else dict.fromkeys(METRICS)
+    until = [point["AP"] for point in record.curve if point["step"] <= round(at * record.cost["steps"])]
+    return dict.fromkeys(METRICS) | {"AP": until[-1] if until else None}
+
+
+def _computed_by(about: Mapping[str, Any]) -> str:
+    return f"torch {about.get('versions', {}).get('torch', 'unknown')} on {about.get('device', 'unknown')}"
+
+
+def summarise(table: Table, frame: pd.DataFrame, comparisons: "Comparisons") -> pd.DataFrame:
+    """A line a row: mean over seeds, half of its 95 % t-interval, gain over the student with that of the fit, published values, status.
+
+    Args:
+        frame: what `collect` gave for this table.
+        comparisons: of all tables of the preset, since every run of a detector tells how large noise is.
+
+    Raises:
+        InputError: the frame holds lines of another table or preset.
+    """
+    ours, held = f"{table.name} of preset {table.preset}", set(frame["table"] + " of preset " + frame["preset"])
+    if held != {ours}:
+        raise InputError(f"table {ours} must not be mixed with {', '.join(sorted(held - {ours}))}")
+    paper = published(table.published) if table.published else None
+    lines = []
+    for row in table.rows:
+        of_detector = frame[frame["detector"] == row.detector].set_index("seed")
+        runs = of_detector[of_detector["setting"] == row.setting]
+        ap, ap_half = mean_and_half(runs["AP"])
+        baseline = next((one for one in table.rows if (one.detector, one.setting) == (row.detector, row.baseline)), None)
+        gain = comparisons.difference(row, baseline) if baseline else Difference()
+        line = {"detector": row.detector, "setting": row.setting, "title": row.title, "baseline": row.baseline}
+        line |= {"published": row.published, "at": row.at}
+        line |= {"AP": ap, "AP_half": ap_half, "gain": gain.mean, "gain_half": gain.half()}
+        line |= {size: mean_and_half(runs[size])[0] for size in ("APs", "APm", "APl")}
+        for name in ("AP", "gain"):
+            stated = row.published and published_value(paper, row.published, row.column.replace("AP", name))
+            line[f"published_{name}"] = stated if row.published else math.nan
+        line |= {"measured_on": table.measured_on, "seeds": int(runs["AP"].notna().sum()), "seeds_wanted": len(row.recipes)}
+        lines.append(line | {"status": status(line, gain, coco=table.preset == "coco")})
+    return pd.DataFrame(lines)
+
+
+def status(line: Mapping[str, float | str], gain: Difference, *, coco: bool) -> str:
+    """What may be said of a row: on COCO itself "reproduced" within 0.5 AP, otherwise the verdict on its gain over the student.
+
+    "measured" where there is nothing to compare, as for teacher and student off COCO.
+    """
+    if not line["seeds"]:
+        return NOT_RUN
+    if coco and abs(line["AP"] - line["published_AP"]) <= REPRODUCED_WITHIN + 1e-9:
+        return "reproduced"
+    if not line["baseline"]:
+        return ONE_SEED if line["setting"] != "teacher" and line["seeds"] == 1 else "measured"
+    return verdict_words(verdict(gain, MARGIN), seeds_to_decide(gain, MARGIN)) or (ONE_SEED if line["seeds"] == 1 else "measured")
+
+
+def cells(summary: pd.DataFrame) -> pd.DataFrame:
+    """The table as text, in the order of the paper's columns, ours and theirs apart."""
+    lines = []
+    for line in summary.to_dict("records"):
+        distilled, unknown = bool(line["baseline"]), "not found" if line["published"] else "-"
+        empty = NOT_RUN if not line["seeds"] else NO_OBJECTS if line["at"] == 1 else "-"
+        lines.append(
+            {
+                "Detector": line["detector"],
+                "Setting": line["title"],
+                "AP": _number(line["AP"], empty, half=line["AP_half"]),
+                "Gain": _gain(line) if distilled else "-",
+                "APs": _number(line["APs"], empty),
+                "APm": _number(line["APm"], empty),
+                "APl": _number(line["APl"], empty),
+                "Published AP": _number(line["published_AP"], unknown),
+                "Published gain": _number(line["published_gain"], unknown, "+.1f") if distilled else "-",
+                "Measured on": line["measured_on"],
+                "Seeds": f"{line['seeds']} of {line['seeds_wanted']}",
+                "Status": line["status"],
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def styled(summary: pd.DataFrame, frame: pd.DataFrame) -> Styler:
+    """The table for a notebook, with its provenance as caption."""
+    text = cells(summary).drop(columns="Measured on")
+    caption = {"selector": "caption", "props": "text-align: left; caption-side: bottom"}
+    left = [{"selector": "th, td", "props": "text-align: left"}, caption]
+    return text.style.hide(axis="index").set_caption(f"{provenance_line(frame)} {NOTES}").set_table_styles(left)
+
+
+def _number(value: float, empty: str, form: str = ".1f", half: float = math.nan) -> str:
+    if math.isnan(value):
+        return empty
+    return format(value, form) + ("" if math.isnan(half) else f" ± {half:.1f}")
+
+
+def _gain(line: Mapping[str, float]) -> str:
+    text = _number(line["gain"], "student not run" if line["seeds"] else NOT_RUN, "+.1f", line["gain_half"])
+    return f"{text} (one seed)" if math.isnan(line["gain_half"]) and not math.isnan(line["gain"]) else text
+
+
+def _nan(value: float | None) -> float:
+    return math.nan if value is None else value
+
+
+def provenance_line(frame: pd.DataFrame) -> str:
+    """What was measured, where and by which code, in one line; library and device only where the runs differ in them."""
+    ran = frame[frame["status"] != NOT_RUN]
+    parts = [f"Measured on {frame['measured_on'].iloc[0]}"]
+    if ran.empty:
+        return f"{parts[0]}: {NOT_RUN} yet."
+    commits = sorted({short_commit(commit) for commit in ran["commit"]})
+    parts.append(f"data {ran['data_sha256'].iloc[0][:8]}")
+    parts.append(f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}")
+    machines = sorted(set(ran["computed_by"]))
+    parts += [f"computed by {', '.join(machines)}"] if len(machines) > 1 else []
+    seeds = ran.loc[ran["setting"] != "teacher", "seed"].nunique()
+    parts += [f"{seeds} seed{'s' * (seeds != 1)}"] if seeds else []
+    return "; ".join(parts) + "."
+
+
+NOTES = (
+    "± of AP is half of the row's own 95 % t-interval over seeds. Gains are over the plain student; their ± is half of the 95 % interval "
+    "that all runs of the detector give, fitted seed by seed, and the status says what it means (docs/results.md). It is a row's own, not "
+    "adjusted for other rows as a claim's is: of twenty gains without any effect one is taken for one by chance. "
+    "n/a: the data has no objects of that size."
+)

@@ -1,0 +1,200 @@
+"""Tables, figures and the page of a preset from whatever runs are stored; in seconds, without training and without torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from detrdistill.figures import style
+from detrdistill.figures.bars import bars
+from detrdistill.figures.comparison import comparison
+from detrdistill.figures.convergence import convergence
+from detrdistill.figures.forest import forest
+from detrdistill.figures.loss_parts import loss_parts
+from detrdistill.figures.residuals import residuals
+from detrdistill.figures.weights import weight_trials
+from detrdistill.published import in_words, published
+from detrdistill.recipes.presets import Preset, get_presets
+from detrdistill.recipes.recipe import Digits, Recipe
+from detrdistill.recipes.rows import Row, Table
+from detrdistill.recipes.tables import TABLES, WEIGHTS, make_table, usual_tables
+from detrdistill.report.claims import NOTE, board, claim_cells, weigh, write_claims
+from detrdistill.report.comparisons import Comparisons
+from detrdistill.report.formats import write_table
+from detrdistill.report.page import Section, write_page
+from detrdistill.report.register import planned_seeds
+from detrdistill.report.tables import NOTES, cells, collect, provenance_line, summarise
+from detrdistill.report.weights import NOTE as NOTE_OF_WEIGHTS
+from detrdistill.report.weights import tuning_cells, tuning_frame, write_tuning
+from detrdistill.runs.plan import records
+from detrdistill.runs.store import Store, find, open_store
+from detrdistill.training.logging import read_log
+
+MAIN_FIGURES = ("figure1", "convergence", "loss_parts")  # of the main results, beside their own
+CLAIM_FIGURES = ("forest", "residuals")
+NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+
+
+def write_report(
+    preset_name: str,
+    seeds: Sequence[int],
+    store_root: Path | str | None = None,
+    tables: Sequence[str] = (),
+    detectors: Sequence[str] = (),
+) -> list[Path]:
+    """Write tables to `tables/`, figures to `figures/` and a page with everything, `index.html`; what is missing is "not run".
+
+    Args:
+        store_root: the preset's results folder; by default that of `store.open_store`.
+        tables: those to write; by default the preset's usual ones. Tables that are there already are written again.
+        detectors: those to compare; by default all that the preset has.
+
+    Returns:
+        The files written, the same bytes for the same records.
+
+    Raises:
+        InputError: an unknown preset or table, no seeds, or records that were edited or do not belong together.
+    """
+    presets = get_presets(preset_name, detectors)
+    store = open_store(preset_name) if store_root is None else Store(store_root)
+    made = [make_table(name, presets, seeds) for name in tables_of(preset_name, tables, store)]
+    frames = [collect(table, store) for table in made]
+    # Of all tables, whichever are shown: every run of a detector tells how large its noise is.
+    everything = [make_table(name, presets, seeds) for name in TABLES]
+    comparisons = Comparisons(everything, store)
+    weighed = weigh(everything, comparisons, planned_seeds(everything))  # whose parts are tested together, whichever are shown
+    if not weighed.empty:
+        weighed = weighed[weighed["table"].isin([table.name for table in made])].reset_index(drop=True)
+    paths, sections = [], []
+    for table, frame in zip(made, frames, strict=True):
+        written, section = write_one(table, frame, comparisons, store)
+        paths += written
+        sections.append(section)
+    # Of all tables, which may differ in code and seeds; of weights alone there is none.
+    about = f"Preset {preset_name}. {provenance_line(pd.concat(frames))}" if frames else f"Preset {preset_name}."
+    written, of_claims = write_all_claims(weighed, comparisons, about, store)
+    paths += written
+    sections = of_claims + sections
+    written, of_weights = write_weights(presets, store)
+    paths += written
+    sections += of_weights
+    sections += beside(sections, store.root)
+    return [*paths, write_page(store.root, f"detrdistill: {preset_name}", f"{about} {NOTES}", sections)]
+
+
+def stored_seeds(
+    preset_name: str, tables: Sequence[str] = (), detectors: Sequence[str] = (), store: Store | None = None
+) -> tuple[int, ...]:
+    """The seeds of which these tables have a student's record; 0 if there are none."""
+    presets, store = get_presets(preset_name, detectors), store or open_store(preset_name)
+    teachers, names = [preset.teacher for preset in presets], tables_of(preset_name, tables, store)
+
+    def has_student(seed: int) -> bool:
+        recipes = [recipe for name in names for recipe in make_table(name, presets, [seed]).recipes()]
+        return any(find(store, one) for one in recipes if one.seed == seed and one not in teachers)
+
+    seeds = {one.recipe.seed for one in records([store.root]) if isinstance(one.recipe, Recipe)}
+    return tuple(seed for seed in sorted(seeds) if has_student(seed)) or (0,)
+
+
+def tables_of(preset_name: str, tables: Sequence[str], store: Store) -> list[str]:
+    """Those named, or else the preset's usual ones, and those that are there already; in the paper's order. (Not `WEIGHTS`.)"""
+    there = {name for name in TABLES if (store.root / "tables" / f"{name}.csv").exists()}
+    names = (there | set(tables or usual_tables(preset_name))) - {WEIGHTS}
+    return sorted(names, key=[*TABLES, *names].index)
+
+
+def write_weights(presets: Sequence[Preset], store: Store) -> tuple[list[Path], list[Section]]:
+    """What was tried to tune the weights, if anything was: a table, a picture, and their part of the page."""
+    digits = [preset for preset in presets if isinstance(preset.student.data, Digits)]
+    frame = tuning_frame(digits, store)
+    if frame.empty or not frame["trials"].any():
+        return [], []
+    files = write_tuning(frame, NOTE_OF_WEIGHTS, store.root / "tables")
+    drawn = style.save(weight_trials(frame, NOTE_OF_WEIGHTS), store.root / "figures" / WEIGHTS)
+    inside = [path.relative_to(store.root).as_posix() for path in (*drawn, *files)]
+    notebooks = [f"notebooks/{path.name}" for path in sorted(NOTEBOOKS.glob(f"[0-9]*_{WEIGHTS}.ipynb"))]
+    section = Section(WEIGHTS, "Weights that were tried", tuning_cells(frame), NOTE_OF_WEIGHTS, inside[:1], notebooks, inside[2:])
+    return [*files, *drawn], [section]
+
+
+def beside(sections: Sequence[Section], root: Path) -> list[Section]:
+    """A section for the notebooks that make no table, and their figures, as far as they are there."""
+    linked = {Path(path).name for section in sections for path in section.notebooks}
+    notebooks = [path for path in sorted(root.glob("notebooks/[0-9]*.ipynb")) if path.name not in linked and ".failed" not in path.name]
+    figures = [
+        path for path in sorted(root.glob("figures/*.png")) if not path.stem.startswith((*TABLES, WEIGHTS, *MAIN_FIGURES, *CLAIM_FIGURES))
+    ]
+    inside = [[path.relative_to(root).as_posix() for path in found] for found in (figures, notebooks)]
+    return [Section("inside", "Inside the detectors", figures=inside[0], notebooks=inside[1])] if any(inside) else []
+
+
+def write_all_claims(weighed: pd.DataFrame, comparisons: Comparisons, about: str, store: Store) -> tuple[list[Path], list[Section]]:
+    """The claims with their figures, and their part of the page; nothing where there are none."""
+    files = write_claims(weighed, f"{about} {NOTE}", store.root / "tables")
+    if not files:
+        return [], []
+    drawn = {"forest": forest(weighed, about)}
+    if any(len(comparisons.fit(detector).residuals) for detector in comparisons.detectors):
+        drawn["residuals"] = residuals({name: comparisons.fit(name).residuals for name in comparisons.detectors}, about)
+    figures = {name: style.save(figure, store.root / "figures" / name) for name, figure in drawn.items()}
+    named = [path.relative_to(store.root).as_posix() for path in files]
+    pictures = {name: [path.relative_to(store.root).as_posix() for path in made if path.suffix == ".png"] for name, made in figures.items()}
+    sections = [
+        Section("claims", "Claims", board(weighed), NOTE, pictures["forest"], files=named),
+        Section("comparisons", "Claims, part by part", claim_cells(weighed), figures=pictures.get("residuals", [])),
+    ]
+    return [*files, *(path for made in figures.values() for path in made)], sections
+
+
+def write_one(table: Table, frame: pd.DataFrame, comparisons: Comparisons, store: Store) -> tuple[list[Path], Section]:
+    """One table with its figures, and its part of the page."""
+    summary, note = summarise(table, frame, comparisons), provenance_line(frame)
+    files = write_table(table, frame, summary, store.root / "tables")
+    figures = {table.name: comparison(frame, summary, note)}
+    if table.name == "main_results":
+        figures |= main_figures(table, frame, summary, store)
+    drawn = {name: style.save(figure, store.root / "figures" / name) for name, figure in figures.items()}
+
+    def inside(path):
+        return path.relative_to(store.root).as_posix()
+
+    section = Section(
+        name=table.name,
+        title=f"{table.title} ({in_words(table.published)})" if table.published else table.title,
+        table=cells(summary),
+        note=f"{note} {NOTES}",
+        figures=[inside(path) for made in drawn.values() for path in made if path.suffix == ".png"],
+        notebooks=[f"notebooks/{path.name}" for path in sorted(NOTEBOOKS.glob(f"[0-9]*_{table.name}.ipynb"))],
+        files=[inside(path) for path in files],
+    )
+    return [*files, *(path for made in drawn.values() for path in made)], section
+
+
+def main_figures(table: Table, frame: pd.DataFrame, summary: pd.DataFrame, store: Store) -> dict[str, Figure]:
+    """AP while training, the paper's Figure 1 beside ours, and the parts of a distilled student's loss."""
+    found = {"figure1": bars(published("figure1"), summary, provenance_line(frame))}
+    detectors = list(dict.fromkeys(row.detector for row in table.rows))
+    for detector in detectors:
+        rows = {row.setting: row for row in table.rows if row.detector == detector}
+        suffix = "" if len(detectors) == 1 else f"_{next(iter(rows['student'].recipes.values())).detector}"
+        note = provenance_line(frame[frame["detector"] == detector])
+        log, title = _first_log(rows["detrdistill"], store)
+        about_run = provenance_line(frame[frame["run"] == title]) if log else note
+        found[f"convergence{suffix}"] = convergence({setting: _curves(row, store) for setting, row in rows.items()}, note)
+        found[f"loss_parts{suffix}"] = loss_parts(log, title, about_run)
+    return found
+
+
+def _curves(row: Row, store: Store) -> list[list[dict[str, float | None]]]:
+    records = [find(store, recipe) for recipe in row.recipes.values()]
+    return [record.curve for record in records if record]
+
+
+def _first_log(row: Row, store: Store) -> tuple[list[dict[str, float]], str]:
+    """Log and name of the row's first complete run."""
+    for recipe in row.recipes.values():
+        if record := find(store, recipe):
+            return read_log(store.folder(record.recipe) / "log.jsonl"), record.id
+    return [], ""

@@ -1,0 +1,1 @@
+"""One run: train, store, find, plan."""

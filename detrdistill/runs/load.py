@@ -1,0 +1,67 @@
+"""What a run starts from: data, trained detectors, weights of backbones."""
+
+import warnings
+
+from torch import nn
+
+from detrdistill.data.coco import CocoDataset, open_dataset
+from detrdistill.data.layout import data_cache, pinned
+from detrdistill.data.transforms import build_transform
+from detrdistill.errors import InputError
+from detrdistill.files import file_hash
+from detrdistill.models import Backbone, build_detector
+from detrdistill.models.backbones import file_weights, imagenet_version, imagenet_weights, weights_path
+from detrdistill.models.weights import classes_of, classes_text, load_weights, read_weights
+from detrdistill.recipes.identity import parents, run_id
+from detrdistill.recipes.recipe import Recipe
+from detrdistill.runs.store import Store
+
+
+def open_split(recipe: Recipe, split: str) -> CocoDataset:
+    """The recipe's training or validation images, prepared as the recipe says."""
+    return open_dataset(recipe.data, split, data_cache(), build_transform(recipe.resize, train=split == "train"))
+
+
+def load_detector(recipe: Recipe, store: Store, dataset: CocoDataset) -> nn.Module:
+    """A trained detector from its run, in evaluation mode.
+
+    Raises:
+        InputError: the run is not complete, its weights are damaged, or it was trained for other classes than those of `dataset`.
+    """
+    recipe = pinned(recipe)
+    record = store.record(recipe)
+    if record is None:
+        raise InputError(f"run {run_id(recipe)} is not complete in {store.root}; run it first")
+    names = [category.name for category in dataset.categories]
+    detector = build_detector(recipe, len(dataset.categories))
+    path = store.check_weights(record)
+    about = read_weights(path)[1]
+    if classes_of(about) != names:
+        trained, given = about.get("categories"), classes_text(names)
+        raise InputError(f"weights {path} were trained for the classes {trained}, the data has {given}; use a detector of this data")
+    load_weights(detector, path)
+    return detector.eval()
+
+
+def start_backbone(backbone: Backbone, recipe: Recipe, store: Store) -> dict[str, str]:
+    """Load the weights that the recipe's backbone starts from, if any; says aloud when there are none.
+
+    Returns:
+        which they are, for the record; empty where they are a run's, or none.
+
+    Raises:
+        InputError: they are missing, damaged, or of another architecture.
+    """
+    weights = recipe.backbone.weights
+    if weights == "none":
+        warnings.warn(f"{recipe.title}: the backbone starts from random weights, as backbone.weights='none' says", stacklevel=2)
+    elif weights == "crops":
+        path = store.check_weights(store.record(parents(recipe)["backbone"]))
+        backbone.load(read_weights(path)[0], str(path))
+    elif weights == "imagenet":
+        backbone.load(imagenet_weights(recipe.backbone.name), "of torchvision")
+        return {"weights": str(imagenet_version(recipe.backbone.name))}
+    else:
+        backbone.load(file_weights(weights), str(weights))
+        return {"file": weights.name, "sha256": file_hash(weights_path(weights))}
+    return {}

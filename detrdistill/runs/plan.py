@@ -1,0 +1,90 @@
+"""What a batch would run, and how long that is expected to take, judged by runs that were made before. No torch here."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from detrdistill.data.layout import pinned_preset
+from detrdistill.recipes.identity import parents, run_id
+from detrdistill.recipes.presets import get_presets
+from detrdistill.recipes.recipe import CropRecipe, Recipe
+from detrdistill.recipes.tables import WEIGHTS, make_table, usual_tables
+from detrdistill.records import Record, read_record
+from detrdistill.runs.store import Store, open_store
+from detrdistill.runs.tuning import next_trials, rows_to_tune
+
+REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
+
+
+def plan_text(
+    preset: str, seeds: Sequence[int], tables: Sequence[str] = (), detectors: Sequence[str] = (), store: Store | None = None
+) -> str:
+    """A line a missing run, and their sum; of rows that are tuned (`weights`) the trials that are known by now to be wanted.
+
+    Raises:
+        InputError: an unknown preset or table, no seeds, or a record that was edited.
+    """
+    store = store or open_store(preset)
+    presets = [pinned_preset(one) for one in get_presets(preset, detectors)]
+    names = [name for name in tables or usual_tables(preset) if name != WEIGHTS]
+    wanted = [recipe for name in names for recipe in make_table(name, presets, seeds).recipes()]
+    for row in rows_to_tune(presets) if WEIGHTS in tables else ():
+        wanted += [row.trial(*trial) for trial in next_trials(row, store)]
+    missing = missing_runs(wanted, store)
+    known = list(records((store.root, REFERENCE / preset)))
+    expected = {name: expected_seconds(recipe, known) for name, recipe in missing.items()}
+    lines = [f"{name}: {duration(expected[name])}" for name in missing]
+    total = duration(sum(filter(None, expected.values())))
+    unknown = sum(seconds is None for seconds in expected.values())
+    if not missing:
+        return "All runs are stored."
+    beside = f", and {unknown} of unknown length" if unknown else ""
+    judged = "as measured with one process a core on the machine of the stored runs"
+    return "\n".join([*lines, f"{len(missing)} runs are missing: {total} of one core{beside} ({judged})."])
+
+
+def missing_runs(wanted: Iterable[Recipe | CropRecipe], store: Store) -> dict[str, Recipe | CropRecipe]:
+    """By id, the runs that are not stored and what they depend on; a stored run asks for nothing."""
+    found: dict[str, Recipe | CropRecipe] = {}
+    waiting = list(wanted)
+    while waiting:
+        recipe = waiting.pop(0)
+        if store.record(recipe) is None:
+            found[run_id(recipe)] = recipe
+            waiting += parents(recipe).values()
+    return found
+
+
+def records(roots: Iterable[Path]) -> Iterable[Record]:
+    for root in roots:
+        yield from (read_record(path) for path in sorted((root / "runs").glob("*/record.json")))
+
+
+def expected_seconds(recipe: Recipe | CropRecipe, known: Sequence[Record]) -> float | None:
+    """Steps times the seconds a step of the most similar run; None if there is none of the same detector."""
+    if isinstance(recipe, CropRecipe):
+        steps, rates = recipe.backbone.crops.steps, [rate(one) for one in known if isinstance(one.recipe, CropRecipe)]
+        return steps * max(rates) if rates else None
+    like = [one for one in known if isinstance(one.recipe, Recipe) and one.recipe.detector == recipe.detector]
+    # What costs most decides: whether there is a teacher, then the backbone.
+    for same in (
+        lambda one: (one.methods, one.backbone) == (recipe.methods, recipe.backbone),
+        lambda one: (bool(one.methods), one.backbone) == (bool(recipe.methods), recipe.backbone),
+        lambda one: bool(one.methods) == bool(recipe.methods),
+    ):
+        rates = [rate(one) for one in like if same(one.recipe)]
+        if rates and recipe.schedule.steps:
+            return recipe.schedule.steps * sum(rates) / len(rates)
+    return None
+
+
+def rate(record: Record) -> float:
+    return record.cost["seconds"] / record.cost["steps"]
+
+
+def duration(seconds: float | None) -> str:
+    """In words, rounded."""
+    if seconds is None:
+        return "unknown"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,257 @@
+"""`run(recipe)` trains, or returns the stored record. What a run depends on (teacher, crop-trained backbone) is run first."""
+
+import logging
+import os
+import resource
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from detrdistill.data.coco import CocoDataset, open_dataset, require_same_categories
+from detrdistill.data.layout import data_cache, data_hash, pinned
+from detrdistill.distill.build import build_distiller
+from detrdistill.errors import InputError
+from detrdistill.files import file_hash, nearby
+from detrdistill.models import build_detector
+from detrdistill.models.backbones import file_weights, imagenet_version
+from detrdistill.models.weights import classes_text, save_weights
+from detrdistill.process import keep_freed_memory
+from detrdistill.recipes.identity import parents, run_id
+from detrdistill.recipes.recipe import CropRecipe, Digits, Folder, Recipe, WeightsFile
+from detrdistill.records import Record
+from detrdistill.runs.load import load_detector, open_split, start_backbone
+from detrdistill.runs.provenance import code, provenance
+from detrdistill.runs.store import Store
+from detrdistill.training.batches import mix
+from detrdistill.training.crops import train_on_crops
+from detrdistill.training.evaluation import evaluate
+from detrdistill.training.fabric import loaders, make_fabric
+from detrdistill.training.teacher_outputs import TeacherOutputs, kept_outputs
+from detrdistill.training.trainer import train
+
+LOG = logging.getLogger(__name__)
+ON_CUDA = "sums of backward passes, in any order: grid_sample (which has no other form), indexing, interpolation"
+
+
+def run(
+    recipe: Recipe | CropRecipe,
+    store: Store,
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    progress: bool = True,
+    keep_teacher_outputs: bool = True,
+) -> Record:
+    """Train what `recipe` says and evaluate it, or return the record if that has been done.
+
+    An interrupted run continues from its last checkpoint. Under torchrun all processes call this and train together.
+
+    Args:
+        device: "auto" (cuda if there is one), "cpu" or "cuda". Not part of the recipe, but in the record.
+        workers: processes that load images, which changes no number; 0 loads them in this one. None: as many as `loaders` says.
+        keep_teacher_outputs: under `resize.train` "none" or "flip" the teacher's outputs are kept in `teacher_outputs` of the data
+            cache; `training.teacher_outputs` says how equal they are. False: the teacher computes them in every step.
+
+    Raises:
+        InputError: data, weights or folders are not usable, another process trains this run, the teacher is below its floor, or its
+            kept outputs are damaged or another teacher's.
+        NonFiniteError: training met a NaN or an infinity.
+        StoppedError: SIGTERM came while training.
+    """
+    if workers is not None and workers < 0:
+        raise InputError(f"workers {workers}: a number of processes; give 0 or more")
+    recipe = pinned(recipe)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and (record := stored(recipe, store)) is not None:
+        return record
+    code()
+    fabric = make_fabric(device, recipe.backbone.crops.precision if isinstance(recipe, CropRecipe) else recipe.precision)
+    if (record := _look_up(fabric, recipe, store)) is not None:
+        return record
+    workers = loaders(fabric) if workers is None else workers
+    if isinstance(recipe, CropRecipe):
+        if fabric.is_global_zero:
+            with store.hold(recipe):
+                if store.record(recipe) is None:  # another process may have finished it since
+                    _run_crops(fabric, recipe, store, progress)
+    else:
+        if isinstance(recipe.backbone.weights, Path | WeightsFile):
+            file_weights(recipe.backbone.weights)  # refused now, not after a teacher has been trained
+        same = {"device": device, "workers": workers, "progress": progress, "keep_teacher_outputs": keep_teacher_outputs}
+        records = {name: run(parent, store, **same) for name, parent in parents(recipe).items()}
+        with store.hold(recipe) if fabric.is_global_zero else nullcontext():
+            if _look_up(fabric, recipe, store) is None:
+                _run_detector(fabric, recipe, store, records, workers, progress, keep_teacher_outputs)
+    fabric.barrier()
+    return _look_up(fabric, recipe, store)
+
+
+def _look_up(fabric: Fabric, recipe: Recipe | CropRecipe, store: Store) -> Record | None:
+    """The record as the first process finds it: what each saw on a shared disk for itself could differ."""
+    return fabric.broadcast(stored(recipe, store) if fabric.is_global_zero else None)
+
+
+def stored(recipe: Recipe | CropRecipe, store: Store) -> Record | None:
+    """The record, if there is one.
+
+    Raises:
+        InputError: the backbone started from other weights than those that now go by that name: a file's path, or torchvision's.
+    """
+    record = store.record(recipe)
+    weights, about = recipe.backbone.weights, (record.parents if record else {}).get("backbone", {})
+    if isinstance(weights, Path) and "sha256" in about and nearby(weights).is_file():
+        now, then = file_hash(nearby(weights)), about["sha256"]
+    elif weights == "imagenet" and "weights" in about:
+        now, then = str(imagenet_version(recipe.backbone.name)), about["weights"]
+    else:
+        return record
+    if now != then:
+        raise InputError(
+            f"backbone weights {weights} are others now ({now}) than run {record.id} started from ({then}); give a new file a name "
+            "of its own, or delete the run's folder to train it again"
+        )
+    return record
+
+
+def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool) -> None:
+    # Crops are cut from the images as they are: the transform is never applied.
+    train_set, val_set = (open_dataset(recipe.data, split, data_cache(), transform=None) for split in ("train", "val"))
+    watch = _Watch(fabric)
+    model, accuracy = train_on_crops(fabric, train_set, val_set, recipe, progress=progress)
+    save_weights(store.weights(recipe), model, {"run": run_id(recipe)})
+    store.write(
+        Record(
+            id=run_id(recipe),
+            recipe=recipe,
+            metrics={"accuracy": accuracy},
+            curve=[],
+            cost=watch.cost(recipe.backbone.crops.steps, watch.seconds(), 0),
+            parents={},
+            provenance=_provenance(fabric, recipe.data, store.weights(recipe)) | {"commit": code()},
+        )
+    )
+
+
+def _run_detector(
+    fabric: Fabric, recipe: Recipe, store: Store, records: dict[str, Record], workers: int, progress: bool, keep_teacher_outputs: bool
+) -> None:
+    train_set, val_set = open_split(recipe, "train"), open_split(recipe, "val")
+    require_same_categories(train_set, val_set)
+    for report in (train_set.report, val_set.report):
+        if report.faults and fabric.is_global_zero:
+            LOG.warning("%s", report)
+    if recipe.schedule.batch % (recipe.schedule.accumulate * fabric.world_size):
+        raise InputError(
+            f"schedule.batch {recipe.schedule.batch} cannot be shared among {fabric.world_size} processes "
+            f"and {recipe.schedule.accumulate} micro-batches; choose a multiple"
+        )
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
+    watch = _Watch(fabric)
+
+    def measure(detector):
+        return _evaluate_once(fabric, detector, val_set, recipe, workers)
+
+    lineage: dict[str, dict[str, Any]] = {
+        name: {"run": record.id, "weights_sha256": record.provenance["weights_sha256"]} for name, record in records.items()
+    }
+    student = build_detector(recipe, len(train_set.categories))
+    if about := start_backbone(student.backbone, recipe, store):
+        lineage["backbone"] = about
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mix(recipe.seed, 1))  # adapters of the losses; the student has its own stream
+        distiller = build_distiller(student, recipe)
+    teacher_outputs = None
+    if recipe.teacher is not None:
+        teacher = load_detector(recipe.teacher, store, train_set).requires_grad_(False).to(fabric.device, memory_format=torch.channels_last)
+        kept, source = None, lineage["teacher"]
+        if keep_teacher_outputs:
+            root = data_cache() / "teacher_outputs"
+            kept = kept_outputs(fabric, distiller, train_set, recipe, source["run"], source["weights_sha256"], root)
+        source["AP"] = measured = measure(teacher)[0]["AP"] or 0.0
+        if measured <= recipe.teacher_floor:
+            raise InputError(
+                f"the teacher {source['run']} has AP {measured:.1f} on this data, and must exceed teacher_floor "
+                f"{recipe.teacher_floor:.1f} to teach; train it longer, check its weights, or lower the floor"
+            )
+        teacher_outputs = TeacherOutputs(teacher, distiller, kept)
+    folder = store.folder(recipe)
+    state = train(fabric, distiller, teacher_outputs, train_set, recipe, folder, measure, workers=workers, progress=progress, commit=code())
+    if not fabric.is_global_zero:
+        return
+    classes = classes_text([category.name for category in train_set.categories])
+    save_weights(store.weights(recipe), student, {"run": run_id(recipe), "categories": classes})
+    store.write(
+        Record(
+            id=run_id(recipe),
+            recipe=recipe,
+            metrics=state["metrics"],
+            curve=state["curve"],
+            cost=watch.cost(state["step"], state["seconds"], state["resumed"], recipe.schedule.batch)
+            | {name: state[name] for name in ("teacher_images",) if name in state},
+            parents=lineage,
+            provenance=_provenance(fabric, recipe.data, store.weights(recipe)) | {"commit": ", ".join(state["commits"]) or None},
+        )
+    )
+    (folder / "checkpoint.pt").unlink(missing_ok=True)
+
+
+def _evaluate_once(
+    fabric: Fabric, detector: nn.Module, dataset: CocoDataset, recipe: Recipe, workers: int
+) -> tuple[dict[str, float | None], torch.Tensor]:
+    """Evaluate in one process, without autocast, as many images at once as it trains on, and tell the others.
+
+    Newer GPUs round what convolutions multiply to TF32 all the same: torch's default, left as the official codes leave it.
+    """
+    found = None
+    if fabric.is_global_zero:
+        batch = max(1, recipe.schedule.batch // (recipe.schedule.accumulate * fabric.world_size))
+        found = evaluate(detector, dataset, batch, fabric.device, workers, top=detector.top)
+    return fabric.broadcast(found)
+
+
+def _provenance(fabric: Fabric, data: Digits | Folder, weights: Path) -> dict[str, Any]:
+    on_gpu = fabric.device.type == "cuda"
+    return (
+        provenance()
+        | {
+            "data_sha256": data_hash(data, data_cache()),
+            "weights_sha256": file_hash(weights),
+            "device": torch.cuda.get_device_name(fabric.device) if on_gpu else "cpu",
+            "processes": fabric.world_size,
+            "threads": torch.get_num_threads(),
+            "deterministic": not on_gpu,
+        }
+        | ({"not_deterministic": ON_CUDA} if on_gpu else {})
+    )
+
+
+class _Watch:
+    """Wall time and peak memory of a run; on the CPU the peak is the process's, which an earlier run in it may have set."""
+
+    def __init__(self, fabric: Fabric) -> None:
+        self._clock, self._device = time.monotonic, fabric.device
+        self._start = self._clock()
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
+    def seconds(self) -> float:
+        return self._clock() - self._start
+
+    def cost(self, steps: int, seconds: float, resumed: int, batch: int | None = None) -> dict[str, float | int | None]:
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device) / 2**20
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return {
+            "seconds": round(seconds, 1),
+            "steps": steps,
+            "images_per_second": round(batch * steps / seconds, 1) if batch else None,
+            "peak_memory_mib": round(peak),
+            "resumed": resumed,
+        }

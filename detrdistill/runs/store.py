@@ -1,0 +1,119 @@
+"""Where runs lie. A run has happened if, and only if, its record is there. No torch here."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from detrdistill.errors import InputError
+from detrdistill.files import file_hash, make_folder, write_text, writing
+from detrdistill.recipes.identity import _placeless, any_content, run_id
+from detrdistill.recipes.recipe import CropRecipe, Folder, Recipe
+from detrdistill.records import Record, _hash, read_record
+
+
+class Store:
+    """The runs of one results folder, `results/<preset>`."""
+
+    def __init__(self, root: Path | str) -> None:
+        self.root = Path(root)
+
+    def folder(self, recipe: Recipe | CropRecipe) -> Path:
+        return self.root / "runs" / run_id(recipe)
+
+    def weights(self, recipe: Recipe | CropRecipe) -> Path:
+        return self.folder(recipe) / "weights.safetensors"
+
+    def record(self, recipe: Recipe | CropRecipe) -> Record | None:
+        """The run's record, None if it has not been completed.
+
+        Raises:
+            InputError: the record was edited or damaged, or is that of another recipe.
+        """
+        path = self.folder(recipe) / "record.json"
+        if not path.exists():
+            return None
+        record = read_record(path)
+        if _placeless(record.recipe) != _placeless(recipe):
+            raise InputError(f"record {path}: made by another recipe, from before a default was changed; delete its folder to run again")
+        return record
+
+    def check_weights(self, record: Record) -> Path:
+        """Path of a record's weights, after comparing their hash.
+
+        Raises:
+            InputError: they are missing or differ.
+        """
+        path = self.weights(record.recipe)
+        if not path.exists():
+            raise InputError(f"run {record.id}: weights {path} are missing; restore them, or delete the folder to train again")
+        if file_hash(path) != record.provenance["weights_sha256"]:
+            raise InputError(f"run {record.id}: weights {path} differ from its record; restore them, or delete the folder to train again")
+        return path
+
+    def write(self, record: Record) -> None:
+        body = record.model_dump(mode="json")
+        write_text(self.folder(record.recipe) / "record.json", json.dumps(body | {"sha256": _hash(body)}, indent=1) + "\n")
+
+    @contextmanager
+    def hold(self, recipe: Recipe | CropRecipe) -> Iterator[None]:
+        """Keep other processes from training the same run; a dead holder's lock is free, and its half-written files are removed.
+
+        Raises:
+            InputError: another process holds it; names that process.
+        """
+        import fcntl
+
+        path = make_folder(self.folder(recipe)) / ".lock"
+        with writing(path):
+            file = path.open("ab+", buffering=0)  # no buffer to be written at the end, when the disk may be full
+        with file:
+            try:
+                # Not flock, whose lock a dead process's children (loaders of images) would keep. It holds against other processes only.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                file.seek(0)
+                holder = file.read().decode().strip() or "another process"
+                raise InputError(f"run {run_id(recipe)} is being trained by {holder}; wait for it, or stop it") from None
+            except OSError as error:
+                raise InputError(f"{path}: cannot be locked ({error.strerror}); choose a results folder on a disk that has locks") from None
+            with writing(path):
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            for unfinished in (*path.parent.glob(".*.part"), *path.parent.glob(".tmp*")):  # the latter are those of safetensors
+                unfinished.unlink()
+            yield
+
+
+def open_store(preset: str) -> Store:
+    """The store of a preset: `$DETRDISTILL_RESULTS/<preset>`, else `results/<preset>` in this folder or the nearest above that has one."""
+    if stated := os.environ.get("DETRDISTILL_RESULTS"):
+        return Store(Path(stated) / preset)
+    here = Path.cwd()
+    roots = [folder / "results" for folder in (here, *here.parents)]
+    return Store(next((root for root in roots if root.is_dir()), roots[0]) / preset)
+
+
+def find(store: Store, recipe: Recipe) -> Record | None:
+    """The record of a recipe; a data folder's content, which names such a run, is taken from the record and not from the folder.
+
+    Raises:
+        InputError: a record was edited or lies in another run's folder, or there are runs on several versions of the data.
+    """
+    wanted = any_content(recipe)
+    paths = sorted((store.root / "runs").glob(f"{recipe.title}-{'[0-9a-f]' * 8}/record.json"))
+    if not isinstance(recipe.data, Folder):
+        paths = [path for path in paths if path.parent.name == run_id(recipe)]
+    found = []
+    for path in paths:
+        record = read_record(path)
+        if not path.parent.name == record.id == run_id(record.recipe):
+            raise InputError(f"record {path} is that of run {record.id}; a record belongs in the folder of its own run")
+        if run_id(any_content(record.recipe)) == run_id(wanted):
+            found.append(record)
+    if len(found) > 1:
+        ids = ", ".join(record.id for record in found)
+        raise InputError(f"runs {ids} differ only in the content of their data; keep one of them in {store.root}")
+    return found[0] if found else None

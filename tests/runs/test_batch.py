@@ -1,0 +1,205 @@
+"""The batch from nothing to tables, in the smoke preset: what it runs, what it does not run again, and what a kill leaves."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from detrdistill.data.layout import pinned
+from detrdistill.recipes.identity import run_id
+from detrdistill.recipes.presets import coco, get_preset, smoke
+from detrdistill.recipes.recipe import Folder
+from tests.folders import write_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+def snakemake(folder: Path, *words: str) -> list[str]:
+    return [
+        *(sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "1", "--directory", str(folder)),
+        *("--config", "preset=smoke", "seeds=0", "tables=main_results", "detectors=deformable_detr", *words),
+    ]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return workplace(tmp_path_factory.mktemp("clone"))
+
+
+def workplace(folder: Path) -> Path:
+    """A folder to work in, with the sources of the batch."""
+    for name in ("workflow", "notebooks"):
+        shutil.copytree(ROOT / name, folder / name)
+    (folder / "results" / "published").mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", os.pathsep.join(p for p in os.environ["PATH"].split(os.pathsep) if ".venv" not in p))  # as under make
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.delenv("DETRDISTILL_RESULTS", raising=False)
+
+
+def kill_at(folder: Path, records: int) -> dict[Path, int]:
+    """Start the batch, kill all of it when so many runs are complete; returns when each of these was written."""
+    runs = folder / "results" / "smoke" / "runs"
+    batch = subprocess.Popen(snakemake(folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while len(list(runs.glob("*/record.json"))) < records and batch.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    os.killpg(batch.pid, signal.SIGKILL)
+    batch.wait()
+    written = {path: path.stat().st_mtime_ns for path in runs.glob("*/record.json")}
+    assert len(written) >= records, "the batch ended before it could be killed"
+    return written
+
+
+@pytest.mark.parametrize("records", [1, 7])
+def test_killed_at_any_moment_it_ends_well_when_called_again(folder: Path, environment: None, records: int, tmp_path: Path) -> None:
+    """After the first run, and between the last run and the notebooks."""
+    place = folder if records == 1 else workplace(tmp_path)
+    before = kill_at(place, records)
+    subprocess.run(snakemake(place, "--unlock"), cwd=ROOT, check=True, capture_output=True, timeout=120)
+    again = subprocess.run(snakemake(place), cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert again.returncode == 0, again.stderr
+    results = place / "results" / "smoke"
+    after = {path: path.stat().st_mtime_ns for path in results.glob("runs/*/record.json")}
+    assert len(after) == 7, "backbone, teacher, student, three rivals, distilled student"
+    assert {path: after[path] for path in before} == before, "complete runs were run again"
+    for name in ("tables/main_results.csv", "tables/main_results.md", "tables/main_results.tex", "figures/convergence.pdf"):
+        assert (results / name).stat().st_size > 0
+    assert [path.name for path in (results / "notebooks").iterdir()] == ["01_main_results.ipynb"]
+    assert "notebooks/01_main_results.ipynb" in (results / "index.html").read_text()
+
+
+def test_a_second_call_computes_nothing(folder: Path, environment: None) -> None:
+    again = subprocess.run(snakemake(folder, "--dry-run"), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert "Nothing to be done" in again.stdout + again.stderr
+
+
+def test_one_table_asks_for_its_own_runs_and_notebook(folder: Path, environment: None) -> None:
+    plan = subprocess.run([*snakemake(folder, "tables=components", "--dry-run")], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    jobs = plan.stdout + plan.stderr
+    assert jobs.count("rule train:") == 6, "eight rows; student and DETRDistill are stored, as is the teacher"
+    assert "notebooks/06_components.ipynb" in jobs and "00_quickstart" not in jobs and "tables/components.csv" in jobs
+
+
+def test_nothing_stated_is_the_preset_s_own_choice(tmp_path: Path, environment: None) -> None:
+    """As make calls it, with every variable empty."""
+    words = [*snakemake(workplace(tmp_path), "preset=quick", "tables=", "detectors=", "--dry-run")]
+    plan = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    jobs = plan.stdout + plan.stderr
+    assert plan.returncode == 0, jobs
+    assert "notebooks/10_query_masks.ipynb" in jobs and "06_components" not in jobs and "15_your_own_data" not in jobs
+
+
+@pytest.mark.parametrize("detector", ["adamixer", "deformable_detr"])
+def test_a_named_detector_is_that_of_all_notebooks(tmp_path: Path, environment: None, detector: str) -> None:
+    """Also of those that make no table: none trains another one. The quickstart has no choice."""
+    words = [*snakemake(workplace(tmp_path), "tables=", f"detectors={detector}", "--dry-run")]
+    plan = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    jobs = plan.stdout + plan.stderr
+    assert plan.returncode == 0, jobs
+    calls = {line.split("notebooks/")[1][:2]: line for line in jobs.splitlines() if " notebook notebooks/" in line}
+    assert {"01", "10", "11", "12"} <= calls.keys() and "15" not in calls and ("00" in calls) == (detector == "deformable_detr")
+    assert "--parameters detector" not in calls.pop("00", "")
+    assert all(f"detector={detector}" in call or f"detectors='{detector}'" in call for call in calls.values())
+
+
+def test_unknown_tables_are_refused(folder: Path, environment: None) -> None:
+    plan = subprocess.run([*snakemake(folder, "tables=tabel7", "--dry-run")], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert plan.returncode != 0 and "table 'tabel7' is unknown; known: main_results, prior_methods" in plan.stdout + plan.stderr
+
+
+def test_a_cluster_gets_every_run_as_a_job(tmp_path: Path, environment: None) -> None:
+    place = workplace(tmp_path)
+    words = [*snakemake(place, "gpus=2", "tables=components", "--workflow-profile", "workflow/profiles/slurm", "--dry-run")]
+    plan = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    jobs = plan.stdout + plan.stderr
+    assert plan.returncode == 0, jobs
+    assert jobs.count("rule train:") == 10 and "runtime=2880" in jobs and "gpu=2" in jobs
+    assert "-m torch.distributed.run --standalone --nproc-per-node 2 -m detrdistill train smoke" in jobs and "--device cuda" in jobs
+
+
+def test_on_one_machine_runs_with_gpus_of_their_own_take_turns(environment: None, tmp_path: Path) -> None:
+    """Teacher and student could train side by side otherwise, once there is a backbone."""
+    place = workplace(tmp_path)
+    wanted = [f"{place}/results/smoke/runs/{run_id(recipe)}/record.json" for recipe in (smoke().teacher, smoke().student)]
+    words = [*snakemake(place, "gpus=1", "device=cpu", "--cores", "10"), *wanted]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    told = done.stdout + done.stderr
+    assert done.returncode == 0, told
+    assert re.findall(r"rule train:|Finished jobid", told) == ["rule train:", "Finished jobid"] * 3, told
+
+
+def test_other_seeds_make_table_and_notebooks_again(folder: Path, environment: None) -> None:
+    words = [word.replace("seeds=0", "seeds=0 1") for word in snakemake(folder, "--dry-run")]
+    plan = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    jobs = plan.stdout + plan.stderr
+    assert "rule notebook" in jobs and "rule report" in jobs and jobs.count("rule train:") == 4, "the student of seed 1 is smoke's teacher"
+
+
+def test_a_stored_teacher_asks_for_nothing(folder: Path, environment: None, tmp_path: Path) -> None:
+    """As after a fresh clone: the teacher's record is there, the backbone it started from is not."""
+    (teacher,) = (folder / "results" / "smoke" / "runs").glob("*plain-seed1-*")
+    shutil.copytree(teacher, tmp_path / "results" / "smoke" / "runs" / teacher.name)
+    wanted = f"{tmp_path}/results/smoke/runs/{teacher.name}/record.json"
+    plan = subprocess.run([*snakemake(tmp_path, "--dry-run"), wanted], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert plan.returncode == 0 and "Nothing to be done" in plan.stdout + plan.stderr, plan.stderr
+
+
+def plan(folder: Path, **config: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "1", "--dry-run", "--directory", folder]
+    command += ["--config", *(f"{name}={value}" for name, value in config.items())]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_batch_waits_for_runs_by_their_data_s_hash(tmp_path, monkeypatch):
+    monkeypatch.setenv("DETRDISTILL_RESULTS", str(tmp_path / "results"))
+    data = Folder(path=write_folder(tmp_path / "data" / "coco"))
+    done = plan(tmp_path, preset="coco", seeds="0")
+    assert done.returncode == 0, done.stderr
+    for setting in ("teacher", "student", "detrdistill"):
+        recipe = pinned(coco().recipe(setting).replace(data=data, **({"teacher.data": data} if setting == "detrdistill" else {})))
+        assert f"/runs/{run_id(recipe)}/record.json" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("preset", "seeds", "message"),
+    [
+        ("coco", "0", "data folder data/coco: does not exist; expected there: instances_train.json"),
+        ("smok", "0", "preset 'smok' is unknown; known: smoke, quick, mini, bccd, coco"),
+        ("smoke", "a", "seeds 'a': whole numbers, such as SEEDS='0 1 2'"),
+    ],
+)
+def test_a_batch_that_cannot_be(tmp_path, preset, seeds, message):
+    done = plan(tmp_path, preset=preset, seeds=seeds)
+    told = done.stdout + done.stderr
+    assert done.returncode and message in told and "Traceback" not in told
+
+
+def test_weights_are_tuned_when_asked_for_by_name_a_job_a_row(folder, environment):
+    asked = plan(folder, preset="smoke", seeds="0", tables="weights", detectors="deformable_detr")
+    told = asked.stdout + asked.stderr
+    assert asked.returncode == 0, told
+    rows = ("fgd", "mgd", "fitnet", "detrdistill", "kd_detr", "d3etr", "pkd", "cwd")
+    assert all(f"tune smoke '{row}' --detector deformable_detr" in told for row in rows) and "notebooks/17_weights.ipynb" in told
+    usual = plan(folder, preset="smoke", seeds="0", detectors="deformable_detr")
+    assert usual.returncode == 0 and "rule tune" not in usual.stdout + usual.stderr
+    both = plan(folder, preset="smoke", seeds="0", tables="weights main_results", detectors="deformable_detr")
+    assert both.returncode == 0 and all(word in both.stdout + both.stderr for word in ("tune smoke", "01_main_results", "17_weights"))
+
+
+def test_the_batch_asks_for_a_run_with_the_seed_of_a_student_that_needs_it(folder, environment):
+    done = plan(folder, preset="mini", seeds="0 3", tables="main_results", detectors="adamixer")
+    told = done.stdout + done.stderr
+    preset = get_preset("mini", "adamixer")
+    wanted = {run_id(preset.teacher_of(3)): 3, run_id(preset.teacher): 0, run_id(preset.recipe("fgd", 3)): 3}
+    assert done.returncode == 0 and all(f"train mini {name} --seed {seed} " in told for name, seed in wanted.items())

@@ -1,0 +1,101 @@
+"""The house stays one that a stranger finds their way in: imports run one way, and no room or file grows out of hand."""
+
+import ast
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "detrdistill"
+# What stands in a line may import what stands in the same line (one room) or above it.
+ORDER = (
+    "errors files process",
+    "recipes",
+    "statistics published records",
+    "boxes matching",
+    "models",
+    "criterion",
+    "distill",
+    "data",
+    "checkpoints",
+    "training",
+    "runs",
+    "figures",
+    "analysis",
+    "report",
+    "parameters session notebooks",
+    "cli",
+    "__main__ __init__",
+)
+RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms.split()}
+CORE = ("models", "distill", "matching.py", "criterion.py", "training/trainer.py")  # what a newcomer reads to understand the paper
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def lines(path: Path) -> int:
+    return len(path.read_text(encoding="utf-8").splitlines())
+
+
+def imported_rooms(path: Path) -> set[str]:
+    """Rooms that a file names in any import of the package, also within functions and for types alone."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        else:
+            names = [one.name for one in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            package, *inside = (name or ".").split(".")
+            if package == "detrdistill":
+                found |= {inside[0]} if inside else {one.name for one in getattr(node, "names", ())} & RANK.keys()
+            assert package, f"{path.name}: a relative import hides where it leads; name the module"
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_run_one_way(path: Path) -> None:
+    own = room(path)
+    upward = [other for other in sorted(imported_rooms(path)) if RANK[other] > RANK[own]]
+    assert not upward, f"{path.relative_to(PACKAGE)} imports {', '.join(upward)}, which stand above {own}: see ORDER"
+
+
+def test_a_room_has_no_circle_of_files() -> None:
+    """Within a room too: files can be read in an order in which each only needs those before."""
+    needs = {
+        path.relative_to(PACKAGE).as_posix(): {
+            node.module.replace(".", "/").removeprefix("detrdistill/") + ".py"
+            for node in ast.parse(path.read_text(encoding="utf-8")).body
+            if isinstance(node, ast.ImportFrom) and node.module.startswith("detrdistill.")
+        }
+        for path in FILES
+    }
+    while ready := {name for name, others in needs.items() if not others & needs.keys() - {name}}:
+        needs = {name: others for name, others in needs.items() if name not in ready}
+    assert not needs, f"these import each other in a circle: {', '.join(needs)}"
+
+
+def test_sizes() -> None:
+    """docs/design.md says why: the core is to be read in an afternoon, and no room is the house."""
+    total, rooms = sum(map(lines, FILES)), Counter()
+    for path in FILES:
+        rooms[room(path)] += lines(path)
+        assert lines(path) <= 320, f"{path.relative_to(PACKAGE)}: {lines(path)} lines; find its seam and split it (at most 320)"
+    largest, size = rooms.most_common(1)[0]
+    assert size <= total / 4, f"{largest} holds {size} of {total} lines; more than a quarter"
+    core = [path for path in FILES if path.relative_to(PACKAGE).as_posix().startswith(CORE)]
+    assert sum(map(lines, core)) <= 4000, "models, distill, matching, criterion and trainer together: at most 4,000 lines"
+    assert total <= 14000, f"the package has {total} lines; at most 14,000"
+
+
+def test_every_room_is_in_the_order() -> None:
+    assert {room(path) for path in FILES} == RANK.keys()
+
+
+def test_no_lambda_is_given_a_name() -> None:
+    for path in FILES:
+        assert "E731" not in path.read_text(encoding="utf-8"), f"{path.relative_to(PACKAGE)}: a named lambda; write a function"
