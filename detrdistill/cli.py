@@ -58,7 +58,7 @@ def train(
     from detrdistill.recipes.presets import get_preset
     from detrdistill.runs.store import Store, open_store
 
-    recipe = named_run(preset, row, seed) or get_preset(preset, detector).recipe(row, seed)
+    recipe, reference = named_run(preset, row, seed) or (get_preset(preset, detector).recipe(row, seed), False)
     if data is not None:
         recipe = on_other_data(recipe, data)
     changes = dict(assignment(text) for text in set)
@@ -68,14 +68,18 @@ def train(
 
     from detrdistill.runs.run import run  # only now: torch takes seconds, a mistyped parameter should not
 
-    record = run(recipe, store, device=device, workers=workers)
+    record = run(recipe, store, device=device, workers=workers, reference=reference and not set and data is None)
     shown = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items() if value is not None)
     print(f"{record.id}: {shown}")
 
 
-def named_run(preset: str, row: str, seed: int) -> "Recipe | CropRecipe | None":
-    """The run of a preset's tables that has this id, whichever detectors the tables are made for; None if `row` is no id of one."""
+def named_run(preset: str, row: str, seed: int) -> "tuple[Recipe | CropRecipe, bool] | None":
+    """The run of a preset's tables that has this id, whichever detectors the tables are made for, and whether it is a parent of others.
+
+    None if `row` is no id of one.
+    """
     from detrdistill.data.layout import pinned_preset
+    from detrdistill.recipes.identity import parents, run_id
     from detrdistill.recipes.presets import get_presets
     from detrdistill.recipes.tables import TABLES, named_runs
     from detrdistill.runs.tuning import runs_before_tuning
@@ -87,8 +91,9 @@ def named_run(preset: str, row: str, seed: int) -> "Recipe | CropRecipe | None":
         for pin in (False, True):
             runs = named_runs(TABLES, [pinned_preset(one) if pin else one for one in chosen], (seed,))
             if row in runs:
-                return runs[row]
-    return runs_before_tuning(presets).get(row)
+                return runs[row], any(row == run_id(parent) for one in runs.values() for parent in parents(one).values())
+    before = runs_before_tuning(presets)
+    return (before[row], True) if row in before else None
 
 
 def on_other_data(recipe: "Recipe", data: Path) -> "Recipe":
@@ -184,9 +189,15 @@ def report(preset: str = "quick", seeds: tuple[int, ...] = (), tables: tuple[str
         detectors: names of detectors; without, all that the preset has recipes for.
     """
     from detrdistill.report.write import stored_seeds, write_report
+    from detrdistill.runs.reference import to_show
     from detrdistill.runs.store import open_store
 
-    for path in write_report(preset, seeds or stored_seeds(preset, tables, detectors), open_store(preset).root, tables, detectors):
+    store = open_store(preset)
+    source = to_show(preset, store)
+    if source is not store:
+        print(f"{store.root} has no complete run yet: this is a report of the committed reference, {source.root}", file=sys.stderr)
+    seeds = seeds or stored_seeds(preset, tables, detectors, source)
+    for path in write_report(preset, seeds, store.root, tables, detectors, source):
         print(path)
 
 

@@ -50,6 +50,12 @@ def read_record(path: Path) -> Record:
     return Record.read(body, where=f"record {path}")
 
 
+def record_text(record: Record) -> str:
+    """As `read_record` reads it: JSON with a hash of all the rest."""
+    body = record.model_dump(mode="json")
+    return json.dumps(body | {"sha256": _hash(body)}, indent=1) + "\n"
+
+
 def short_commit(commit: str | None) -> str:
     """The commit of a record as people read it."""
     if not isinstance(commit, str):

@@ -1,7 +1,6 @@
 """When two recipes are one run, what a run is called, and which runs it needs."""
 
 import json
-import re
 from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
@@ -29,22 +28,17 @@ def run_id(recipe: Recipe | CropRecipe) -> str:
     So a field that is added later, at its default, leaves old names valid. The folder a data set lies in does not count, its
     content does.
     """
-    return f"{recipe.title}-{sha256(json.dumps(_essence(recipe), sort_keys=True).encode()).hexdigest()[:8]}"
+    return _named(recipe, content=True)
 
 
-def _essence(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_essence(item) for item in value]
-    if not isinstance(value, Strict):
-        return str(value) if isinstance(value, Path) else value
-    told = {}
-    for name, field in type(value).model_fields.items():
-        held = getattr(value, name)
-        elsewhere = name == "path" and value.sha256 is not None
-        # What kind of thing it is counts even where it is the default of its class.
-        if name in ("name", "kind") or (held != field.get_default() and not elsewhere):
-            told[name] = _essence(held)
-    return told
+def same_run(one: Recipe | CropRecipe, other: Recipe | CropRecipe) -> bool:
+    """Whether two recipes are one run: the same in every field, those at their defaults too, but for where a data folder lies.
+
+    The folder's content counts where both recipes state it. One that does not state it (a preset, before its folder is looked at)
+    stands for whatever content the other has.
+    """
+    content = all(not isinstance(recipe.data, Folder) or recipe.data.sha256 for recipe in (one, other))
+    return type(one) is type(other) and _fields(one, content) == _fields(other, content)
 
 
 def all_runs(recipes: Iterable[Recipe]) -> dict[str, Recipe | CropRecipe]:
@@ -58,21 +52,14 @@ def all_runs(recipes: Iterable[Recipe]) -> dict[str, Recipe | CropRecipe]:
     return found
 
 
-def any_content(recipe: Recipe) -> Recipe:
-    """The recipe with its data folder's place and hash blotted out, so that runs on whatever content compare equal."""
-    if not isinstance(recipe.data, Folder):
-        return recipe
-    return recipe.replace(data=recipe.data.replace(sha256="any"), teacher=recipe.teacher and any_content(recipe.teacher))
-
-
 def treatment(recipe: Recipe) -> str:
-    """What a recipe is but for its seeds and its teacher's: runs of one row, whichever teacher taught them."""
-    return run_id(any_content(_seedless(recipe).replace(teacher=recipe.teacher and _seedless(recipe.teacher))))
+    """What a recipe is but for its seeds and its teacher's: runs of one row, whichever teacher taught them, on whatever content."""
+    return _named(_seedless(recipe).replace(teacher=recipe.teacher and _seedless(recipe.teacher)), content=False)
 
 
 def block(recipe: Recipe) -> str:
     """The plain student of the same seed: what shares start weights, images and their order, and the length of the schedule."""
-    return run_id(any_content(recipe.replace(methods=(), teacher=None, teacher_floor=0.0)))
+    return _named(recipe.replace(methods=(), teacher=None, teacher_floor=0.0), content=False)
 
 
 def _seedless(recipe: Recipe) -> Recipe:
@@ -80,6 +67,36 @@ def _seedless(recipe: Recipe) -> Recipe:
     return recipe.replace(seed=0, **({"backbone.crops.seed": 0} if recipe.backbone.crops else {}))
 
 
-def _placeless(recipe: Recipe | CropRecipe) -> str:
-    """The recipe without the paths of data folders, which may move."""
-    return re.sub(r'"path": *"[^"]*"', "", json.dumps(recipe.model_dump(mode="json")))
+def _named(recipe: Recipe | CropRecipe, content: bool) -> str:
+    return f"{recipe.title}-{sha256(json.dumps(_stated(recipe, content), sort_keys=True).encode()).hexdigest()[:8]}"
+
+
+def _stated(value: Any, content: bool) -> Any:
+    """All that is not at its default; of a data folder its content or, before that is known, its path."""
+    if isinstance(value, tuple):
+        return [_stated(item, content) for item in value]
+    if not isinstance(value, Strict):
+        return str(value) if isinstance(value, Path) else value
+    left_out = _left_out(value, content)
+    return {
+        name: _stated(getattr(value, name), content)
+        for name, field in type(value).model_fields.items()
+        # What kind of thing it is counts even where it is the default of its class.
+        if name in ("name", "kind") or (getattr(value, name) != field.get_default() and name not in left_out)
+    }
+
+
+def _left_out(value: Strict, content: bool) -> set[str]:
+    if not isinstance(value, Folder):
+        return set()
+    return {"path"} if content and value.sha256 else set() if content else {"path", "sha256"}
+
+
+def _fields(value: Any, content: bool) -> Any:
+    """Every field; of a data folder its content, or nothing."""
+    if isinstance(value, tuple):
+        return [_fields(item, content) for item in value]
+    if not isinstance(value, Strict):
+        return value
+    left_out = ({"path"} if content else {"path", "sha256"}) if isinstance(value, Folder) else set()
+    return {name: _fields(getattr(value, name), content) for name in type(value).model_fields if name not in left_out}

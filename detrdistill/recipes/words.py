@@ -7,4 +7,4 @@ TITLES = {
     "fgfi": "FGFI", "pkd": "PKD", "cwd": "CWD", "kd_detr": "KD-DETR", "d3etr": "D3ETR",
 }  # fmt: skip
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-NOT_RUN, NO_OBJECTS = "not run", "n/a"
+MEASURED, STORED, NOT_RUN, NO_OBJECTS = "measured", "stored", "not run", "n/a"

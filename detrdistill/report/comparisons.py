@@ -10,7 +10,7 @@ from detrdistill.recipes.identity import block, run_id, treatment
 from detrdistill.recipes.rows import Row, Table
 from detrdistill.records import Record, refuse_mixed
 from detrdistill.report.tables import metrics_at
-from detrdistill.runs.store import Store, find
+from detrdistill.runs.store import Store
 from detrdistill.statistics import BlockFit, Difference
 
 
@@ -32,7 +32,7 @@ class Comparisons:
         for table, row in rows:
             for recipe in row.recipes.values():
                 name = run_id(recipe)
-                if name not in lines and (record := find(store, recipe)):
+                if name not in lines and (record := store.record(recipe)):
                     lines[name] = {"detector": row.detector, "treatment": treatment(recipe), "block": block(recipe)}
                     lines[name] |= {"title": row.title, "table": table.title, "record": record}
         refuse_mixed([line["record"] for line in lines.values()])

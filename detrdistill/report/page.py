@@ -12,7 +12,7 @@ import pandas as pd
 
 from detrdistill.files import write_text
 from detrdistill.recipes.claims import MARGIN, REPRODUCED_WITHIN
-from detrdistill.recipes.words import NOT_RUN
+from detrdistill.recipes.words import MEASURED, NOT_RUN, STORED
 from detrdistill.statistics import AGAINST, HOLDS, NO_EFFECT, NO_GAIN, ONE_SEED, SMALL, UNDECIDED
 
 # Words that may be said of a difference or a row, a sign for those who do not see colours, and what they mean.
@@ -32,7 +32,8 @@ STATUSES = {
     NO_GAIN: ("≤", f"it may be harm, but no gain of {MARGIN:g} AP: the 90 % interval ends below the margin"),
     UNDECIDED: ("?", "none of these can be said yet; so many seeds of both rows would decide it, if means and spreads stayed as they are"),
     ONE_SEED: ("1", "measured once, so nothing is known about noise"),
-    "measured": ("●", "measured here; nothing to compare with"),
+    MEASURED: ("●", "measured here; nothing to compare with"),
+    STORED: ("◌", "taken from the committed reference, not trained here: what others learn or start from"),
     NOT_RUN: ("○", "no complete run is stored, or not with this measure; never a zero"),
 }
 STATUS = "Status"

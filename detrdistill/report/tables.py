@@ -16,9 +16,9 @@ from detrdistill.published import published, published_value
 from detrdistill.recipes.claims import MARGIN, REPRODUCED_WITHIN
 from detrdistill.recipes.identity import run_id
 from detrdistill.recipes.rows import Table
-from detrdistill.recipes.words import METRICS, NO_OBJECTS, NOT_RUN
+from detrdistill.recipes.words import MEASURED, METRICS, NO_OBJECTS, NOT_RUN, STORED
 from detrdistill.records import Record, refuse_mixed, short_commit
-from detrdistill.runs.store import Store, find
+from detrdistill.runs.store import Store
 from detrdistill.statistics import ONE_SEED, Difference, mean_and_half, seeds_to_decide, verdict, verdict_words
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ def collect(table: Table, store: Store) -> pd.DataFrame:
     lines, records = [], []
     for row in table.rows:
         for seed, recipe in row.recipes.items():
-            record = find(store, recipe)
+            record = store.record(recipe)
             line = {"table": table.name, "preset": table.preset, "detector": row.detector, "setting": row.setting, "seed": seed}
             line |= {"run": record.id if record else run_id(recipe)}
             line |= {name: _nan(value) for name, value in metrics_at(record, row.at).items()}
-            line |= {"status": "measured" if record else NOT_RUN}
+            line |= {"status": _status(record, store)}
             about = record.provenance if record else {}
             records += [record] if record else []
             line |= {"measured_on": table.measured_on, "data_sha256": about.get("data_sha256"), "commit": about.get("commit")}
@@ -46,6 +46,12 @@ def collect(table: Table, store: Store) -> pd.DataFrame:
             lines.append(line)
     refuse_mixed(records)
     return pd.DataFrame(lines)
+
+
+def _status(record: Record | None, store: Store) -> str:
+    if record is None:
+        return NOT_RUN
+    return STORED if store.is_stored(record) else MEASURED
 
 
 def metrics_at(record: Record | None, at: float) -> dict[str, float | None]:
@@ -88,6 +94,7 @@ def summarise(table: Table, frame: pd.DataFrame, comparisons: "Comparisons") -> 
         for name in ("AP", "gain"):
             stated = row.published and published_value(paper, row.published, row.column.replace("AP", name))
             line[f"published_{name}"] = stated if row.published else math.nan
+        line |= {"stored": bool(len(runs)) and (runs["status"] == STORED).all()}
         line |= {"measured_on": table.measured_on, "seeds": int(runs["AP"].notna().sum()), "seeds_wanted": len(row.recipes)}
         lines.append(line | {"status": status(line, gain, coco=table.preset == "coco")})
     return pd.DataFrame(lines)
@@ -96,15 +103,17 @@ def summarise(table: Table, frame: pd.DataFrame, comparisons: "Comparisons") -> 
 def status(line: Mapping[str, float | str], gain: Difference, *, coco: bool) -> str:
     """What may be said of a row: on COCO itself "reproduced" within 0.5 AP, otherwise the verdict on its gain over the student.
 
-    "measured" where there is nothing to compare, as for teacher and student off COCO.
+    "measured" where there is nothing to compare, as for teacher and student off COCO; "stored" where it was taken from the reference.
     """
     if not line["seeds"]:
         return NOT_RUN
     if coco and abs(line["AP"] - line["published_AP"]) <= REPRODUCED_WITHIN + 1e-9:
         return "reproduced"
     if not line["baseline"]:
-        return ONE_SEED if line["setting"] != "teacher" and line["seeds"] == 1 else "measured"
-    return verdict_words(verdict(gain, MARGIN), seeds_to_decide(gain, MARGIN)) or (ONE_SEED if line["seeds"] == 1 else "measured")
+        if line["stored"]:
+            return STORED
+        return ONE_SEED if line["setting"] != "teacher" and line["seeds"] == 1 else MEASURED
+    return verdict_words(verdict(gain, MARGIN), seeds_to_decide(gain, MARGIN)) or (ONE_SEED if line["seeds"] == 1 else MEASURED)
 
 
 def cells(summary: pd.DataFrame) -> pd.DataFrame:

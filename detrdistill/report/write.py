@@ -28,8 +28,8 @@ from detrdistill.report.tables import NOTES, cells, collect, provenance_line, su
 from detrdistill.report.weights import NOTE as NOTE_OF_WEIGHTS
 from detrdistill.report.weights import tuning_cells, tuning_frame, write_tuning
 from detrdistill.runs.plan import records
-from detrdistill.runs.store import Store, find, open_store
-from detrdistill.training.logging import read_log
+from detrdistill.runs.reference import run_log
+from detrdistill.runs.store import Store, open_store
 
 MAIN_FIGURES = ("figure1", "convergence", "loss_parts")  # of the main results, beside their own
 CLAIM_FIGURES = ("forest", "residuals")
@@ -42,6 +42,7 @@ def write_report(
     store_root: Path | str | None = None,
     tables: Sequence[str] = (),
     detectors: Sequence[str] = (),
+    source: Store | None = None,
 ) -> list[Path]:
     """Write tables to `tables/`, figures to `figures/` and a page with everything, `index.html`; what is missing is "not run".
 
@@ -49,6 +50,7 @@ def write_report(
         store_root: the preset's results folder; by default that of `store.open_store`.
         tables: those to write; by default the preset's usual ones. Tables that are there already are written again.
         detectors: those to compare; by default all that the preset has.
+        source: where the records lie; by default in the folder that is written to.
 
     Returns:
         The files written, the same bytes for the same records.
@@ -58,17 +60,18 @@ def write_report(
     """
     presets = get_presets(preset_name, detectors)
     store = open_store(preset_name) if store_root is None else Store(store_root)
+    source = source or store
     made = [make_table(name, presets, seeds) for name in tables_of(preset_name, tables, store)]
-    frames = [collect(table, store) for table in made]
+    frames = [collect(table, source) for table in made]
     # Of all tables, whichever are shown: every run of a detector tells how large its noise is.
     everything = [make_table(name, presets, seeds) for name in TABLES]
-    comparisons = Comparisons(everything, store)
+    comparisons = Comparisons(everything, source)
     weighed = weigh(everything, comparisons, planned_seeds(everything))  # whose parts are tested together, whichever are shown
     if not weighed.empty:
         weighed = weighed[weighed["table"].isin([table.name for table in made])].reset_index(drop=True)
     paths, sections = [], []
     for table, frame in zip(made, frames, strict=True):
-        written, section = write_one(table, frame, comparisons, store)
+        written, section = write_one(table, frame, comparisons, store, source)
         paths += written
         sections.append(section)
     # Of all tables, which may differ in code and seeds; of weights alone there is none.
@@ -76,7 +79,7 @@ def write_report(
     written, of_claims = write_all_claims(weighed, comparisons, about, store)
     paths += written
     sections = of_claims + sections
-    written, of_weights = write_weights(presets, store)
+    written, of_weights = write_weights(presets, store, source)
     paths += written
     sections += of_weights
     sections += beside(sections, store.root)
@@ -92,7 +95,7 @@ def stored_seeds(
 
     def has_student(seed: int) -> bool:
         recipes = [recipe for name in names for recipe in make_table(name, presets, [seed]).recipes()]
-        return any(find(store, one) for one in recipes if one.seed == seed and one not in teachers)
+        return any(store.record(one) for one in recipes if one.seed == seed and one not in teachers)
 
     seeds = {one.recipe.seed for one in records([store.root]) if isinstance(one.recipe, Recipe)}
     return tuple(seed for seed in sorted(seeds) if has_student(seed)) or (0,)
@@ -105,10 +108,10 @@ def tables_of(preset_name: str, tables: Sequence[str], store: Store) -> list[str
     return sorted(names, key=[*TABLES, *names].index)
 
 
-def write_weights(presets: Sequence[Preset], store: Store) -> tuple[list[Path], list[Section]]:
+def write_weights(presets: Sequence[Preset], store: Store, source: Store) -> tuple[list[Path], list[Section]]:
     """What was tried to tune the weights, if anything was: a table, a picture, and their part of the page."""
     digits = [preset for preset in presets if isinstance(preset.student.data, Digits)]
-    frame = tuning_frame(digits, store)
+    frame = tuning_frame(digits, source)
     if frame.empty or not frame["trials"].any():
         return [], []
     files = write_tuning(frame, NOTE_OF_WEIGHTS, store.root / "tables")
@@ -148,13 +151,13 @@ def write_all_claims(weighed: pd.DataFrame, comparisons: Comparisons, about: str
     return [*files, *(path for made in figures.values() for path in made)], sections
 
 
-def write_one(table: Table, frame: pd.DataFrame, comparisons: Comparisons, store: Store) -> tuple[list[Path], Section]:
+def write_one(table: Table, frame: pd.DataFrame, comparisons: Comparisons, store: Store, source: Store) -> tuple[list[Path], Section]:
     """One table with its figures, and its part of the page."""
     summary, note = summarise(table, frame, comparisons), provenance_line(frame)
     files = write_table(table, frame, summary, store.root / "tables")
     figures = {table.name: comparison(frame, summary, note)}
     if table.name == "main_results":
-        figures |= main_figures(table, frame, summary, store)
+        figures |= main_figures(table, frame, summary, source)
     drawn = {name: style.save(figure, store.root / "figures" / name) for name, figure in figures.items()}
 
     def inside(path):
@@ -188,13 +191,13 @@ def main_figures(table: Table, frame: pd.DataFrame, summary: pd.DataFrame, store
 
 
 def _curves(row: Row, store: Store) -> list[list[dict[str, float | None]]]:
-    records = [find(store, recipe) for recipe in row.recipes.values()]
+    records = [store.record(recipe) for recipe in row.recipes.values()]
     return [record.curve for record in records if record]
 
 
 def _first_log(row: Row, store: Store) -> tuple[list[dict[str, float]], str]:
     """Log and name of the row's first complete run."""
     for recipe in row.recipes.values():
-        if record := find(store, recipe):
-            return read_log(store.folder(record.recipe) / "log.jsonl"), record.id
+        if record := store.record(recipe):
+            return run_log(store, record), record.id
     return [], ""

@@ -5,7 +5,7 @@ import warnings
 from torch import nn
 
 from detrdistill.data.coco import CocoDataset, open_dataset
-from detrdistill.data.layout import data_cache, pinned
+from detrdistill.data.layout import data_cache
 from detrdistill.data.transforms import build_transform
 from detrdistill.errors import InputError
 from detrdistill.files import file_hash
@@ -28,7 +28,6 @@ def load_detector(recipe: Recipe, store: Store, dataset: CocoDataset) -> nn.Modu
     Raises:
         InputError: the run is not complete, its weights are damaged, or it was trained for other classes than those of `dataset`.
     """
-    recipe = pinned(recipe)
     record = store.record(recipe)
     if record is None:
         raise InputError(f"run {run_id(recipe)} is not complete in {store.root}; run it first")

@@ -9,10 +9,9 @@ from detrdistill.recipes.presets import get_presets
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.recipes.tables import WEIGHTS, make_table, usual_tables
 from detrdistill.records import Record, read_record
+from detrdistill.runs.reference import FOLDER, has
 from detrdistill.runs.store import Store, open_store
 from detrdistill.runs.tuning import next_trials, rows_to_tune
-
-REFERENCE = Path(__file__).resolve().parents[2] / "results" / "reference"
 
 
 def plan_text(
@@ -30,7 +29,7 @@ def plan_text(
     for row in rows_to_tune(presets) if WEIGHTS in tables else ():
         wanted += [row.trial(*trial) for trial in next_trials(row, store)]
     missing = missing_runs(wanted, store)
-    known = list(records((store.root, REFERENCE / preset)))
+    known = list(records((store.root, FOLDER / preset)))
     expected = {name: expected_seconds(recipe, known) for name, recipe in missing.items()}
     lines = [f"{name}: {duration(expected[name])}" for name in missing]
     total = duration(sum(filter(None, expected.values())))
@@ -43,14 +42,16 @@ def plan_text(
 
 
 def missing_runs(wanted: Iterable[Recipe | CropRecipe], store: Store) -> dict[str, Recipe | CropRecipe]:
-    """By id, the runs that are not stored and what they depend on; a stored run asks for nothing."""
+    """By id, the runs that are not stored and what they depend on; a stored run, or a parent in the reference, asks for nothing."""
     found: dict[str, Recipe | CropRecipe] = {}
     waiting = list(wanted)
+    depended_on = {run_id(parent) for recipe in waiting for parent in parents(recipe).values()}
     while waiting:
         recipe = waiting.pop(0)
-        if store.record(recipe) is None:
+        if store.record(recipe) is None and not (run_id(recipe) in depended_on and has(recipe)):
             found[run_id(recipe)] = recipe
             waiting += parents(recipe).values()
+            depended_on |= {run_id(parent) for parent in parents(recipe).values()}
     return found
 
 

@@ -27,6 +27,7 @@ from detrdistill.recipes.recipe import CropRecipe, Digits, Folder, Recipe, Weigh
 from detrdistill.records import Record
 from detrdistill.runs.load import load_detector, open_split, start_backbone
 from detrdistill.runs.provenance import code, provenance
+from detrdistill.runs.reference import take
 from detrdistill.runs.store import Store
 from detrdistill.training.batches import mix
 from detrdistill.training.crops import train_on_crops
@@ -47,16 +48,19 @@ def run(
     workers: int | None = None,
     progress: bool = True,
     keep_teacher_outputs: bool = True,
+    reference: bool = False,
 ) -> Record:
     """Train what `recipe` says and evaluate it, or return the record if that has been done.
 
-    An interrupted run continues from its last checkpoint. Under torchrun all processes call this and train together.
+    An interrupted run continues from its last checkpoint. What the run depends on is run first, or taken from the committed reference.
+    Under torchrun all processes call this and train together.
 
     Args:
         device: "auto" (cuda if there is one), "cpu" or "cuda". Not part of the recipe, but in the record.
         workers: processes that load images, which changes no number; 0 loads them in this one. None: as many as `loaders` says.
         keep_teacher_outputs: under `resize.train` "none" or "flip" the teacher's outputs are kept in `teacher_outputs` of the data
             cache; `training.teacher_outputs` says how equal they are. False: the teacher computes them in every step.
+        reference: whether this run may be taken from the committed reference (`runs.reference`), as its parents may.
 
     Raises:
         InputError: data, weights or folders are not usable, another process trains this run, the teacher is below its floor, or its
@@ -66,34 +70,49 @@ def run(
     """
     if workers is not None and workers < 0:
         raise InputError(f"workers {workers}: a number of processes; give 0 or more")
-    recipe = pinned(recipe)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and (record := stored(recipe, store)) is not None:
+    how = {"device": device, "workers": workers, "progress": progress, "keep_teacher_outputs": keep_teacher_outputs}
+    return _run(pinned(recipe), store, reference, **how)
+
+
+def _run(
+    recipe: Recipe | CropRecipe,
+    store: Store,
+    reference: bool,
+    *,
+    device: str,
+    workers: int | None,
+    progress: bool,
+    keep_teacher_outputs: bool,
+) -> Record:
+    """`run` of a recipe that states its data's content. A record is looked up here, once more under the lock, and then handed on."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 and (record := _look_up(recipe, store, reference)) is not None:
         return record
     code()
     fabric = make_fabric(device, recipe.backbone.crops.precision if isinstance(recipe, CropRecipe) else recipe.precision)
-    if (record := _look_up(fabric, recipe, store)) is not None:
+    # The first process looks: what each saw on a shared disk for itself could differ.
+    record = fabric.broadcast(_look_up(recipe, store, reference) if fabric.world_size > 1 and fabric.is_global_zero else None)
+    if record is not None:
         return record
     workers = loaders(fabric) if workers is None else workers
     if isinstance(recipe, CropRecipe):
         if fabric.is_global_zero:
-            with store.hold(recipe):
-                if store.record(recipe) is None:  # another process may have finished it since
-                    _run_crops(fabric, recipe, store, progress)
+            with store.hold(recipe):  # another process may have finished it since
+                record = store.record(recipe) or _run_crops(fabric, recipe, store, progress)
     else:
         if isinstance(recipe.backbone.weights, Path | WeightsFile):
             file_weights(recipe.backbone.weights)  # refused now, not after a teacher has been trained
-        same = {"device": device, "workers": workers, "progress": progress, "keep_teacher_outputs": keep_teacher_outputs}
-        records = {name: run(parent, store, **same) for name, parent in parents(recipe).items()}
+        how = {"device": device, "workers": workers, "progress": progress, "keep_teacher_outputs": keep_teacher_outputs}
+        records = {name: _run(parent, store, True, **how) for name, parent in parents(recipe).items()}
         with store.hold(recipe) if fabric.is_global_zero else nullcontext():
-            if _look_up(fabric, recipe, store) is None:
-                _run_detector(fabric, recipe, store, records, workers, progress, keep_teacher_outputs)
+            record = fabric.broadcast(store.record(recipe) if fabric.is_global_zero else None)
+            if record is None:
+                record = _run_detector(fabric, recipe, store, records, workers, progress, keep_teacher_outputs)
     fabric.barrier()
-    return _look_up(fabric, recipe, store)
+    return fabric.broadcast(record)
 
 
-def _look_up(fabric: Fabric, recipe: Recipe | CropRecipe, store: Store) -> Record | None:
-    """The record as the first process finds it: what each saw on a shared disk for itself could differ."""
-    return fabric.broadcast(stored(recipe, store) if fabric.is_global_zero else None)
+def _look_up(recipe: Recipe | CropRecipe, store: Store, reference: bool) -> Record | None:
+    return stored(recipe, store) or (take(recipe, store) if reference else None)
 
 
 def stored(recipe: Recipe | CropRecipe, store: Store) -> Record | None:
@@ -118,28 +137,29 @@ def stored(recipe: Recipe | CropRecipe, store: Store) -> Record | None:
     return record
 
 
-def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool) -> None:
+def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool) -> Record:
     # Crops are cut from the images as they are: the transform is never applied.
     train_set, val_set = (open_dataset(recipe.data, split, data_cache(), transform=None) for split in ("train", "val"))
     watch = _Watch(fabric)
     model, accuracy = train_on_crops(fabric, train_set, val_set, recipe, progress=progress)
     save_weights(store.weights(recipe), model, {"run": run_id(recipe)})
-    store.write(
-        Record(
-            id=run_id(recipe),
-            recipe=recipe,
-            metrics={"accuracy": accuracy},
-            curve=[],
-            cost=watch.cost(recipe.backbone.crops.steps, watch.seconds(), 0),
-            parents={},
-            provenance=_provenance(fabric, recipe.data, store.weights(recipe)) | {"commit": code()},
-        )
+    record = Record(
+        id=run_id(recipe),
+        recipe=recipe,
+        metrics={"accuracy": accuracy},
+        curve=[],
+        cost=watch.cost(recipe.backbone.crops.steps, watch.seconds(), 0),
+        parents={},
+        provenance=_provenance(fabric, recipe.data, store.weights(recipe)) | {"commit": code()},
     )
+    store.write(record)
+    return record
 
 
 def _run_detector(
     fabric: Fabric, recipe: Recipe, store: Store, records: dict[str, Record], workers: int, progress: bool, keep_teacher_outputs: bool
-) -> None:
+) -> Record | None:
+    """The record, in the first process."""
     train_set, val_set = open_split(recipe, "train"), open_split(recipe, "val")
     require_same_categories(train_set, val_set)
     for report in (train_set.report, val_set.report):
@@ -183,22 +203,22 @@ def _run_detector(
     folder = store.folder(recipe)
     state = train(fabric, distiller, teacher_outputs, train_set, recipe, folder, measure, workers=workers, progress=progress, commit=code())
     if not fabric.is_global_zero:
-        return
+        return None
     classes = classes_text([category.name for category in train_set.categories])
     save_weights(store.weights(recipe), student, {"run": run_id(recipe), "categories": classes})
-    store.write(
-        Record(
-            id=run_id(recipe),
-            recipe=recipe,
-            metrics=state["metrics"],
-            curve=state["curve"],
-            cost=watch.cost(state["step"], state["seconds"], state["resumed"], recipe.schedule.batch)
-            | {name: state[name] for name in ("teacher_images",) if name in state},
-            parents=lineage,
-            provenance=_provenance(fabric, recipe.data, store.weights(recipe)) | {"commit": ", ".join(state["commits"]) or None},
-        )
+    record = Record(
+        id=run_id(recipe),
+        recipe=recipe,
+        metrics=state["metrics"],
+        curve=state["curve"],
+        cost=watch.cost(state["step"], state["seconds"], state["resumed"], recipe.schedule.batch)
+        | {name: state[name] for name in ("teacher_images",) if name in state},
+        parents=lineage,
+        provenance=_provenance(fabric, recipe.data, store.weights(recipe)) | {"commit": ", ".join(state["commits"]) or None},
     )
+    store.write(record)
     (folder / "checkpoint.pt").unlink(missing_ok=True)
+    return record
 
 
 def _evaluate_once(

@@ -1,6 +1,5 @@
 """Where runs lie. A run has happened if, and only if, its record is there. No torch here."""
 
-import json
 import os
 import socket
 from collections.abc import Iterator
@@ -9,9 +8,11 @@ from pathlib import Path
 
 from detrdistill.errors import InputError
 from detrdistill.files import file_hash, make_folder, write_text, writing
-from detrdistill.recipes.identity import _placeless, any_content, run_id
+from detrdistill.recipes.identity import run_id, same_run
 from detrdistill.recipes.recipe import CropRecipe, Folder, Recipe
-from detrdistill.records import Record, _hash, read_record
+from detrdistill.records import Record, read_record, record_text
+
+STORED = "stored.txt"  # beside the record of a run that was not trained here
 
 
 class Store:
@@ -29,16 +30,45 @@ class Store:
     def record(self, recipe: Recipe | CropRecipe) -> Record | None:
         """The run's record, None if it has not been completed.
 
+        Of a recipe that does not state its data folder's content (a preset's, on a folder that need not be here) the record says it.
+
         Raises:
-            InputError: the record was edited or damaged, or is that of another recipe.
+            InputError: the record was edited or damaged, is that of another recipe or lies in another run's folder; or the recipe does not
+                state its data's content, and there are runs on several.
         """
+        found = []
+        for path in self._paths(recipe):
+            record = read_record(path)
+            if not path.parent.name == record.id == run_id(record.recipe):
+                raise InputError(f"record {path} is that of run {record.id}; a record belongs in the folder of its own run")
+            if same_run(record.recipe, recipe):
+                found.append(record)
+            elif path.parent.name == run_id(recipe):
+                raise InputError(
+                    f"record {path}: made by another recipe, from before a default was changed; delete its folder to run again"
+                )
+        if len(found) > 1:
+            ids = ", ".join(record.id for record in found)
+            raise InputError(f"runs {ids} differ only in the content of their data; keep one of them in {self.root}")
+        return found[0] if found else None
+
+    def _paths(self, recipe: Recipe | CropRecipe) -> list[Path]:
+        """Of the records that may be the recipe's."""
+        if isinstance(recipe.data, Folder) and not recipe.data.sha256:
+            return sorted((self.root / "runs").glob(f"{recipe.title}-{'[0-9a-f]' * 8}/record.json"))
         path = self.folder(recipe) / "record.json"
-        if not path.exists():
-            return None
-        record = read_record(path)
-        if _placeless(record.recipe) != _placeless(recipe):
-            raise InputError(f"record {path}: made by another recipe, from before a default was changed; delete its folder to run again")
-        return record
+        return [path] if path.exists() else []
+
+    @property
+    def has_runs(self) -> bool:
+        return any((self.root / "runs").glob("*/record.json"))
+
+    def is_stored(self, record: Record) -> bool:
+        """Whether the run was taken from the committed reference instead of trained here."""
+        return (self.folder(record.recipe) / STORED).exists()
+
+    def mark_stored(self, recipe: Recipe | CropRecipe, why: str) -> None:
+        write_text(self.folder(recipe) / STORED, f"{why}\n")
 
     def check_weights(self, record: Record) -> Path:
         """Path of a record's weights, after comparing their hash.
@@ -54,8 +84,7 @@ class Store:
         return path
 
     def write(self, record: Record) -> None:
-        body = record.model_dump(mode="json")
-        write_text(self.folder(record.recipe) / "record.json", json.dumps(body | {"sha256": _hash(body)}, indent=1) + "\n")
+        write_text(self.folder(record.recipe) / "record.json", record_text(record))
 
     @contextmanager
     def hold(self, recipe: Recipe | CropRecipe) -> Iterator[None]:
@@ -94,26 +123,3 @@ def open_store(preset: str) -> Store:
     here = Path.cwd()
     roots = [folder / "results" for folder in (here, *here.parents)]
     return Store(next((root for root in roots if root.is_dir()), roots[0]) / preset)
-
-
-def find(store: Store, recipe: Recipe) -> Record | None:
-    """The record of a recipe; a data folder's content, which names such a run, is taken from the record and not from the folder.
-
-    Raises:
-        InputError: a record was edited or lies in another run's folder, or there are runs on several versions of the data.
-    """
-    wanted = any_content(recipe)
-    paths = sorted((store.root / "runs").glob(f"{recipe.title}-{'[0-9a-f]' * 8}/record.json"))
-    if not isinstance(recipe.data, Folder):
-        paths = [path for path in paths if path.parent.name == run_id(recipe)]
-    found = []
-    for path in paths:
-        record = read_record(path)
-        if not path.parent.name == record.id == run_id(record.recipe):
-            raise InputError(f"record {path} is that of run {record.id}; a record belongs in the folder of its own run")
-        if run_id(any_content(record.recipe)) == run_id(wanted):
-            found.append(record)
-    if len(found) > 1:
-        ids = ", ".join(record.id for record in found)
-        raise InputError(f"runs {ids} differ only in the content of their data; keep one of them in {store.root}")
-    return found[0] if found else None

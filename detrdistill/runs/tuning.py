@@ -18,7 +18,7 @@ from detrdistill.recipes.rows import Presets
 from detrdistill.recipes.tables import components, feature_masks, follow_ups, logits, main_results, prior_methods
 from detrdistill.recipes.words import ADAMIXER, DETECTORS, TITLES
 from detrdistill.records import Record
-from detrdistill.runs.store import Store, find
+from detrdistill.runs.store import Store
 
 SEEDS = FIRST_SEED, SECOND_SEED = 100, 101  # of no reported run
 FIRST = (0.1, 0.3, 1.0, 3.0)
@@ -183,7 +183,7 @@ def _step(factor: float, by: int) -> float:
 
 
 def _trial(row: TunedRow, factor: float, store: Store) -> Trial | None:
-    first, second = (find(store, row.trial(factor, seed)) for seed in SEEDS)
+    first, second = (store.record(row.trial(factor, seed)) for seed in SEEDS)
     return None if first is None else Trial(factor, first, second)
 
 

@@ -123,7 +123,7 @@ def test_statuses_are_counted_in_words(folder: Path) -> None:
 
 
 def test_every_status_of_the_tables_is_explained() -> None:
-    assert set(STATUSES) == {*VERDICTS, "reproduced", "measured", "not run"}
+    assert set(STATUSES) == {*VERDICTS, "reproduced", "measured", "stored", "not run"}
     assert len({sign for sign, _ in STATUSES.values()}) == len(STATUSES)
 
 

@@ -22,7 +22,7 @@ from detrdistill.report.comparisons import Comparisons
 from detrdistill.report.formats import write_table
 from detrdistill.report.tables import cells, collect, provenance_line, summarise
 from detrdistill.report.write import stored_seeds, write_report
-from detrdistill.runs.store import Store, find
+from detrdistill.runs.store import Store
 from detrdistill.statistics import mean_and_half
 
 QUICK, SMOKE = get_preset("quick"), [replace(get_preset("smoke"), rivals=())]
@@ -170,17 +170,17 @@ def test_nothing_run_at_all(tmp_path: Path) -> None:
 def test_a_run_on_a_data_folder_is_found_without_the_folder(tmp_path: Path) -> None:
     store, student = Store(tmp_path), get_preset("coco").student
     record = put(store, student, 44.0)
-    assert find(store, student) == record
-    assert find(store, student.replace(**{"schedule.lr": 1e-3})) is None
+    assert store.record(student) == record
+    assert store.record(student.replace(**{"schedule.lr": 1e-3})) is None
     put(store, student, 44.0, data="e" * 64)
     with pytest.raises(InputError, match="differ only in the content of their data"):
-        find(store, student)
+        store.record(student)
 
 
 def test_runs_of_other_digits_do_not_count(tmp_path: Path) -> None:
     store = Store(tmp_path)
     put(store, QUICK.student.replace(data=Digits(size=64)), 12.0)
-    assert find(store, QUICK.student) is None
+    assert store.record(QUICK.student) is None
 
 
 def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:

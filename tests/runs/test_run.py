@@ -106,8 +106,15 @@ def test_an_edited_record_is_refused(store, trained, edit):
 def test_a_record_of_another_recipe_is_refused(store):
     shutil.rmtree(store.folder(DISTILLED))
     shutil.copytree(store.folder(TEACHER), store.folder(DISTILLED))
-    with pytest.raises(InputError, match="made by another recipe"):
+    with pytest.raises(InputError, match=f"is that of run {run_id(TEACHER)}; a record belongs in the folder of its own run"):
         go(DISTILLED, store)
+
+
+def test_a_record_from_before_a_default_was_changed_is_refused(store, monkeypatch):
+    """Its name is the same, since a name holds what is not at its default; what it was made with is not."""
+    monkeypatch.setattr("detrdistill.runs.store.same_run", lambda one, other: False)
+    with pytest.raises(InputError, match="made by another recipe, from before a default was changed; delete its folder"):
+        store.record(TEACHER)
 
 
 @pytest.mark.parametrize("parent", ["teacher", "backbone"])
