@@ -179,7 +179,13 @@ def check(folder: tyro.conf.Positional[Path], /) -> None:
         raise InputError("; ".join(damaged[:10]) + (f"; and {len(damaged) - 10} more" if len(damaged) > 10 else ""))
 
 
-def report(preset: str = "quick", seeds: tuple[int, ...] = (), tables: tuple[str, ...] = (), detectors: tuple[str, ...] = ()) -> None:
+def report(
+    preset: str = "quick",
+    seeds: tuple[int, ...] = (),
+    tables: tuple[str, ...] = (),
+    detectors: tuple[str, ...] = (),
+    formats: tuple[str, ...] = ("png", "pdf"),
+) -> None:
     """Write tables, figures and the page of a preset again, from its stored records; nothing is trained.
 
     Args:
@@ -187,6 +193,7 @@ def report(preset: str = "quick", seeds: tuple[int, ...] = (), tables: tuple[str
         seeds: of the students; without, all that have a record.
         tables: names of tables; without, those that are there already and the preset's usual ones.
         detectors: names of detectors; without, all that the preset has recipes for.
+        formats: of the figures: png, pdf.
     """
     from detrdistill.report.write import stored_seeds, write_report
     from detrdistill.runs.reference import to_show
@@ -197,7 +204,7 @@ def report(preset: str = "quick", seeds: tuple[int, ...] = (), tables: tuple[str
     if source is not store:
         print(f"{store.root} has no complete run yet: this is a report of the committed reference, {source.root}", file=sys.stderr)
     seeds = seeds or stored_seeds(preset, tables, detectors, source)
-    for path in write_report(preset, seeds, store.root, tables, detectors, source):
+    for path in write_report(preset, seeds, store.root, tables, detectors, source, formats):
         print(path)
 
 

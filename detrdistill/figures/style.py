@@ -91,13 +91,23 @@ def colours(settings: Sequence[str]) -> dict[str, str]:
     return {**{name: known[name] for name in settings if name in known}, **dict(zip(others, cycle(OTHERS), strict=False))}
 
 
-def save(figure: Figure, stem: Path | str) -> list[Path]:
-    """Write `<stem>.png` (200 dpi) and `<stem>.pdf` (vector), without dates, so that equal figures are equal files."""
+# What each format would write of the day and the program, so that equal figures were not equal files.
+FORMATS = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
+
+
+def save(figure: Figure, stem: Path | str, formats: Sequence[str] = tuple(FORMATS)) -> list[Path]:
+    """Write `<stem>.png` (200 dpi) and `<stem>.pdf` (vector), or one of them; equal figures are equal files.
+
+    Raises:
+        InputError: an unknown format.
+    """
     paths = []
-    for suffix, metadata in (("png", {"Software": None}), ("pdf", {"CreationDate": None, "Producer": None, "Creator": None})):
+    for suffix in formats:
+        if suffix not in FORMATS:
+            raise InputError(f"format '{suffix}' of figures is unknown; known: {', '.join(FORMATS)}")
         paths.append(Path(f"{stem}.{suffix}"))
         with paper(), atomic(paths[-1]) as temporary:
-            figure.savefig(temporary, format=suffix, dpi=200, metadata=metadata)
+            figure.savefig(temporary, format=suffix, dpi=200, metadata=FORMATS[suffix])
     return paths
 
 

@@ -103,7 +103,7 @@ def thin(width: int, *blocks: int, steps: int) -> BackboneRecipe:
 def mini(detector: str = DEFORMABLE) -> Preset:
     """All tables on the embedded data: two to five minutes a student on one core, Conditional DETR 14 to 25, a teacher 10 to 60.
 
-    Detectors were tuned plain, the weight of the features with `quick`: results/mini/README.md, "How it was tuned".
+    Detectors were tuned plain, the weight of the features with `quick`: results/reference/mini/README.md, "How it was tuned".
     """
     own = {
         DEFORMABLE: {"form": "box_refine", "encoder_layers": 1, "levels": 3, "points": 4},

@@ -1,6 +1,7 @@
 """Tables, figures and the page of a preset from whatever runs are stored; in seconds, without training and without torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -36,6 +37,30 @@ CLAIM_FIGURES = ("forest", "residuals")
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a report goes."""
+
+    root: Path
+    formats: tuple[str, ...]
+
+    @property
+    def tables(self) -> Path:
+        return self.root / "tables"
+
+    def save(self, figures: Mapping[str, Figure]) -> list[Path]:
+        """Write each figure in all formats, one figure after the other."""
+        return [path for name, figure in figures.items() for path in style.save(figure, self.root / "figures" / name, self.formats)]
+
+    def inside(self, paths: Iterable[Path]) -> list[str]:
+        """The paths as links of the page."""
+        return [path.relative_to(self.root).as_posix() for path in paths]
+
+    def pictures(self, paths: Iterable[Path]) -> list[str]:
+        """Those that the page shows."""
+        return self.inside(path for path in paths if path.suffix == ".png")
+
+
 def write_report(
     preset_name: str,
     seeds: Sequence[int],
@@ -43,6 +68,7 @@ def write_report(
     tables: Sequence[str] = (),
     detectors: Sequence[str] = (),
     source: Store | None = None,
+    formats: Sequence[str] = tuple(style.FORMATS),
 ) -> list[Path]:
     """Write tables to `tables/`, figures to `figures/` and a page with everything, `index.html`; what is missing is "not run".
 
@@ -51,6 +77,7 @@ def write_report(
         tables: those to write; by default the preset's usual ones. Tables that are there already are written again.
         detectors: those to compare; by default all that the preset has.
         source: where the records lie; by default in the folder that is written to.
+        formats: of the figures; the page shows the PNG files.
 
     Returns:
         The files written, the same bytes for the same records.
@@ -60,7 +87,7 @@ def write_report(
     """
     presets = get_presets(preset_name, detectors)
     store = open_store(preset_name) if store_root is None else Store(store_root)
-    source = source or store
+    source, place = source or store, Place(store.root, tuple(formats))
     made = [make_table(name, presets, seeds) for name in tables_of(preset_name, tables, store)]
     frames = [collect(table, source) for table in made]
     # Of all tables, whichever are shown: every run of a detector tells how large its noise is.
@@ -71,15 +98,15 @@ def write_report(
         weighed = weighed[weighed["table"].isin([table.name for table in made])].reset_index(drop=True)
     paths, sections = [], []
     for table, frame in zip(made, frames, strict=True):
-        written, section = write_one(table, frame, comparisons, store, source)
+        written, section = write_one(table, frame, comparisons, place, source)
         paths += written
         sections.append(section)
     # Of all tables, which may differ in code and seeds; of weights alone there is none.
     about = f"Preset {preset_name}. {provenance_line(pd.concat(frames))}" if frames else f"Preset {preset_name}."
-    written, of_claims = write_all_claims(weighed, comparisons, about, store)
+    written, of_claims = write_all_claims(weighed, comparisons, about, place)
     paths += written
     sections = of_claims + sections
-    written, of_weights = write_weights(presets, store, source)
+    written, of_weights = write_weights(presets, place, source)
     paths += written
     sections += of_weights
     sections += beside(sections, store.root)
@@ -108,17 +135,18 @@ def tables_of(preset_name: str, tables: Sequence[str], store: Store) -> list[str
     return sorted(names, key=[*TABLES, *names].index)
 
 
-def write_weights(presets: Sequence[Preset], store: Store, source: Store) -> tuple[list[Path], list[Section]]:
+def write_weights(presets: Sequence[Preset], place: Place, source: Store) -> tuple[list[Path], list[Section]]:
     """What was tried to tune the weights, if anything was: a table, a picture, and their part of the page."""
     digits = [preset for preset in presets if isinstance(preset.student.data, Digits)]
     frame = tuning_frame(digits, source)
     if frame.empty or not frame["trials"].any():
         return [], []
-    files = write_tuning(frame, NOTE_OF_WEIGHTS, store.root / "tables")
-    drawn = style.save(weight_trials(frame, NOTE_OF_WEIGHTS), store.root / "figures" / WEIGHTS)
-    inside = [path.relative_to(store.root).as_posix() for path in (*drawn, *files)]
+    files = write_tuning(frame, NOTE_OF_WEIGHTS, place.tables)
+    drawn = place.save({WEIGHTS: weight_trials(frame, NOTE_OF_WEIGHTS)})
     notebooks = [f"notebooks/{path.name}" for path in sorted(NOTEBOOKS.glob(f"[0-9]*_{WEIGHTS}.ipynb"))]
-    section = Section(WEIGHTS, "Weights that were tried", tuning_cells(frame), NOTE_OF_WEIGHTS, inside[:1], notebooks, inside[2:])
+    section = Section(
+        WEIGHTS, "Weights that were tried", tuning_cells(frame), NOTE_OF_WEIGHTS, place.pictures(drawn), notebooks, place.inside(files)
+    )
     return [*files, *drawn], [section]
 
 
@@ -133,46 +161,41 @@ def beside(sections: Sequence[Section], root: Path) -> list[Section]:
     return [Section("inside", "Inside the detectors", figures=inside[0], notebooks=inside[1])] if any(inside) else []
 
 
-def write_all_claims(weighed: pd.DataFrame, comparisons: Comparisons, about: str, store: Store) -> tuple[list[Path], list[Section]]:
+def write_all_claims(weighed: pd.DataFrame, comparisons: Comparisons, about: str, place: Place) -> tuple[list[Path], list[Section]]:
     """The claims with their figures, and their part of the page; nothing where there are none."""
-    files = write_claims(weighed, f"{about} {NOTE}", store.root / "tables")
+    files = write_claims(weighed, f"{about} {NOTE}", place.tables)
     if not files:
         return [], []
     drawn = {"forest": forest(weighed, about)}
     if any(len(comparisons.fit(detector).residuals) for detector in comparisons.detectors):
         drawn["residuals"] = residuals({name: comparisons.fit(name).residuals for name in comparisons.detectors}, about)
-    figures = {name: style.save(figure, store.root / "figures" / name) for name, figure in drawn.items()}
-    named = [path.relative_to(store.root).as_posix() for path in files]
-    pictures = {name: [path.relative_to(store.root).as_posix() for path in made if path.suffix == ".png"] for name, made in figures.items()}
+    figures = place.save(drawn)
+    pictures = place.pictures(figures)  # in the order of `drawn`
     sections = [
-        Section("claims", "Claims", board(weighed), NOTE, pictures["forest"], files=named),
-        Section("comparisons", "Claims, part by part", claim_cells(weighed), figures=pictures.get("residuals", [])),
+        Section("claims", "Claims", board(weighed), NOTE, pictures[:1], files=place.inside(files)),
+        Section("comparisons", "Claims, part by part", claim_cells(weighed), figures=pictures[1:]),
     ]
-    return [*files, *(path for made in figures.values() for path in made)], sections
+    return [*files, *figures], sections
 
 
-def write_one(table: Table, frame: pd.DataFrame, comparisons: Comparisons, store: Store, source: Store) -> tuple[list[Path], Section]:
+def write_one(table: Table, frame: pd.DataFrame, comparisons: Comparisons, place: Place, source: Store) -> tuple[list[Path], Section]:
     """One table with its figures, and its part of the page."""
     summary, note = summarise(table, frame, comparisons), provenance_line(frame)
-    files = write_table(table, frame, summary, store.root / "tables")
+    files = write_table(table, frame, summary, place.tables)
     figures = {table.name: comparison(frame, summary, note)}
     if table.name == "main_results":
         figures |= main_figures(table, frame, summary, source)
-    drawn = {name: style.save(figure, store.root / "figures" / name) for name, figure in figures.items()}
-
-    def inside(path):
-        return path.relative_to(store.root).as_posix()
-
+    drawn = place.save(figures)
     section = Section(
         name=table.name,
         title=f"{table.title} ({in_words(table.published)})" if table.published else table.title,
         table=cells(summary),
         note=f"{note} {NOTES}",
-        figures=[inside(path) for made in drawn.values() for path in made if path.suffix == ".png"],
+        figures=place.pictures(drawn),
         notebooks=[f"notebooks/{path.name}" for path in sorted(NOTEBOOKS.glob(f"[0-9]*_{table.name}.ipynb"))],
-        files=[inside(path) for path in files],
+        files=place.inside(files),
     )
-    return [*files, *(path for made in drawn.values() for path in made)], section
+    return [*files, *drawn], section
 
 
 def main_figures(table: Table, frame: pd.DataFrame, summary: pd.DataFrame, store: Store) -> dict[str, Figure]:

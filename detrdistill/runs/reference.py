@@ -124,7 +124,7 @@ def bring(preset: str, root: Path, weights: Collection[str] = ()) -> list[str]:
         if name in weights:
             with atomic(target / "runs" / name / "weights.safetensors") as temporary:
                 shutil.copyfile(folder / "weights.safetensors", temporary)
-        if any(FOLDER.glob(f"*/runs/{name}/record.json")):
+        if (target / "runs" / name / "record.json").exists():
             continue
         if log := read_log(folder / "log.jsonl"):
             logs[name] = thinned(log)

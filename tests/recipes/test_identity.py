@@ -27,7 +27,7 @@ def test_content_that_is_not_stated_is_any() -> None:
     assert not same_run(open_, here.replace(**{"schedule.lr": 1e-3}))
 
 
-@pytest.mark.parametrize("changes", [{"seed": 1}, {"schedule.steps": 3, "schedule.epochs": None}, {"backbone.dilation": True}, {"levels": 3}])
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"schedule.lr": 1e-3}, {"backbone.dilation": True}, {"levels": 3}])
 def test_every_field_counts(changes: dict) -> None:
     assert not same_run(STUDENT, STUDENT.replace(**changes))
 

@@ -271,7 +271,7 @@ def test_a_claim_on_rows_or_measures_that_do_not_exist_is_refused() -> None:
 def test_words_of_a_report_are_those_that_are_explained(tmp_path: Path) -> None:
     weighed = weighed_of([main_results([QUICK], [0])], Store(tmp_path))
     assert set(weighed["status"]) == {"not run"} and set(CLAIMS) <= set(TABLES)
-    committed = pd.read_csv(PATH.parent / "mini" / "tables" / "claims.csv")
+    committed = pd.read_csv(PATH.parent / "reference" / "mini" / "tables" / "claims.csv")
     words = set(committed["status"].str.replace(r" \((about|over) \d+ seeds\)", "", regex=True))
     assert words <= {*VERDICTS, "not run"}
 
@@ -283,7 +283,7 @@ def test_prose_says_what_the_committed_comparisons_say() -> None:
     root = PATH.parents[1]
     empty = {key: ["not run", "no interval"] for key in ("difference", "half", "adjusted_half", "equivalence_half")}
     committed = pd.read_csv(
-        root / "results" / "mini" / "tables" / "claims.csv", na_values=empty | {"published": ["unknown"], "margin": ["none"]}
+        root / "results" / "reference" / "mini" / "tables" / "claims.csv", na_values=empty | {"published": ["unknown"], "margin": ["none"]}
     )
     first = board(committed).iloc[0]
     page = flat("docs/results.md")
@@ -298,7 +298,7 @@ def test_prose_says_what_the_committed_comparisons_say() -> None:
         low, high = (line["difference"] + sign * line["adjusted_half"] for sign in (-1, 1))
         assert line["status"] == "holds" and f"[{low:+.1f}, {high:+.1f}]" in page
     assert f"*{main.set_index('than').loc['FitNet', 'status']}*" in page
-    runs = pd.read_csv(root / "results" / "mini" / "tables" / "main_results.csv")
+    runs = pd.read_csv(root / "results" / "reference" / "mini" / "tables" / "main_results.csv")
     runs = runs[(runs["detector"] == "Deformable DETR") & runs["setting"].isin(["student", "detrdistill"])].astype({"AP": float})
     plain, distilled = (runs.loc[runs["setting"] == name, "AP"].to_numpy() for name in ("student", "detrdistill"))
     told = ["{:.1f}, {:.1f} and {:.1f}".format(*values) for values in (plain, distilled)]

@@ -1,6 +1,7 @@
 """What we publish as measured is what the stored records say, and the stored teacher is the one its record describes."""
 
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -20,15 +21,15 @@ SEEDS = (0, 1, 2)
     ("preset", "folder", "seeds"),
     [
         ("quick", RESULTS / "reference" / "quick", SEEDS),
-        ("mini", RESULTS / "mini", SEEDS),
+        ("mini", RESULTS / "reference" / "mini", SEEDS),
     ],
 )
 def test_the_committed_report_is_made_from_the_committed_records(preset: str, folder: Path, seeds: tuple[int, ...], tmp_path: Path) -> None:
-    for part in ("runs", "tables", "notebooks", "figures"):
+    for part in ("tables", "notebooks", "figures"):
         if (folder / part).is_dir():
             shutil.copytree(folder / part, tmp_path / part)
     tables = [path.stem for path in (folder / "tables").glob("*.csv") if path.stem in TABLES]
-    for path in write_report(preset, seeds, tmp_path, tables):
+    for path in write_report(preset, seeds, tmp_path, tables, source=Store(folder), formats=["png"]):
         committed = folder / path.relative_to(tmp_path)
         assert committed.stat().st_size > 0
         if path.suffix in (".csv", ".md", ".tex", ".html"):
@@ -49,8 +50,21 @@ def test_the_distilled_student_is_ahead_of_the_plain_one(seed: int) -> None:
 
 
 def test_the_stored_teacher_is_that_of_its_record() -> None:
-    store, preset = Store(RESULTS / "quick"), get_preset("quick")
+    store, preset = Store(RESULTS / "reference" / "quick"), get_preset("quick")
     record = store.record(preset.teacher)
     assert store.check_weights(record).stat().st_size < 6e6
     assert record.metrics["AP"] > preset.floor >= 45
     assert "+changes" not in record.provenance["commit"]
+
+
+def test_a_checkout_stays_light() -> None:
+    """At most 60 MiB of tracked files, and of large ones weights alone: what somebody clones before they have seen anything."""
+    root = RESULTS.parent
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=False).stdout.split("\0")
+    sizes = {name: (root / name).stat().st_size for name in listed if name and (root / name).is_file()}
+    if not sizes:
+        pytest.skip("not a git checkout")
+    assert sum(sizes.values()) <= 60 * 2**20, "leave weights that nothing reads, PDF files and whole logs out of results/reference"
+    large = [name for name, size in sizes.items() if size > 5e6 and not name.endswith("weights.safetensors")]
+    assert not large, f"over 5 MB: {', '.join(large)}"
+    assert not [name for name in sizes if name.endswith("log.jsonl")], "logs of committed runs are thinned and packed: runs.reference.bring"

@@ -6,6 +6,7 @@ from detrdistill.errors import InputError
 from detrdistill.recipes.identity import parents
 from detrdistill.recipes.presets import get_preset, get_presets
 from detrdistill.recipes.tables import make_table
+from detrdistill.runs import reference
 from detrdistill.runs.plan import duration, expected_seconds, missing_runs, plan_text
 from detrdistill.runs.store import Store
 from tests.report.test_tables import put
@@ -13,7 +14,12 @@ from tests.report.test_tables import put
 QUICK = get_preset("quick")
 
 
-def test_runs_and_what_they_depend_on(tmp_path):
+@pytest.fixture
+def no_reference(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference, "FOLDER", tmp_path / "nowhere")
+
+
+def test_runs_and_what_they_depend_on(tmp_path, no_reference):
     store = Store(tmp_path)
     wanted = make_table("main_results", get_presets("quick"), [0]).recipes()
     assert len(missing_runs(wanted, store)) == 5, "teacher, student, DETRDistill, and two backbones"
@@ -37,7 +43,13 @@ def test_time_is_judged_by_the_most_similar_runs(tmp_path):
     assert expected_seconds(parents(QUICK.student)["backbone"], known) is None
 
 
-def test_text(tmp_path):
+def test_parents_in_the_committed_reference_are_not_missing(tmp_path):
+    """But a row is, whatever is committed: it is measured anew."""
+    missing = missing_runs(make_table("main_results", get_presets("quick"), [0]).recipes(), Store(tmp_path))
+    assert list(missing.values()) == [QUICK.student, QUICK.recipe("detrdistill")]
+
+
+def test_text(tmp_path, no_reference):
     text = plan_text("quick", [0, 1], ["components"], store=Store(tmp_path))
     lines = text.splitlines()
     assert len(lines) == 16 + 3 + 1 and lines[-1].startswith("19 runs are missing: ")
