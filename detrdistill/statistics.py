@@ -287,7 +287,11 @@ def verdict_words(word: str, seeds: int) -> str:
     """A verdict with the seeds that would decide it: "undecided (about 9 seeds)"."""
     if not seeds:
         return word
-    return f"{word} ({'over ' + str(SEEDS_AT_MOST) if seeds > SEEDS_AT_MOST else f'about {seeds}'} seeds)"
+    return f"{word} ({seeds_words(seeds)})"
+
+
+def seeds_words(seeds: int) -> str:
+    return f"over {SEEDS_AT_MOST} seeds" if seeds > SEEDS_AT_MOST else f"about {seeds} seeds"
 
 
 def _column(values: np.ndarray, like: np.ndarray) -> np.ndarray:

@@ -194,8 +194,7 @@ def _number(value: float, form: str, half: float = math.nan) -> str:
 
 def _colour(line: Line, baselines: set[tuple[str, str]]) -> str:
     """The setting's own colour; the student's for what others are compared with; neutral for the rest, which the row names already."""
-    family = line["setting"].split(" ")[0]  # "student at 1/3" is a student
-    return style.COLOURS.get(family, style.BLUE if (line["detector"], line["setting"]) in baselines else NEUTRAL)
+    return style.COLOURS.get(line["family"], style.BLUE if (line["detector"], line["setting"]) in baselines else NEUTRAL)
 
 
 def _draw_measured(axes: Axes, shown: Sequence[Mark], name: str, frame: pd.DataFrame) -> None:

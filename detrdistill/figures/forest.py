@@ -13,12 +13,13 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import Affine2D, Transform, blended_transform_factory
 
 from detrdistill.figures import style
+from detrdistill.statistics import AGAINST, HOLDS, SMALL
 
 ROW, SECOND, HEAD = 0.165, 0.1, 0.25  # inches: a comparison, a second line of its name, the title of a claim
 TOP, FOOT, GAP = 0.8, 0.1, 0.75  # inches: above, below, and between panels
 LEFT, RIGHT, INDENT = 3.05, 1.5, 1.0  # inches: of names, of words, and of the detector among the names
 UNIT = 0.115  # inches: a line of the note
-CLEAR = {"holds": style.BLUE, "against": style.RED}  # other verdicts are grey
+CLEAR = {HOLDS: style.BLUE, HOLDS + SMALL: style.BLUE, AGAINST: style.RED, AGAINST + SMALL: style.RED}  # other verdicts are grey
 
 
 def forest(weighed: pd.DataFrame, note: str = "") -> Figure:
@@ -27,7 +28,7 @@ def forest(weighed: pd.DataFrame, note: str = "") -> Figure:
     Measures that are no AP have a panel of their own. An interval that would squeeze all others ends in an arrow.
 
     Args:
-        weighed: of `claims.weigh`: claim, part, detector, measure, difference, half, adjusted_half, margin, status.
+        weighed: of `claims.weigh`: claim, part, detector, measure, difference, half, adjusted_half, margin, verdict, status.
     """
     is_ap = weighed["measure"].str.startswith("AP")
     panels = [(unit, part) for unit, part in (("AP points", weighed[is_ap]), ("changes an image", weighed[~is_ap])) if len(part)]
@@ -77,8 +78,7 @@ def _draw(axes: Axes, part: pd.DataFrame) -> None:
 
 
 def _comparison(axes: Axes, y: float, line: Mapping[str, Any], reach: float, detector: str) -> None:
-    word = line["status"].partition(" ")[0]
-    colour = CLEAR.get(word, style.FAINT)
+    colour = CLEAR.get(line["verdict"], style.FAINT)
     small = {"transform": _inches(axes), "fontsize": 6.5, "va": "center"}
     axes.text(0.12 - LEFT, y, detector, **small)
     for i, name in enumerate(names := _names(line["part"])):

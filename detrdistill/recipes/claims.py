@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from detrdistill.recipes.rows import Table
+from detrdistill.recipes.rows import Row, Table
 from detrdistill.recipes.tables import STRATEGIES
 
 REPRODUCED_WITHIN, MARGIN = 0.5, 2.0  # AP; the margin is the smallest gain that matters
@@ -70,24 +70,33 @@ CLAIMS = {
 
 def claims_of(table: Table, detector: str) -> list[Claim]:
     """What the table's rows of one detector can decide."""
-    rows = {row.setting: row for row in table.rows if row.detector == detector}
+    rows = {row.name: row for row in table.rows if row.detector == detector}
     found = []
     whole = ""
     if table.name == "encoder_decoder":
-        plain = [name for name in rows if name.startswith("student")]  # whole, half a decoder, half an encoder, half of both
-        whole = plain[0]
-        if len(plain) == 4:
-            source = "Table 4" if rows[plain[2]].published else OURS
-            found.append(Claim("The decoder's depth matters more than the encoder's", source, plain[2], plain[1]))
+        plain = {_layers(row): row for row in rows.values() if row.family == "student"}
+        encoder, decoder = max(plain)
+        whole = plain[encoder, decoder].name
+        fewer_encoders = next((row for layers, row in plain.items() if layers[0] < encoder and layers[1] == decoder), None)
+        fewer_decoders = next((row for layers, row in plain.items() if layers[0] == encoder and layers[1] < decoder), None)
+        if fewer_encoders and fewer_decoders:
+            source = "Table 4" if fewer_encoders.published else OURS
+            found.append(Claim("The decoder's depth matters more than the encoder's", source, fewer_encoders.name, fewer_decoders.name))
     if table.name in HELPS:
-        distilled = [row for row in rows.values() if row.setting.startswith("detrdistill") and row.baseline != whole]
+        distilled = [row for row in rows.values() if row.family == "detrdistill" and row.baseline != whole]
         text, source = HELPS[table.name]
         # Without an encoder students are not the paper's.
         theirs = [source if row.published or table.name != "encoder_decoder" else OURS for row in distilled]
-        found = [Claim(text, one, row.setting, row.baseline) for one, row in zip(theirs, distilled, strict=True)] + found
+        found = [Claim(text, one, row.name, row.baseline) for one, row in zip(theirs, distilled, strict=True)] + found
     if table.name == "discrepancies":
-        found += [Claim(PAPER_FORM, OURS, "detrdistill", name) for name in rows if name not in ("teacher", "student", "detrdistill")]
+        found += [Claim(PAPER_FORM, OURS, "detrdistill", row.name) for row in rows.values() if not row.family]
     if {"teacher", "detrdistill"} <= rows.keys() and table.name in ("main_results", "full_schedule"):
         schedules = {recipe.schedule for name in ("teacher", "detrdistill") for recipe in rows[name].recipes.values()}
         found += [PASSES] if len(schedules) == 1 else []  # a student that was stopped early cannot be asked for it
     return found + [claim for claim in CLAIMS.get(table.name, ()) if claim.ahead in rows and claim.than in rows]
+
+
+def _layers(row: Row) -> tuple[int, int]:
+    """Of encoder and decoder."""
+    recipe = next(iter(row.recipes.values()))
+    return recipe.encoder_layers, recipe.decoder_layers

@@ -15,23 +15,27 @@ class Row:
 
     Attributes:
         detector: its name in words.
-        setting: the row's name, unique for a detector.
-        title: what the table calls it.
+        name: unique for a detector.
+        family: the preset's setting that it is, such as "teacher", "student" or "detrdistill"; "" for a method with other switches.
+        title: what the table calls it, `variant` at its end.
         baseline: the setting whose AP of the same seed the gain is over; "" for a row that is no method.
         published: the row's name in the published table; "" where the paper has no such row, or has it for another detector.
         column: the column there; its gain is called the same with "gain" for "AP".
         at: the part of the schedule after which AP is read off the curve; 1 is the end, and has all numbers.
+        variant: what tells it from other rows of its family, such as a backbone; "" where it is the only one.
         tuned_as: the name that a weight of the row's own was tuned under, in `Preset.tuned`; "" for a row that has none.
     """
 
     detector: str
-    setting: str
+    name: str
+    family: str
     recipes: Mapping[int, Recipe]
     title: str
     baseline: str = ""
     published: str = ""
     column: str = "AP"
     at: float = 1.0
+    variant: str = ""
     tuned_as: str = ""
 
 
@@ -73,7 +77,16 @@ Presets = Sequence[Preset]
 Seeds = Sequence[int]
 
 
-def row(preset: Preset, seeds: Seeds, setting: str, name: str, title: str = "", baseline: str = "student", published: str = "") -> Row:
+def row(
+    preset: Preset,
+    seeds: Seeds,
+    setting: str,
+    name: str,
+    title: str = "",
+    baseline: str = "student",
+    published: str = "",
+    variant: str = "",
+) -> Row:
     """A setting of the preset under a name of its own; a method's gain is over `baseline`."""
     recipes = [preset.recipe(setting, seed) for seed in seeds]
     plain = setting in ("teacher", "student")
@@ -82,10 +95,11 @@ def row(preset: Preset, seeds: Seeds, setting: str, name: str, title: str = "", 
     detector = DETECTORS[preset.student.detector]
     if published != GAP and not published.startswith(detector):
         published = ""  # what the paper measured with another detector does not belong beside this one
-    return Row(detector, name, by_seed, title or TITLES[setting], "" if plain else baseline, published)
+    title = ", ".join(filter(None, [title or TITLES[setting], variant]))
+    return Row(detector, name, setting, by_seed, title, "" if plain else baseline, published, variant=variant)
 
 
-def variant(
+def switched_row(
     preset: Preset,
     seeds: Seeds,
     name: str,
@@ -93,15 +107,17 @@ def variant(
     changes: Mapping[str, object] | Method,
     published: str = "",
     tuned_as: str = "",
+    variant: str = "",
 ) -> Row:
     """DETRDistill with other switches, or a method just as it is.
 
     Args:
         tuned_as: name of the row whose weight was tuned alone; "": the weights of DETRDistill as a whole.
+        variant: what the title ends with, as in `Row`.
     """
     method = changes if isinstance(changes, Method) else preset.tuned_method("detrdistill", changes, tuned_as or "detrdistill")
     made = row(replace(preset, method=method, tuned={}), seeds, "detrdistill", name, title, published=published)
-    return replace(made, tuned_as=tuned_as)
+    return replace(made, family="", variant=variant, tuned_as=tuned_as)
 
 
 def table(name: str, presets: Presets, published: str, title: str, rows: Sequence[Row]) -> Table:

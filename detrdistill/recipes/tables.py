@@ -11,7 +11,7 @@ from detrdistill.errors import InputError
 from detrdistill.recipes.identity import all_runs
 from detrdistill.recipes.methods import DETRDistill
 from detrdistill.recipes.recipe import CropRecipe, Recipe
-from detrdistill.recipes.rows import GAP, Presets, Seeds, Table, best, half, row, table, variant
+from detrdistill.recipes.rows import GAP, Presets, Seeds, Table, best, half, row, switched_row, table
 from detrdistill.recipes.words import ADAMIXER, CONDITIONAL, DETECTORS, TITLES
 
 WEIGHTS = "weights"  # the table of what was tried to tune weights, which is made in `tuning`
@@ -39,8 +39,15 @@ def prior_methods(presets: Presets, seeds: Seeds) -> Table:
         for setting in ("student", "fgd", "fkd", "mgd", "fgfi", "fitnet", "detrdistill"):
             paper = "Baseline w/o KD" if setting == "student" else IN_PAPER[setting]
             stated = "" if setting == "detrdistill" else f"AdaMixer / {paper}"
-            title = f"{TITLES[setting]}, {words} schedule"
-            found = row(preset, seeds, setting, f"{setting} at {words}", title, f"student at {words}", stated)
+            found = row(
+                preset,
+                seeds,
+                setting,
+                f"{setting} at {words}",
+                baseline=f"student at {words}",
+                published=stated,
+                variant=f"{words} schedule",
+            )
             rows.append(replace(found, at=part, column=f"AP {epochs} epochs"))
     return table("prior_methods", [preset], "table1", "Prior methods", rows)
 
@@ -58,8 +65,8 @@ def encoder_decoder(presets: Presets, seeds: Seeds) -> Table:
             plain = f"student {enc}/{dec}"
             for setting in ("student", "detrdistill"):
                 paper = f"Conditional DETR {paper_enc} enc {paper_dec} dec / {IN_PAPER[setting]}" if enc or not encoder else ""
-                title = f"{TITLES[setting]}, {enc} encoder, {dec} decoder layers"
-                rows.append(row(cut, seeds, setting, f"{setting} {enc}/{dec}", title, plain, paper))
+                layers = f"{enc} encoder, {dec} decoder layers"
+                rows.append(row(cut, seeds, setting, f"{setting} {enc}/{dec}", baseline=plain, published=paper, variant=layers))
     return table("encoder_decoder", [preset], "table4", "Encoder and decoder depth", rows)
 
 
@@ -68,7 +75,7 @@ def stage_mapping(presets: Presets, seeds: Seeds) -> Table:
     preset = best(presets, CONDITIONAL)
     preset = replace(preset, student=preset.student.replace(decoder_layers=half(preset.student.decoder_layers)))
     rows = [row(preset, seeds, setting, setting, published=GAP) for setting in ("teacher", "student")]
-    rows += [variant(preset, seeds, name, STRATEGIES[name], {"stages": name}, GAP) for name in preset.mappings or STRATEGIES]
+    rows += [switched_row(preset, seeds, name, STRATEGIES[name], {"stages": name}, GAP) for name in preset.mappings or STRATEGIES]
     return table("stage_mapping", [preset], "table5", "Mapping of decoder stages", rows)
 
 
@@ -96,7 +103,7 @@ def components(presets: Presets, seeds: Seeds) -> Table:
         name = " + ".join(kept)
         stated = GAP if kept in (("logits", "assignment"), parts[1:]) else f"AdaMixer / {name}"
         method = preset.method.replace(**{part: alone[part] if part in kept else 0.0 for part in parts})
-        rows.append(variant(preset, seeds, name, name.capitalize(), method, stated, name if len(kept) == 1 else ""))
+        rows.append(switched_row(preset, seeds, name, name.capitalize(), method, stated, name if len(kept) == 1 else ""))
     return table("components", [preset], "table7", "Components", rows)
 
 
@@ -108,17 +115,18 @@ def logits(presets: Presets, seeds: Seeds) -> Table:
     preset = best(presets, ADAMIXER)
     alone = {"features": 0.0, "assignment": 0.0}
     variants = {
-        "positives, last stage": {"matching": "positives", "stages": "last_only"},
-        "positives, stage by stage": {"matching": "positives"},
-        "positives and negatives, last stage": {"stages": "last_only"},
-        "positives and negatives, stage by stage": {},
-        "each divided by its own pairs": {"normaliser": "pairs"},
-        "joint matching (released code)": {"matching": "joint", "normaliser": "pairs"},
+        ("positives", "last stage"): {"matching": "positives", "stages": "last_only"},
+        ("positives", "stage by stage"): {"matching": "positives"},
+        ("positives and negatives", "last stage"): {"stages": "last_only"},
+        ("positives and negatives", "stage by stage"): {},
+        ("each divided by its own pairs", ""): {"normaliser": "pairs"},
+        ("joint matching (released code)", ""): {"matching": "joint", "normaliser": "pairs"},
     }
     rows = [row(preset, seeds, "student", "student", published=GAP)]
-    for name, changes in variants.items():
-        ours = "normaliser" in changes
-        rows.append(variant(preset, seeds, name, name.capitalize(), alone | changes, "" if ours else GAP, name if changes else "logits"))
+    for (what, stages), changes in variants.items():
+        name, stated = f"{what}, {stages}" if stages else what, "" if "normaliser" in changes else GAP
+        tuned_as = name if changes else "logits"
+        rows.append(switched_row(preset, seeds, name, name.capitalize(), alone | changes, stated, tuned_as, stages))
     return table("logits", [preset], "table8", "Logits distillation", rows)
 
 
@@ -140,7 +148,7 @@ def feature_masks(presets: Presets, seeds: Seeds) -> Table:
     for name, changes in variants.items():
         stated = "" if changes.get("mask") == "released" else GAP
         title = name[0].upper() + name[1:]
-        rows.append(variant(preset, seeds, name, title, alone | changes, stated, name if changes else "features"))
+        rows.append(switched_row(preset, seeds, name, title, alone | changes, stated, name if changes else "features"))
     return table("feature_masks", [preset], "table9", "Feature masks", rows)
 
 
@@ -155,8 +163,8 @@ def light_backbones(presets: Presets, seeds: Seeds) -> Table:
             light = replace(preset, student=preset.student.replace(backbone=backbone))
             plain = f"student {backbone.title}"
             for setting in ("student", "detrdistill"):
-                name, title = f"{setting} {backbone.title}", f"{TITLES[setting]}, {backbone.title}"
-                rows.append(row(light, seeds, setting, name, title, plain, f"{detector} / {IN_PAPER[setting]} / {paper}"))
+                name, stated = f"{setting} {backbone.title}", f"{detector} / {IN_PAPER[setting]} / {paper}"
+                rows.append(row(light, seeds, setting, name, baseline=plain, published=stated, variant=backbone.title))
     return table("light_backbones", presets, "table10", "Light backbones", rows)
 
 
@@ -174,8 +182,8 @@ def discrepancies(presets: Presets, seeds: Seeds) -> Table:
     }
     rows = [row(preset, seeds, setting, setting) for setting in ("teacher", "student")]
     rows.append(row(preset, seeds, "detrdistill", "detrdistill", "As in the paper"))
-    rows += [variant(preset, seeds, name, name.capitalize(), changes) for name, changes in switches.items()]
-    rows.append(variant(preset, seeds, "released", "All as in the released code", DETRDistill(variant="released")))
+    rows += [switched_row(preset, seeds, name, name.capitalize(), changes) for name, changes in switches.items()]
+    rows.append(switched_row(preset, seeds, "released", "All as in the released code", DETRDistill(variant="released")))
     return table("discrepancies", [preset], "", "Paper and released code", rows)
 
 

@@ -23,10 +23,12 @@ from detrdistill.statistics import (
     HOLDS,
     NO_EFFECT,
     NO_GAIN,
+    SMALL,
     VERDICTS,
     Difference,
     holm,
     seeds_to_decide,
+    seeds_words,
     verdict,
     verdict_words,
 )
@@ -51,12 +53,13 @@ def weigh(tables: Sequence[Table], comparisons: Comparisons, planned: Mapping[tu
     lines, differences = [], []
     for table in tables:
         for detector in dict.fromkeys(row.detector for row in table.rows):
-            rows = {row.setting: row for row in table.rows if row.detector == detector}
+            rows = {row.name: row for row in table.rows if row.detector == detector}
             for claim in claims_of(table, detector):
                 ahead, than = rows[claim.ahead], rows[claim.than]
                 differences.append(comparisons.difference(ahead, than, claim.measure))
                 line = {"claim": claim.text, "source": claim.source, "preset": table.preset, "table": table.name, "detector": detector}
                 line |= {"measured_on": table.measured_on, "measure": claim.measure, "ahead": ahead.title, "than": than.title}
+                line |= {"ahead_variant": ahead.variant, "than_variant": than.variant}
                 line |= {"published": published_difference(table, ahead, than) if claim.measure == AP else math.nan}
                 key = (table.preset, table.name, detector, claim.ahead, claim.than, claim.measure)
                 lines.append(line | {"seeds": differences[-1].seeds, "seeds_planned": (planned or {}).get(key) or len(ahead.recipes)})
@@ -80,7 +83,8 @@ def _decided(difference: Difference, margin: float | None) -> dict[str, Any]:
         "family": difference.family,
         "margin": math.nan if margin is None else margin,
     }
-    return found | {"status": verdict_words(verdict(difference, margin) or NOT_RUN, seeds), "seeds_to_decide": seeds}
+    word = verdict(difference, margin) or NOT_RUN
+    return found | {"verdict": word, "status": verdict_words(word, seeds), "seeds_to_decide": seeds}
 
 
 def published_difference(table: Table, ahead: Row, than: Row) -> float:
@@ -117,7 +121,7 @@ def board(weighed: pd.DataFrame) -> pd.DataFrame:
     """A line a claim: how many of its parts hold and how many are against it, and its verdict as a sentence."""
     lines = []
     for text, parts in weighed.groupby("claim", sort=False):
-        holds, against = (int(parts["status"].str.startswith(word).sum()) for word in (HOLDS, AGAINST))
+        holds, against = (int(parts["verdict"].isin([word, word + SMALL]).sum()) for word in (HOLDS, AGAINST))
         counted = f"{holds} of {len(parts)} hold" + f", {against} against" * bool(against)
         lines.append({"Claim": text, "Source": ", ".join(parts["source"].unique()), "Parts": counted, "Verdict": sentence(parts)})
     return pd.DataFrame(lines)
@@ -133,8 +137,7 @@ def sentence(parts: pd.DataFrame) -> str:
         parts: the claim's lines of `weigh`.
     """
     several = parts.duplicated(["claim", "detector"]).any()
-    # Without the seeds in brackets; what is small is still told apart.
-    words = parts["status"].str.replace(r" \((about|over) .*", "", regex=True)
+    words = parts["verdict"]
     said = []
     for word in sorted(words.unique(), key=[*VERDICTS, *words].index):
         places = []
@@ -147,10 +150,9 @@ def sentence(parts: pd.DataFrame) -> str:
 
 def _part_names(parts: pd.DataFrame) -> pd.Series:
     """What tells the comparisons of a claim apart: "over FGD" where all have one row ahead, "thin12" where both rows end so, or both."""
-    heads = {name: parts[name].str.partition(", ")[0] for name in ("ahead", "than")}
-    tails = {name: parts[name].str.partition(", ")[2] for name in ("ahead", "than")}
+    tails = {name: parts[f"{name}_variant"] for name in ("ahead", "than")}
     same = tails["ahead"] == tails["than"]
-    heads = {name: head.where(same, parts[name]) for name, head in heads.items()}
+    heads = {name: parts[name].where(~same, _without(parts[name], tails[name])) for name in tails}
     one_ahead, one_than = (heads[name].nunique() == 1 for name in ("ahead", "than"))
     if len(parts) > 1 and one_ahead and one_than and same.all() and (tails["ahead"] != "").all():
         return tails["ahead"]
@@ -161,15 +163,21 @@ def _part_names(parts: pd.DataFrame) -> pd.Series:
     return heads["ahead"] + " over " + heads["than"]
 
 
+def _without(titles: pd.Series, variants: pd.Series) -> pd.Series:
+    """Titles of rows without what tells them from others of their family."""
+    pairs = zip(titles, variants, strict=True)
+    return pd.Series([title.removesuffix(f", {variant}") if variant else title for title, variant in pairs], titles.index)
+
+
 def _numbers(line: Mapping[str, Any]) -> str:
     """ "(+12.7 [-5.1, +30.5], about 9 seeds)"; nothing where nothing was measured."""
     if math.isnan(line["difference"]):
         return ""
-    against_margin = line["status"] in (NO_EFFECT, NO_GAIN)
+    against_margin = line["verdict"] in (NO_EFFECT, NO_GAIN)
     interval = _interval(line, "equivalence_half") + ", 90 %" if against_margin else _adjusted(line)
     found = [" ".join(filter(None, [_signed(line["difference"], ""), interval]))]
     if line["seeds_to_decide"]:
-        found.append(line["status"].partition(" (")[2].removesuffix(")"))
+        found.append(seeds_words(line["seeds_to_decide"]))
     return f"({', '.join(found)})"
 
 
@@ -201,7 +209,7 @@ def write_claims(weighed: pd.DataFrame, provenance: str, folder: Path) -> list[P
         return []
     # Sums and square roots may differ in their last digits from one version of a library to the next.
     numbers = ["difference", "half", "adjusted_half", "equivalence_half", "published", "margin"]
-    written = weighed.round(dict.fromkeys(numbers, 6)).astype(object)
+    written = weighed.drop(columns=["verdict", "ahead_variant", "than_variant"]).round(dict.fromkeys(numbers, 6)).astype(object)
     for column in numbers:
         empty = {"published": "unknown", "margin": "none"}.get(column, weighed["status"].where(weighed["status"] == NOT_RUN, "no interval"))
         written[column] = written[column].where(weighed[column].notna(), empty)

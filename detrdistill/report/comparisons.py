@@ -28,7 +28,7 @@ class Comparisons:
         """
         lines: dict[str, dict[str, object]] = {}
         # A run is called as where it is a student at the end of its schedule, if it is one somewhere.
-        rows = sorted(((table, row) for table in tables for row in table.rows), key=lambda one: (one[1].setting == "teacher", -one[1].at))
+        rows = sorted(((table, row) for table in tables for row in table.rows), key=lambda one: (one[1].family == "teacher", -one[1].at))
         for table, row in rows:
             for recipe in row.recipes.values():
                 name = run_id(recipe)
@@ -57,8 +57,8 @@ class Comparisons:
         fit = self.fit(ahead.detector, measure, ahead.at)
         names = [treatment(next(iter(row.recipes.values()))) for row in (ahead, than)]
         found = fit.difference(*names)
-        runs = {row.setting: (fit.runs["treatment"] == name).sum() for row, name in zip((ahead, than), names, strict=True)}
-        once = any(count < 2 for setting, count in runs.items() if setting != "teacher")
+        counts = [(fit.runs["treatment"] == name).sum() for name in names]
+        once = any(count < 2 for row, count in zip((ahead, than), counts, strict=True) if row.family != "teacher")
         return Difference(found.mean, seeds=min(found.seeds, 1)) if once else found
 
 

@@ -60,7 +60,7 @@ def register() -> pd.DataFrame:
 def refuse_unknown_rows(claims: dict[str, Sequence[Claim]] = CLAIMS) -> None:
     """Raise InputError where a claim could be decided by no preset, or by no measure."""
     for name, of_table in claims.items():
-        known = {row.setting for preset in PRESETS for row in make_table(name, get_presets(preset), [0]).rows}
+        known = {row.name for preset in PRESETS for row in make_table(name, get_presets(preset), [0]).rows}
         for claim in of_table:
             where = f"claim '{claim.text}' of table {name}"
             for row in (claim.ahead, claim.than):
@@ -92,7 +92,7 @@ def planned_seeds(tables: Iterable[Table], path: Path = PATH) -> dict[Key, int]:
             if line[name] not in known[name]:
                 raise InputError(f"{path.name}, line {number}: {name} '{line[name]}' is unknown; known: {', '.join(known[name])}")
         table = made.get((line["preset"], line["table"]))
-        rows = {row.setting for row in table.rows if row.detector == line["detector"]} if table else set()
+        rows = {row.name for row in table.rows if row.detector == line["detector"]} if table else set()
         if not rows:
             continue  # another preset's, or of a detector that is not shown
         where = f"{path.name}, line {number}"

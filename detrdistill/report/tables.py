@@ -35,7 +35,7 @@ def collect(table: Table, store: Store) -> pd.DataFrame:
     for row in table.rows:
         for seed, recipe in row.recipes.items():
             record = store.record(recipe)
-            line = {"table": table.name, "preset": table.preset, "detector": row.detector, "setting": row.setting, "seed": seed}
+            line = {"table": table.name, "preset": table.preset, "detector": row.detector, "setting": row.name, "seed": seed}
             line |= {"run": record.id if record else run_id(recipe)}
             line |= {name: _nan(value) for name, value in metrics_at(record, row.at).items()}
             line |= {"status": _status(record, store)}
@@ -83,11 +83,11 @@ def summarise(table: Table, frame: pd.DataFrame, comparisons: "Comparisons") -> 
     lines = []
     for row in table.rows:
         of_detector = frame[frame["detector"] == row.detector].set_index("seed")
-        runs = of_detector[of_detector["setting"] == row.setting]
+        runs = of_detector[of_detector["setting"] == row.name]
         ap, ap_half = mean_and_half(runs["AP"])
-        baseline = next((one for one in table.rows if (one.detector, one.setting) == (row.detector, row.baseline)), None)
+        baseline = next((one for one in table.rows if (one.detector, one.name) == (row.detector, row.baseline)), None)
         gain = comparisons.difference(row, baseline) if baseline else Difference()
-        line = {"detector": row.detector, "setting": row.setting, "title": row.title, "baseline": row.baseline}
+        line = {"detector": row.detector, "setting": row.name, "family": row.family, "title": row.title, "baseline": row.baseline}
         line |= {"published": row.published, "at": row.at}
         line |= {"AP": ap, "AP_half": ap_half, "gain": gain.mean, "gain_half": gain.half()}
         line |= {size: mean_and_half(runs[size])[0] for size in ("APs", "APm", "APl")}

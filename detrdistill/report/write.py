@@ -203,7 +203,7 @@ def main_figures(table: Table, frame: pd.DataFrame, summary: pd.DataFrame, store
     found = {"figure1": bars(published("figure1"), summary, provenance_line(frame))}
     detectors = list(dict.fromkeys(row.detector for row in table.rows))
     for detector in detectors:
-        rows = {row.setting: row for row in table.rows if row.detector == detector}
+        rows = {row.name: row for row in table.rows if row.detector == detector}
         suffix = "" if len(detectors) == 1 else f"_{next(iter(rows['student'].recipes.values())).detector}"
         note = provenance_line(frame[frame["detector"] == detector])
         log, title = _first_log(rows["detrdistill"], store)

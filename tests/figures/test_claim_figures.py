@@ -23,7 +23,9 @@ def weighed() -> pd.DataFrame:
         ("It is faster", "AdaMixer", "DETRDistill over Student", "AP halfway", 1.0, NAN, NAN, 2.0, "one seed"),
         ("It is steadier", "AdaMixer", "Student over DETRDistill", "changes", 0.8, 0.3, 0.3, NAN, "holds"),
     ]
-    return pd.DataFrame(lines, columns=["claim", "detector", "part", "measure", "difference", "half", "adjusted_half", "margin", "status"])
+    columns = ["claim", "detector", "part", "measure", "difference", "half", "adjusted_half", "margin", "status"]
+    frame = pd.DataFrame(lines, columns=columns)
+    return frame.assign(verdict=[status.partition(" (over")[0] for status in frame["status"]])
 
 
 def runs() -> pd.DataFrame:

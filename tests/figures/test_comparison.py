@@ -54,6 +54,7 @@ def both(rows: list[Row], seeds: int = 3, missing: tuple[str, ...] = (), where: 
         values = runs[detector, setting]
         gain = mean_and_half(values - runs[detector, baseline]) if baseline else (NAN, NAN)
         line = {"detector": detector, "setting": setting, "title": title, "baseline": baseline, "published": title}
+        line |= {"family": setting.split(" ")[0]}
         line |= dict(zip(("AP", "AP_half", "gain", "gain_half"), (*mean_and_half(values), *gain), strict=True))
         line |= {"published_AP": NAN, "published_gain": published, "seeds": int(values.notna().sum()), "seeds_wanted": len(values)}
         lines.append(line | {"status": "not run" if values.isna().all() else "measured", "measured_on": where})

@@ -19,18 +19,18 @@ every_preset = pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_makes_every_table(name, preset):
     table = make_table(name, get_presets(preset), [0, 3])
     assert table.name == name and table.preset == preset and table.rows
-    keys = [(row.detector, row.setting) for row in table.rows]
+    keys = [(row.detector, row.name) for row in table.rows]
     assert len(set(keys)) == len(keys), "a row's name is its own"
     titles = [(row.detector, row.title) for row in table.rows]
     assert len(set(titles)) == len(titles), "and so is what the reader sees"
     for row in table.rows:
-        if row.setting == "teacher":  # of mini's seeds 0 and 3 each has its own
+        if row.family == "teacher":  # of mini's seeds 0 and 3 each has its own
             assert list(row.recipes) == [recipe.seed for recipe in row.recipes.values()] and len(row.recipes) == 1 + (preset == "mini")
         else:
             assert row.recipes.keys() == {0, 3}
         assert (row.detector, row.baseline) in keys or not row.baseline
         methods = [recipe.methods for recipe in row.recipes.values()]
-        assert all(bool(one) == bool(row.baseline) or row.setting.startswith("student") for one in methods)
+        assert all(bool(one) == bool(row.baseline) or row.family == "student" for one in methods)
 
 
 @every_table
@@ -70,7 +70,7 @@ def test_tables_of_one_detector_take_the_paper_s():
 
 
 def test_halved_decoders_and_encoders():
-    rows = {row.setting: row.recipes[0] for row in make_table("encoder_decoder", [get_preset("coco", "conditional_detr")], [0]).rows}
+    rows = {row.name: row.recipes[0] for row in make_table("encoder_decoder", [get_preset("coco", "conditional_detr")], [0]).rows}
     sizes = {name: (one.encoder_layers, one.decoder_layers) for name, one in rows.items()}
     assert sizes["student 6/3"] == sizes["detrdistill 6/3"] == (6, 3) and sizes["detrdistill 3/6"] == (3, 6) and sizes["teacher"] == (6, 6)
     adamixer = make_table("encoder_decoder", [get_preset("coco", "adamixer")], [0])
@@ -111,7 +111,7 @@ def test_a_table_s_runs_are_few_where_rows_share_them():
 
 
 def test_half_of_an_encoder_of_one_layer_is_none_and_not_the_paper_s():
-    rows = {row.setting: row for row in make_table("encoder_decoder", get_presets("mini"), [0]).rows}
+    rows = {row.name: row for row in make_table("encoder_decoder", get_presets("mini"), [0]).rows}
     assert list(rows) == ["teacher", *(f"{one} {size}" for size in ("1/4", "1/2", "0/4", "0/2") for one in ("student", "detrdistill"))]
     assert {name for name, row in rows.items() if not row.published} == {name for name in rows if " 0/" in name}
 
@@ -124,7 +124,7 @@ def test_seeds_share_teachers_by_threes():
     assert (second.seed, second.backbone.crops.seed) == (1, 1), "a backbone of its own too"
     assert second.replace(**{"seed": 0, "backbone.crops.seed": 0}) == preset.teacher
     table = make_table("self_distillation", [preset], [0, 3])
-    own = next(row for row in table.rows if row.setting == "teacher")
+    own = next(row for row in table.rows if row.family == "teacher")
     assert [recipe.teacher for recipe in table.rows[-1].recipes.values()] == list(own.recipes.values())
     assert get_preset("bccd").teacher_of(5) == get_preset("bccd").teacher
 

@@ -78,7 +78,7 @@ def test_runs_that_tables_share_count_once(tmp_path: Path) -> None:
         put(store, QUICK.recipe("detrdistill", seed), distilled)
     once, thrice = Comparisons(tables[:1], store), Comparisons(tables, store)
     assert len(once.runs) == len(thrice.runs) == 6
-    rows = {row.setting: row for row in tables[0].rows}
+    rows = {row.name: row for row in tables[0].rows}
     assert once.difference(rows["detrdistill"], rows["student"]) == thrice.difference(rows["detrdistill"], rows["student"])
 
 
@@ -95,7 +95,7 @@ def test_methods_are_treatments_and_students_blocks() -> None:
 
 def test_the_teacher_shares_no_block_and_is_compared_unpaired(tmp_path: Path) -> None:
     store, table = Store(tmp_path), full_schedule([QUICK], [0, 1])
-    rows = {row.setting: row for row in table.rows}
+    rows = {row.name: row for row in table.rows}
     (teacher,) = rows["teacher"].recipes.values()
     put(store, teacher, 57.0)
     for seed, (plain, ap) in enumerate(((51.0, 55.0), (56.6, 56.0))):
@@ -129,15 +129,15 @@ def test_comparisons_of_a_claim_are_adjusted_for_each_other(tmp_path: Path) -> N
 def test_the_verdict_is_a_sentence() -> None:
     about = {"claim": "It helps", "part": "DETRDistill over Student"}
     lines = [
-        {"detector": "Deformable DETR", "difference": 4.6, "adjusted_half": 2.5, "status": "holds"},
-        {"detector": "Conditional DETR", "difference": 12.7, "adjusted_half": 17.8, "status": "undecided (about 9 seeds)"},
-        {"detector": "AdaMixer", "difference": 6.1, "adjusted_half": 2.1, "status": "holds"},
-        {"detector": "Other", "difference": math.nan, "adjusted_half": math.nan, "status": "not run"},
+        {"detector": "Deformable DETR", "difference": 4.6, "adjusted_half": 2.5, "verdict": "holds"},
+        {"detector": "Conditional DETR", "difference": 12.7, "adjusted_half": 17.8, "verdict": "undecided", "seeds_to_decide": 9},
+        {"detector": "AdaMixer", "difference": 6.1, "adjusted_half": 2.1, "verdict": "holds"},
+        {"detector": "Other", "difference": math.nan, "adjusted_half": math.nan, "verdict": "not run"},
     ]
-    parts = pd.DataFrame([about | line for line in lines])
-    counted = board(parts.assign(source="Table 3", seeds_to_decide=0, status=["holds", "against", "holds (small)", "not run"]))
+    parts = pd.DataFrame([about | {"seeds_to_decide": 0} | line for line in lines])
+    counted = board(parts.assign(source="Table 3", verdict=["holds", "against", "holds (small)", "not run"]))
     assert counted["Parts"].tolist() == ["2 of 4 hold, 1 against"]
-    assert sentence(parts.assign(seeds_to_decide=parts["status"].str.startswith("undecided"))) == (
+    assert sentence(parts) == (
         "holds on Deformable DETR (+4.6 [+2.1, +7.1]) and AdaMixer (+6.1 [+4.0, +8.2]); "
         "undecided on Conditional DETR (+12.7 [-5.1, +30.5], about 9 seeds); not run on Other"
     )
@@ -166,7 +166,7 @@ def test_seeds_that_differ_are_not_paired(tmp_path: Path) -> None:
 
 def test_a_row_inside_the_schedule_is_read_there(tmp_path: Path) -> None:
     store, table = Store(tmp_path), make_table("prior_methods", get_presets("mini", ["adamixer"]), [0])
-    rows = {row.setting: row for row in table.rows}
+    rows = {row.name: row for row in table.rows}
     put(store, rows["student at whole"].recipes[0], 20.0, halfway=5.0)
     put(store, rows["fkd at whole"].recipes[0], 21.0, halfway=8.0)
     comparisons = Comparisons([table], store)
@@ -208,7 +208,7 @@ def test_every_claim_finds_its_rows() -> None:
     assert switches[-1].than == "released" and "student" not in {claim.than for claim in switches}
     fewer = [claim.ahead for claim in claims_of(make_table("encoder_decoder", presets, [0]), "Conditional DETR")]
     assert fewer == ["detrdistill 6/3", "detrdistill 3/6", "detrdistill 3/3", "student 3/6"]
-    all_sets = {row.setting for row in make_table("components", presets, [0]).rows} - {"student", ALL}
+    all_sets = {row.name for row in make_table("components", presets, [0]).rows} - {"student", ALL}
     assert {claim.than for claim in CLAIMS["components"] if claim.ahead == ALL} == all_sets
     passing = "A distilled student passes its teacher"
     trained_as_long = {

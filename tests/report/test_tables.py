@@ -63,7 +63,7 @@ def table_of(store: Store, preset=QUICK, seeds=(0, 1, 2)) -> tuple[pd.DataFrame,
 
 def test_the_teacher_is_one_run_for_all_seeds() -> None:
     table = main_results([QUICK], [0, 1, 2])
-    assert [(row.setting, len(row.recipes)) for row in table.rows] == [("teacher", 1), ("student", 3), ("detrdistill", 3)]
+    assert [(row.name, len(row.recipes)) for row in table.rows] == [("teacher", 1), ("student", 3), ("detrdistill", 3)]
     assert table.rows[2].recipes[1] == QUICK.recipe("detrdistill", 1)
 
 

@@ -128,7 +128,7 @@ def test_what_was_found_is_frozen_in_the_preset_and_reaches_its_rows(monkeypatch
     monkeypatch.setitem(TUNED, ADAMIXER, found)
     preset = get_preset("mini", ADAMIXER)
     method = lambda table, setting: next(  # noqa: E731
-        row.recipes[0].methods[0] for row in make_table(table, [preset], [0]).rows if row.setting == setting
+        row.recipes[0].methods[0] for row in make_table(table, [preset], [0]).rows if row.name == setting
     )
     assert method("main_results", "fgd").foreground == 3e-3 and method("main_results", "mgd") == METHODS["mgd"]()
     assert method("main_results", "detrdistill") == DETRDistill(logits=0.3, features=0.03, assignment=0.3)
