@@ -53,7 +53,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  echo "the last setup did not finish, making $(VENV) again"; rm -rf $(VENV); fi; \
 	echo $$$$ > $(UNFINISHED); \
 	{ $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV); } && \
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[test]' && \
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -e '.[all]' && \
 	touch $(STAMP); \
 	status=$$?; \
 	if [ $$status -eq 0 ]; then rm -f $(UNFINISHED); fi; exit $$status
@@ -107,7 +107,7 @@ benchmark: setup
 gpu-check: setup
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
-# To move to newer versions: .venv/bin/pip install --upgrade -e '.[test]', run the tests, then this. What torch needs for CUDA comes
+# To move to newer versions: .venv/bin/pip install --upgrade -e '.[all]', run the tests, then this. What torch needs for CUDA comes
 # with torch, differs by platform, and is left out; so is the local part of a version (+cpu).
 constraints:
 	@{ sed -n '/^#/p' constraints.txt; \

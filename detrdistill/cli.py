@@ -232,7 +232,12 @@ def notebook(
         output: where the executed notebook goes; written when it is complete.
         parameters: name=value for its parameters cell; may be repeated.
     """
-    from detrdistill.notebooks import execute
+    try:
+        from detrdistill.notebooks import execute
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"the command 'notebook' needs {error.name}, which is not installed; install the extra: pip install 'detrdistill[notebooks]'"
+        ) from None
 
     if output.is_dir():
         raise InputError(f"output {output}: is a folder; name the notebook to write")

@@ -1,9 +1,13 @@
 """pyproject.toml, constraints.txt and environment.yml say the same, and the tests run in what they say."""
 
+import ast
 import re
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,10 +18,56 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 
 
+EXTRAS = ("notebooks", "batch", "test")
+
+
 @pytest.fixture(scope="module")
-def requirements() -> list[Requirement]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    return [Requirement(line) for lines in (project["dependencies"], *project["optional-dependencies"].values()) for line in lines]
+def project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def requirements(project: dict[str, Any]) -> list[Requirement]:
+    """What make setup installs: the library alone, and every extra."""
+    lists = (project["dependencies"], *(project["optional-dependencies"][extra] for extra in EXTRAS))
+    return [Requirement(line) for lines in lists for line in lines]
+
+
+def test_all_is_every_extra(project: dict[str, Any]) -> None:
+    extras = project["optional-dependencies"]
+    assert set(extras) == {*EXTRAS, "all"} and extras["all"] == [f"{project['name']}[{','.join(EXTRAS)}]"]
+
+
+def test_the_library_alone_imports_nothing_of_the_extras(project: dict[str, Any]) -> None:
+    """Models, losses, training and reports; what needs an extra is imported where it is used, in the files that are named here."""
+    extras = {"ipywidgets", "jupyterlab", "papermill", "nbformat", "yaml", "snakemake", "IPython", "transformers"}
+    users = {path.relative_to(ROOT / "detrdistill").as_posix() for path in (ROOT / "detrdistill").rglob("*.py") if extras & imported(path)}
+    assert users == {"notebooks.py", "analysis/query_masks.py", "analysis/detections.py"}
+    for module in ("detrdistill.runs.run", "detrdistill.report.write", "detrdistill.session", "detrdistill.cli"):
+        blocked = f"import sys; sys.modules.update(dict.fromkeys({sorted(extras)!r})); import {module}"
+        subprocess.run([sys.executable, "-W", "ignore", "-c", blocked], check=True, timeout=120)
+
+
+def imported(path: Path) -> set[str]:
+    tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    names = [
+        name
+        for node in tree
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names])
+    ]
+    return {name.partition(".")[0] for name in names}
+
+
+def test_a_command_whose_extra_is_not_installed_says_which(tmp_path: Path) -> None:
+    call = "from detrdistill.cli import main; sys.argv[1:] = ['notebook', 'a.ipynb', 'b.ipynb']; main()"
+    blocked = f"import sys; sys.modules['papermill'] = None; {call}"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", blocked], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert (
+        "error: the command 'notebook' needs papermill, which is not installed; install the extra: pip install 'detrdistill[notebooks]'"
+        in done.stderr
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +99,7 @@ def test_conda_installs_this_package_under_the_same_constraints() -> None:
     environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     conda = [item for item in environment["dependencies"] if isinstance(item, str)]
     (pip,) = [item["pip"] for item in environment["dependencies"] if isinstance(item, dict)]
-    assert pip == ["-c constraints.txt", "-e .[test]"]
+    assert pip == ["-c constraints.txt", "-e .[all]"]
     # Anything else from conda could differ from the constraints.
     (python, installer) = conda
     assert installer == "pip" and python.startswith("python=")
@@ -59,7 +109,7 @@ def test_conda_installs_this_package_under_the_same_constraints() -> None:
 
 def test_makefile_installs_this_package_under_the_same_constraints() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert "-c constraints.txt -e '.[test]'" in makefile
+    assert "-c constraints.txt -e '.[all]'" in makefile
 
 
 def test_the_running_environment_has_the_pinned_versions(requirements: list[Requirement], pins: dict[str, Version]) -> None:
