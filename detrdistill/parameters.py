@@ -2,15 +2,19 @@
 
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, field_validator
 
-from detrdistill.recipes.presets import PRESETS
+from detrdistill.errors import InputError
+from detrdistill.recipes.methods import METHODS
+from detrdistill.recipes.presets import PRESETS, Preset, get_preset
+from detrdistill.recipes.recipe import Digits
 from detrdistill.recipes.schema import Strict
-from detrdistill.recipes.words import DEFORMABLE
+from detrdistill.recipes.words import DEFORMABLE, DETECTORS
 
 SHARED = ("resize", "data", "precision")  # what images a detector sees and how it computes: a student's are its teacher's too
 
@@ -86,10 +90,81 @@ class Parameters(Strict):
         return value
 
 
-def _injected_in_vain(known: Collection[str]) -> list[str]:
-    """Parameters that papermill injected and no cell knows: of a mistyped name it only warns, and the default would run."""
+def read_parameters(given: Mapping[str, object]) -> Parameters:
+    """A notebook's parameters, checked.
+
+    Raises:
+        InputError: a name that the notebook does not have, a wrong type, a value out of range, a file or folder that is not there.
+    """
+    if unknown := unknown_injected(given):
+        raise InputError(f"parameters: unknown {', '.join(unknown)}, injected by papermill; known here: {', '.join(given)}")
+    return Parameters.read(given, where="parameters")
+
+
+def unknown_injected(known: Collection[str]) -> list[str]:
+    """Parameters that papermill injected and no cell knows: papermill only warns of a mistyped name, and the default would run."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     injected, own = set(), set(known)
     for cell in shell.user_ns.get("In", ()) if shell else ():
         (injected if cell.startswith("# Parameters\n") else own).update(re.findall(r"^(\w+)\s*(?::[^=\n]*)?=(?!=)", cell, re.MULTILINE))
     return sorted(injected - own)
+
+
+def make_presets(read: Parameters) -> dict[str, Preset]:
+    """The preset of each detector that is asked for, with the user's changes; of all that it has recipes for where none is named.
+
+    Raises:
+        InputError: the preset has no recipes for a detector, has no such setting, or a change names no field or has a bad value.
+    """
+    name, wanted = ("detector", (read.detector,)) if read.detectors is None else ("detectors", read.detectors)
+    presets: dict[str, Preset] = {}
+    for detector in wanted or DETECTORS:
+        try:
+            presets[detector] = get_preset(read.preset, detector)
+        except InputError as error:
+            if wanted:
+                raise InputError(f"parameters: '{name}' = {detector!r}: {error}") from None
+    try:
+        presets = {detector: change_preset(preset, read.changes) for detector, preset in presets.items()}
+    except InputError as error:
+        raise InputError(f"parameters: 'changes': {error}") from None
+    try:
+        next(iter(presets.values())).recipe(read.setting)
+    except InputError as error:
+        raise InputError(f"parameters: 'setting' = {read.setting!r}: {error}") from None
+    return presets
+
+
+def change_preset(preset: Preset, changes: Mapping[str, Any]) -> Preset:
+    """The preset with a user's changes to student, method and teacher.
+
+    Raises:
+        InputError: an unknown field, a wrong type, or a value out of range.
+    """
+
+    def fields_of(part: str) -> dict[str, Any]:
+        return {name.removeprefix(part): value for name, value in changes.items() if name.startswith(part)}
+
+    of_student = {name: value for name, value in changes.items() if not name.startswith(("method.", "teacher."))}
+    shared = {name: value for name, value in of_student.items() if name.split(".")[0] in SHARED}
+    if fields_of("method."):  # a weight that is stated holds: DETRDistill's are multiplied first, and those of its parts not at all
+        tuned = {name: factor for name, factor in preset.tuned.items() if name in METHODS and name != "detrdistill"}
+        preset = replace(preset, method=preset.tuned_method("detrdistill"), tuned=tuned)
+    return replace(
+        preset,
+        student=preset.student.replace(**of_student),
+        teacher=preset.teacher.replace(**(shared | fields_of("teacher."))),
+        method=preset.method.replace(**fields_of("method.")),
+    )
+
+
+def require_images(read: Parameters, preset: Preset) -> None:
+    """Raise InputError where the parameters number an image that the preset's embedded digits do not have."""
+    data = preset.student.data
+    if not isinstance(data, Digits):
+        return
+    for name, value in (("image", read.image), *(("images", one) for one in read.images)):
+        if isinstance(value, int) and value >= data.val:
+            raise InputError(
+                f"parameters: '{name}' = {value}: the validation images of preset {read.preset} are numbered 0 to {data.val - 1}"
+            )

@@ -3,15 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from detrdistill.data.layout import data_cache, layout
-from detrdistill.errors import InputError
-from detrdistill.parameters import SHARED, Parameters, _injected_in_vain
-from detrdistill.recipes.identity import run_id
-from detrdistill.recipes.methods import METHODS
-from detrdistill.recipes.presets import Preset, get_preset
-from detrdistill.recipes.recipe import Digits, Folder
+from detrdistill.parameters import make_presets, read_parameters, require_images
+from detrdistill.recipes.presets import Preset
+from detrdistill.recipes.recipe import Folder, Recipe
 from detrdistill.recipes.words import DETECTORS
 from detrdistill.records import Record, short_commit
 from detrdistill.runs.provenance import provenance
@@ -23,8 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from detrdistill.data.coco import CocoDataset
-    from detrdistill.recipes.rows import Table
-    from detrdistill.report.comparisons import Comparisons
+    from detrdistill.session_table import SessionTable, SessionWeights
 
 
 @dataclass(frozen=True)
@@ -72,57 +68,38 @@ class Session:
         return self if isinstance(data, Folder) else self.on_data(layout(data, "train", data_cache())[0].parent)
 
     def run(self, setting: str, seed: int = 0) -> Record:
-        """Train a row of the preset, or return what is stored."""
+        """Train a row of the preset, or return what is stored; the committed reference's teacher will do."""
+        return self.train(self.preset.recipe(setting, seed), setting == "teacher")
+
+    def train(self, recipe: Recipe, reference: bool = False) -> Record:
+        """Train any recipe, or return what is stored.
+
+        Args:
+            reference: whether the committed reference will do.
+        """
         from detrdistill.runs.run import run
 
-        return run(self.preset.recipe(setting, seed), self.store, device=self.device, progress=self.progress)
+        return run(recipe, self.store, device=self.device, progress=self.progress, reference=reference)
 
-    def table(self, name: str) -> "Table":
-        """The runs of one of `recipes.tables.TABLES`, for the detectors and seeds asked for."""
-        from detrdistill.recipes.tables import make_table
-
-        return make_table(name, list(self.presets.values()), self.seeds)
-
-    def comparisons(self) -> "Comparisons":
-        """Differences between rows, from the stored runs of all tables of these detectors and seeds."""
-        from detrdistill.recipes.tables import TABLES
-        from detrdistill.report.comparisons import Comparisons
-
-        return Comparisons(map(self.table, TABLES), self.store)
-
-    def run_table(self, table: "Table") -> None:
-        """Train every run of a table that is not stored yet."""
-        from detrdistill.runs.run import run
-
-        for recipe in {run_id(recipe): recipe for recipe in table.recipes()}.values():
-            run(recipe, self.store, device=self.device, progress=self.progress)
-
-    def tune(self) -> "pd.DataFrame":
-        """Run the trials that `rows` still miss, of each detector that has such a row; all that was tried, as `tuning.tuning_frame` has it.
+    def table(self, name: str) -> "SessionTable":
+        """One of `recipes.tables.TABLES`, for the detectors and seeds asked for.
 
         Raises:
-            InputError: no detector has a row of this name, or the preset's data is a folder.
+            InputError: there is no table of this name.
         """
-        from detrdistill.report.weights import tuning_frame
-        from detrdistill.runs.run import run
-        from detrdistill.runs.tuning import find_row, rows_to_tune, tune
+        from detrdistill.session_table import SessionTable
 
-        presets = list(self.presets.values())
-        for name in self.rows:
-            find_row(presets, name)
-        for row in rows_to_tune(presets):
-            if row.name in self.rows:
-                tune(row, self.store, lambda recipe: run(recipe, self.store, device=self.device, progress=self.progress))
-        return tuning_frame(presets, self.store)
+        return SessionTable(name, list(self.presets.values()), self.seeds, self.store, self.train)
 
-    def curves(self, table: "Table") -> dict[str, list[list[dict[str, float | None]]]]:
-        """AP while training of the table's rows at the end of the schedule, by setting or title; of its first detector."""
-        from detrdistill.recipes.words import TITLES
+    def weights(self) -> "SessionWeights":
+        """The trials that tune the weights of `rows`.
 
-        rows = [row for row in table.rows if row.at == 1 and row.detector == table.rows[0].detector]
-        # A teacher is known by its name: its curve is a level to reach.
-        names = [row.setting if row.setting in TITLES else row.title.partition(", whole")[0] for row in rows]
-        return {name: [self.store.record(one).curve for one in row.recipes.values()] for name, row in zip(names, rows, strict=True)}
+        Raises:
+            InputError: no detector has a row of such a name, or the preset's data is a folder.
+        """
+        from detrdistill.session_table import SessionWeights
+
+        return SessionWeights(list(self.presets.values()), self.rows, self.store, self.train)
 
     def with_weights(self, records: Sequence[Record]) -> list[Record]:
         """Those of the runs whose weights are stored: of some results the repository holds records and logs alone."""
@@ -148,7 +125,30 @@ class Session:
         ]
         return pd.DataFrame(lines).set_index("setting").round(1)
 
-    def show(self, figure: "Figure", name: str) -> "Figure":
+    def curves(self, records: Mapping[str, Sequence[Record]]) -> "Figure":
+        """AP while training by setting, of a list of runs each; the line below names one run, DETRDistill's or the last setting's."""
+        from detrdistill.figures.convergence import convergence
+
+        note = self.provenance(_named({setting: runs[0] for setting, runs in records.items() if runs}))
+        return convergence({setting: [record.curve for record in runs] for setting, runs in records.items()}, note)
+
+    def detections(self, records: Mapping[str, Record], images: Sequence[int]) -> "Figure":
+        """What runs' detectors find on validation images, by setting, beside the ground truth; a run without stored weights is left out.
+
+        The line below names one run, DETRDistill's or the last.
+        """
+        from detrdistill.analysis import detections
+        from detrdistill.figures.detections import compare
+        from detrdistill.runs.load import open_split
+
+        val = open_split(self.preset.student, "val")
+        columns = {"ground truth": detections.ground_truth(val, images)}
+        for setting, record in records.items():
+            if self.with_weights([record]):
+                columns[setting] = detections.detect(self.detector(record, val), val, images)
+        return compare(detections.pictures(val, images), columns, self.provenance(_named(records)))
+
+    def save(self, figure: "Figure", name: str) -> "Figure":
         """Save a figure as PNG and PDF in the preset's `figures/`, and return it for the notebook to show."""
         from detrdistill.figures.style import save
 
@@ -161,26 +161,20 @@ class Session:
         return f"run {record.id}; commit {short_commit(about['commit'])}; data {about['data_sha256'][:8]}; {about['device']}"
 
 
-def validate(**parameters: object) -> Session:
-    """Check a notebook's parameters.
+def open_session(**parameters: object) -> Session:
+    """Check a notebook's parameters, and open its preset and store.
 
     `changes` are fields of the students' recipe by dotted name, of the method as "method.gamma", or of the teacher as
-    "teacher.schedule.steps"; else the teacher stays as it is, but for `SHARED`, as on the command line.
+    "teacher.schedule.steps"; else the teacher stays as it is, but for `parameters.SHARED`, as on the command line.
 
     Raises:
         InputError: an unknown parameter, preset, detector, setting or field, a wrong type, a value out of range, a file or folder that
             is not there; names the parameter and what is allowed.
     """
-    if unknown := _injected_in_vain(parameters):
-        raise InputError(f"parameters: unknown {', '.join(unknown)}, injected by papermill; known here: {', '.join(parameters)}")
-    read = Parameters.read(parameters, where="parameters")
-    names = _detectors(read)
-    try:
-        presets = {name: _changed(get_preset(read.preset, name), read.changes) for name in names}
-    except InputError as error:
-        raise InputError(f"parameters: 'changes': {error}") from None
+    read = read_parameters(parameters)
+    presets = make_presets(read)
     session = Session(
-        presets[names[0]],
+        next(iter(presets.values())),
         _store(read.results) if read.results else open_store(read.preset),
         read.seeds,
         read.device,
@@ -192,54 +186,15 @@ def validate(**parameters: object) -> Session:
         read.rows,
         read.interactive,
     )
-    try:
-        session.preset.recipe(read.setting)
-    except InputError as error:
-        raise InputError(f"parameters: 'setting' = {read.setting!r}: {error}") from None
     if read.data:
         session = session.on_data(Path(read.data).expanduser())
-    data = session.preset.student.data
-    for name, value in (("image", read.image), *(("images", one) for one in read.images)):
-        if isinstance(data, Digits) and isinstance(value, int) and value >= data.val:
-            raise InputError(
-                f"parameters: '{name}' = {value}: the validation images of preset {read.preset} are numbered 0 to {data.val - 1}"
-            )
+    require_images(read, session.preset)
     return session
 
 
-def _detectors(read: Parameters) -> list[str]:
-    """The detectors a notebook asks for; without any, all that the preset has recipes for."""
-    name, wanted = ("detector", (read.detector,)) if read.detectors is None else ("detectors", read.detectors)
-    known, refused = [], {}
-    for detector in wanted or DETECTORS:
-        try:
-            get_preset(read.preset, detector)
-            known.append(detector)
-        except InputError as error:
-            refused[detector] = error
-    for detector, error in refused.items():
-        if wanted:
-            raise InputError(f"parameters: '{name}' = {detector!r}: {error}") from None
-    return known
-
-
-def _changed(preset: Preset, changes: Mapping[str, Any]) -> Preset:
-    """The preset with a user's changes to student, method and teacher."""
-
-    def own(part):
-        return {name.removeprefix(part): value for name, value in changes.items() if name.startswith(part)}
-
-    of_student = {name: value for name, value in changes.items() if not name.startswith(("method.", "teacher."))}
-    shared = {name: value for name, value in of_student.items() if name.split(".")[0] in SHARED}
-    if own("method."):  # a weight that is stated holds: DETRDistill's are multiplied first, and those of its parts not at all
-        tuned = {name: factor for name, factor in preset.tuned.items() if name in METHODS and name != "detrdistill"}
-        preset = replace(preset, method=preset.tuned_method("detrdistill"), tuned=tuned)
-    return replace(
-        preset,
-        student=preset.student.replace(**of_student),
-        teacher=preset.teacher.replace(**(shared | own("teacher."))),
-        method=preset.method.replace(**own("method.")),
-    )
+def _named(records: Mapping[str, Record]) -> Record:
+    """The run that a figure of several names."""
+    return records.get("detrdistill") or list(records.values())[-1]
 
 
 def _store(folder: str) -> Store:

@@ -66,15 +66,15 @@ def test_runs_and_shows_what_it_measured(path: Path, results: Path, monkeypatch:
 @pytest.mark.parametrize("name", ["01_main_results", "12_stability"])
 def test_a_run_without_weights_is_left_out_of_what_needs_them(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Most students of the committed results are records and logs alone: a batch that has no more to train must not stop at them."""
-    from detrdistill.session import validate
+    from detrdistill.session import open_session
 
     monkeypatch.setenv("DETRDISTILL_RESULTS", str(tmp_path))
     store, recipe = Store(tmp_path / "smoke"), get_preset("smoke").recipe("student")
     record = run(recipe, store, device="cpu", progress=False)
-    chosen = validate(preset="smoke", seeds=[0], device="cpu", progress=False)
-    assert chosen.with_weights([record]) == [record]
+    session = open_session(preset="smoke", seeds=[0], device="cpu", progress=False)
+    assert session.with_weights([record]) == [record]
     store.weights(recipe).unlink()
-    assert chosen.with_weights([record]) == []
+    assert session.with_weights([record]) == []
     path = ROOT / "notebooks" / f"{name}.ipynb"
     one = {"detectors": "deformable_detr"} if "detectors" in papermill.inspect_notebook(str(path)) else {}
     execute(path, tmp_path / path.name, {"preset": "smoke", "seeds": "[0]", "progress": "False"} | one, timeout=280)
@@ -134,25 +134,25 @@ def test_help_explains_every_parameter(path: Path) -> None:
 )
 def test_refuses_bad_parameters(given: dict[str, str], named: str) -> None:
     from detrdistill.errors import InputError
-    from detrdistill.session import validate
+    from detrdistill.session import open_session
 
     with pytest.raises(InputError, match=f"parameters: '{named}"):
-        validate(**({"preset": "smoke", "seeds": [0], "device": "cpu", "progress": False} | given))
+        open_session(**({"preset": "smoke", "seeds": [0], "device": "cpu", "progress": False} | given))
 
 
 def test_text_numbers_are_accepted() -> None:
-    from detrdistill.session import validate
+    from detrdistill.session import open_session
 
-    assert validate(preset="smoke", seeds="0 1", device="cpu", progress="true").seeds == (0, 1)
-    assert validate(preset="smoke", seeds=2, device="cpu", progress=False).seeds == (2,)
+    assert open_session(preset="smoke", seeds="0 1", device="cpu", progress="true").seeds == (0, 1)
+    assert open_session(preset="smoke", seeds=2, device="cpu", progress=False).seeds == (2,)
 
 
 def test_fields_of_the_recipe_can_be_changed() -> None:
     """Also with a number as text, as YAML passes 1e-4; what is changed makes other runs, and the teacher stays."""
-    from detrdistill.session import validate
+    from detrdistill.session import open_session
 
     changes = {"schedule.lr": "1e-4", "schedule.steps": 3, "method.gamma": 0.2}
-    preset = validate(preset="smoke", seeds=[0], changes=changes, device="cpu", progress=False).preset
+    preset = open_session(preset="smoke", seeds=[0], changes=changes, device="cpu", progress=False).preset
     recipe, plain = preset.recipe("detrdistill"), get_preset("smoke")
     assert (recipe.schedule.lr, recipe.schedule.steps, recipe.methods[0].gamma) == (1e-4, 3, 0.2)
     assert recipe.teacher == plain.teacher and preset.recipe("student") != plain.student
@@ -161,7 +161,30 @@ def test_fields_of_the_recipe_can_be_changed() -> None:
 @pytest.mark.parametrize("changes", [{"schedule.lrr": 1}, {"lr": 1}, {"schedule.steps": -1}, {"method.gama": 1}, {"schedule.lr": "fast"}])
 def test_refuses_bad_changes(changes: dict) -> None:
     from detrdistill.errors import InputError
-    from detrdistill.session import validate
+    from detrdistill.session import open_session
 
     with pytest.raises(InputError, match=next(iter(changes)).rpartition(".")[2]):
-        validate(preset="smoke", seeds=[0], changes=changes, device="cpu", progress=False)
+        open_session(preset="smoke", seeds=[0], changes=changes, device="cpu", progress=False)
+
+
+def code_of(path: Path) -> list[str]:
+    return [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_starts_with_the_session_alone(path: Path) -> None:
+    cells = code_of(path)
+    assert cells[0] == "from detrdistill.session import open_session, versions\n\nversions()"
+    assert sum("open_session(" in cell for cell in cells) == 1 and not any(cell.startswith("%") for cell in cells)
+
+
+@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if table_of(path)], ids=lambda path: path.stem)
+def test_a_table_notebook_needs_one_object(path: Path) -> None:
+    """Its picture comes before its numbers, its verdicts last."""
+    cells = code_of(path)
+    steps = [f'table = session.table("{table_of(path)}")\ntable.run()', "table.plot()", "table.show()", "table.verdicts()"]
+    places = [cells.index(step) for step in steps]
+    assert places == sorted(places) and cells[-1] == steps[-1]
+    assert not any("detrdistill.report" in cell for cell in cells)
+    figures = [line for cell in cells for line in cell.splitlines() if "import" in line and "detrdistill.figures" in line]
+    assert all("stage_pairs" in line for line in figures), "a table draws itself; notebook 04 shows an idea too"

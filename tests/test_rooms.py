@@ -23,7 +23,7 @@ ORDER = (
     "figures",
     "analysis",
     "report",
-    "parameters session notebooks",
+    "parameters session session_table notebooks",
     "cli",
     "__main__ __init__",
 )

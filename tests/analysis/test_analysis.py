@@ -22,7 +22,7 @@ from detrdistill.recipes.recipe import Folder
 from detrdistill.recipes.words import DETECTORS
 from detrdistill.runs.load import load_detector, open_split
 from detrdistill.runs.store import Store
-from detrdistill.session import Session, validate
+from detrdistill.session import Session, open_session
 from tests.folders import write_folder
 
 GOOD = {"preset": "smoke", "seeds": [0], "device": "cpu", "progress": False}
@@ -237,24 +237,24 @@ def test_sliders_show_what_they_are_set_to(teacher: nn.Module, val: CocoDataset,
 )
 def test_bad_parameters_are_named(given: dict, named: str) -> None:
     with pytest.raises(InputError, match=f"parameters: .*{named}"):
-        validate(**(GOOD | given))
+        open_session(**(GOOD | given))
 
 
 def test_good_parameters_are_read(tmp_path: Path) -> None:
     file = tmp_path / "a.png"
     file.touch()
-    chosen = validate(**GOOD, image="3", images="0 1", interactive="false", setting="fgd+mgd")
-    assert (chosen.image, chosen.images, chosen.interactive, chosen.setting) == (3, (0, 1), False, "fgd+mgd")
-    assert validate(**GOOD, image=str(file)).image == file
-    assert list(validate(**GOOD, detectors=[]).each()) == ["Deformable DETR", "Conditional DETR", "AdaMixer"]
-    (one,) = validate(**GOOD, detectors="adamixer").each().values()
+    session = open_session(**GOOD, image="3", images="0 1", interactive="false", setting="fgd+mgd")
+    assert (session.image, session.images, session.interactive, session.setting) == (3, (0, 1), False, "fgd+mgd")
+    assert open_session(**GOOD, image=str(file)).image == file
+    assert list(open_session(**GOOD, detectors=[]).each()) == ["Deformable DETR", "Conditional DETR", "AdaMixer"]
+    (one,) = open_session(**GOOD, detectors="adamixer").each().values()
     assert one.preset.student.detector == "adamixer"
-    assert validate(**GOOD, detector="conditional_detr").preset.student.detector == "conditional_detr"
+    assert open_session(**GOOD, detector="conditional_detr").preset.student.detector == "conditional_detr"
 
 
 def test_the_teacher_sees_the_students_images() -> None:
     changes = {"resize.short": 48, "schedule.lr": 1e-4, "teacher.schedule.steps": 9}
-    preset, plain = validate(**GOOD, changes=changes).preset, get_preset("smoke")
+    preset, plain = open_session(**GOOD, changes=changes).preset, get_preset("smoke")
     assert preset.student.resize.short == preset.teacher.resize.short == 48
     assert (preset.teacher.schedule.lr, preset.teacher.schedule.steps) == (plain.teacher.schedule.lr, 9)
     assert (preset.student.schedule.lr, preset.student.schedule.steps) == (1e-4, plain.student.schedule.steps)
@@ -262,31 +262,31 @@ def test_the_teacher_sees_the_students_images() -> None:
 
 def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **given: str) -> Session:
     monkeypatch.setenv("DETRDISTILL_RESULTS", str(tmp_path / "kept"))
-    return validate(**(GOOD | {"preset": "quick"}), **given)
+    return open_session(**(GOOD | {"preset": "quick"}), **given)
 
 
 def test_own_data_have_their_own_store_and_no_floor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path / "mine")
-    chosen = own(tmp_path, monkeypatch, data=str(folder), results="results/own/cats")
-    recipe = chosen.preset.recipe("detrdistill")
+    session = own(tmp_path, monkeypatch, data=str(folder), results="results/own/cats")
+    recipe = session.preset.recipe("detrdistill")
     assert recipe.data == recipe.teacher.data == Folder(path=folder) and recipe.teacher_floor == 0
-    assert chosen.store.root == tmp_path / "kept" / "own" / "cats" and chosen.on_folder() is chosen
+    assert session.store.root == tmp_path / "kept" / "own" / "cats" and session.on_folder() is session
     assert own(tmp_path, monkeypatch, results=str(tmp_path / "there")).store.root == tmp_path / "there"
     assert own(tmp_path, monkeypatch).store.root == tmp_path / "kept" / "quick"
 
 
 def test_without_own_data_the_digits_are_a_folder() -> None:
-    chosen = validate(**GOOD).on_folder()
-    data = chosen.preset.student.data
+    session = open_session(**GOOD).on_folder()
+    data = session.preset.student.data
     assert isinstance(data, Folder) and (data.path / "instances_val.json").is_file()
-    assert chosen.preset.teacher.data == data and chosen.preset.floor < 0, "smoke's teacher may know nothing"
-    assert len(open_split(chosen.preset.student, "val")) == 8
+    assert session.preset.teacher.data == data and session.preset.floor < 0, "smoke's teacher may know nothing"
+    assert len(open_split(session.preset.student, "val")) == 8
 
 
 def test_parameters_are_refused_before_torch_is_imported() -> None:
     program = (
-        "import sys\nfrom detrdistill.session import validate\n"
-        "try: validate(preset='smoke', seeds=[0], device='cpu', progress=False, image='nowhere.jpg')\n"
+        "import sys\nfrom detrdistill.session import open_session\n"
+        "try: open_session(preset='smoke', seeds=[0], device='cpu', progress=False, image='nowhere.jpg')\n"
         "except ValueError as error: print(error, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)

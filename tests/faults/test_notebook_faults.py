@@ -49,7 +49,7 @@ def until_checked(path: Path, given: dict) -> list[str]:
     cells = [
         cell.source for cell in parameterize_notebook(papermill.iorw.load_notebook_node(str(path)), given).cells if cell.cell_type == "code"
     ]
-    return cells[: 1 + next(i for i, cell in enumerate(cells) if "validate(" in cell)]
+    return cells[: 1 + next(i for i, cell in enumerate(cells) if "open_session(" in cell)]
 
 
 @pytest.mark.parametrize("fault", REFUSED)
@@ -77,7 +77,7 @@ def test_a_name_that_papermill_only_warns_of_is_refused(tmp_path: Path, monkeypa
             done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
             assert done.returncode == 1
             assert "InputError: parameters: unknown sede, injected by papermill; known here: preset, seeds" in done.stderr
-            (checking,) = [cell for cell in nbformat.read(executed, as_version=4).cells if "validate(" in cell.source]
+            (checking,) = [cell for cell in nbformat.read(executed, as_version=4).cells if "open_session(" in cell.source]
             assert checking.metadata.papermill.duration < 5  # a fraction of a second where nothing else runs
             assert not (tmp_path / "results").exists()
 

@@ -29,7 +29,7 @@ from detrdistill.runs.tuning import (
     tried,
     tune,
 )
-from detrdistill.session import validate
+from detrdistill.session import open_session
 from tests.report.test_tables import put
 
 MINI = get_presets("mini")
@@ -172,7 +172,7 @@ def test_a_trial_that_ends_in_a_nan_is_named(tmp_path: Path) -> None:
 
 def test_what_a_user_states_of_the_method_is_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TUNED, ADAMIXER, {"detrdistill": 0.3, "fgd": 3.0, "features": 0.1})
-    session = validate(preset="mini", seeds=[0], changes={"method.features": 0.5}, device="cpu", progress=False, detector=ADAMIXER)
+    session = open_session(preset="mini", seeds=[0], changes={"method.features": 0.5}, device="cpu", progress=False, detector=ADAMIXER)
     stated = session.preset.recipe("detrdistill").methods[0]
     assert (stated.logits, stated.features) == (0.3, 0.5) and session.preset.recipe("fgd").methods[0].foreground == 3e-3
 
