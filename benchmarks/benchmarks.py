@@ -102,12 +102,12 @@ def distillation_step(scale: Scale) -> Row:
     distilled = build_distiller(build_detector(recipe, classes), recipe).to(memory_format=torch.channels_last)
 
     def plain_and_teacher() -> None:
-        distilled.ask(teacher, batch.pixels, batch.padding)
+        distilled.teacher_outputs(teacher, batch.pixels, batch.padding)
         backward(plain(batch.pixels, batch.padding, batch.targets))
 
     def distil() -> None:
-        answers = distilled.ask(teacher, batch.pixels, batch.padding)
-        backward(distilled(batch.pixels, batch.padding, batch.targets, answers))
+        outputs = distilled.teacher_outputs(teacher, batch.pixels, batch.padding)
+        backward(distilled(batch.pixels, batch.padding, batch.targets, outputs))
 
     what = f"distillation step / (student step + teacher forward), {scale.preset}"
     return ratio(what, distil, plain_and_teacher, "<= 1.15", scale.repeats[0])

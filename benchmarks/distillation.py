@@ -140,8 +140,8 @@ def total(parts: dict[str, Tensor]) -> Tensor:
 def step(distiller: Distiller, teacher: nn.Module, batch: Batch, clock: Clock) -> None:
     """One step; without terms the student's own, and the teacher's forward pass for nothing."""
     pixels, padding, targets = batch
-    answers = clock.wrap("teacher", distiller.ask)(teacher, pixels, padding)
-    loss = clock.wrap("forward", lambda: total(distiller(pixels, padding, targets, answers)))()
+    outputs = clock.wrap("teacher", distiller.teacher_outputs)(teacher, pixels, padding)
+    loss = clock.wrap("forward", lambda: total(distiller(pixels, padding, targets, outputs)))()
     clock.wrap("backward", loss.backward)()
 
 
@@ -182,7 +182,7 @@ def compare(detector: str, scale: Scale, device: str) -> Iterator[Row]:
     for distiller in distillers.values():
         distiller.to(device, memory_format=torch.channels_last).train()
     # A GPU chooses and loads kernels in the first step of each method. A CPU has to get memory: the most queries need the most.
-    largest = max(distillers, key=lambda name: sum(hasattr(term.loss, "guests") for term in distillers[name].terms))
+    largest = max(distillers, key=lambda name: len(distillers[name].with_student_queries))
     for name in distillers if torch.device(device).type == "cuda" else (largest, "plain"):
         measure(distillers[name], teacher, batch, device)
 
@@ -194,7 +194,7 @@ def compare(detector: str, scale: Scale, device: str) -> Iterator[Row]:
             of = {name: measure(distillers[name], teacher, batch, device) for name in turn}
             plain = of["plain"]
             for name, parts in of.items():
-                more = distillers[name].attention or any(hasattr(term.loss, "guests") for term in distillers[name].terms)
+                more = distillers[name].attention or distillers[name].with_student_queries
                 guests = parts["decode"] - plain["decode"] if more else 0.0
                 parts |= {"guests": guests, "student": parts["encode"] + parts["decode"] - guests, "ratio": parts["step"] / plain["step"]}
                 found[name].append(parts)
@@ -222,7 +222,7 @@ def released_design(distiller: Distiller, teacher: nn.Module, batch: Batch, repe
 
     def theirs() -> None:
         distiller.zero_grad()
-        released_losses(distiller, pixels, padding, targets, *distiller.ask(teacher, pixels, padding)).backward()
+        released_losses(distiller, pixels, padding, targets, *distiller.teacher_outputs(teacher, pixels, padding)).backward()
 
     if clock.device.type == "cuda":
         ours(), theirs()
@@ -239,7 +239,7 @@ def released_losses(distiller: Distiller, pixels: Tensor, padding: Tensor, targe
     student, (logits, features, assignment) = distiller.student, distiller.terms
     memory = student.encode(pixels, padding)
     (own,) = student.decode(memory, student.queries(memory))
-    (guest,) = student.decode(encoded_again(student, memory), assignment.loss.guests(teacher))
+    (guest,) = student.decode(encoded_again(student, memory), assignment.loss.student_queries(teacher))
     parts = list(distiller.criterion(own, targets, {"student": objects_one_by_one(own, targets)}).values())
     joint = one_by_one(own, lambda place: expanded_cost(own, teacher, place))
     parts += [logits.weight * value for value in logits.loss(own, teacher, targets, {"joint": joint}).values()]

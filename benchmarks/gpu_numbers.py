@@ -31,7 +31,7 @@ from detrdistill.runs.run import run
 from detrdistill.runs.store import Store
 from detrdistill.training.fabric import make_fabric
 from detrdistill.training.logging import read_log
-from detrdistill.training.teacher_outputs import TeacherOutputs
+from detrdistill.training.teacher_outputs import Teacher
 from detrdistill.training.trainer import train
 from tests.parity.checks import CHECKS as REPLAYS
 from tests.parity.oracle import Oracle, kind_of, paths
@@ -69,7 +69,7 @@ def parity(report: Report, tf32: bool) -> None:
 def step(report: Report, detector: str) -> None:
     """A distillation step under bf16 autocast has finite losses and gradients, and makes the host wait once, for matching."""
     lesson = Lesson.prepare(report, detector)
-    parts = lesson.losses(lesson.distiller, lesson.ask())
+    parts = lesson.losses(lesson.distiller, lesson.teacher_outputs())
     loss = total(parts)
     loss.backward()
     report.add("loss", loss.item())
@@ -83,9 +83,9 @@ def step(report: Report, detector: str) -> None:
     if report.cuda:
         lesson.distil()  # what is prepared once has been prepared
     with waits(report, "waits in the teacher's forward pass", 0):
-        answers = lesson.ask()
+        outputs = lesson.teacher_outputs()
     with waits(report, "waits in the student's forward pass and the losses: matching", 1):
-        loss = total(lesson.losses(lesson.distiller, answers))
+        loss = total(lesson.losses(lesson.distiller, outputs))
     with waits(report, "waits in the backward pass", None):
         loss.backward()
 
@@ -165,7 +165,7 @@ def one_process(report: Report) -> None:
         distiller = build_distiller(build_detector(recipe, len(dataset.categories)), recipe)
         teacher = build_detector(recipe.teacher, len(dataset.categories)).eval().requires_grad_(False).to(fabric.device)
         with tempfile.TemporaryDirectory() as folder:
-            train(fabric, distiller, TeacherOutputs(teacher, distiller), dataset, recipe, Path(folder), no_evaluation, progress=False)
+            train(fabric, distiller, Teacher(teacher, distiller), dataset, recipe, Path(folder), no_evaluation, progress=False)
             logs[name] = read_log(Path(folder) / "log.jsonl")
     natural = difference(logs["alone"], logs["again"])
     report.add("largest difference of a loss between two runs without", natural, "relative")

@@ -170,18 +170,18 @@ class Lesson:
         batch = make_batch(*((64, 64) if report.small else PIXELS), report.device, images)
         return cls(make_fabric(report.device, "bf16"), teacher, student, plain, distiller, batch)
 
-    def ask(self) -> list[DetectorOutput]:
+    def teacher_outputs(self) -> list[DetectorOutput]:
         with self.fabric.autocast():
-            return self.distiller.ask(self.teacher, *self.batch[:2])
+            return self.distiller.teacher_outputs(self.teacher, *self.batch[:2])
 
-    def losses(self, distiller: Distiller, answers: list[DetectorOutput]) -> dict[str, Tensor]:
+    def losses(self, distiller: Distiller, outputs: list[DetectorOutput]) -> dict[str, Tensor]:
         with self.fabric.autocast():
-            return distiller(*self.batch, answers)
+            return distiller(*self.batch, outputs)
 
-    def step(self, distiller: Distiller, answers: list[DetectorOutput]) -> None:
+    def step(self, distiller: Distiller, outputs: list[DetectorOutput]) -> None:
         """Losses and gradients, which are thrown away."""
-        total(self.losses(distiller, answers)).backward()
+        total(self.losses(distiller, outputs)).backward()
         distiller.zero_grad()
 
     def distil(self) -> None:
-        self.step(self.distiller, self.ask())
+        self.step(self.distiller, self.teacher_outputs())

@@ -31,7 +31,7 @@ def cost(report: Report, detector: str) -> None:
     lesson = Lesson.prepare(report, detector)
     images = len(lesson.batch[0])
     plain = report.time(f"student's step, {images} images", lambda: lesson.step(lesson.plain, []))
-    teacher = report.time("teacher's forward pass", lesson.ask)
+    teacher = report.time("teacher's forward pass", lesson.teacher_outputs)
     distilled = report.time("distillation step", lesson.distil)
     aim = None if report.small or detector == "adamixer" else 1.15
     report.add("distillation step / (student's step + teacher's forward pass)", distilled / (plain + teacher), "x", at_most=aim)

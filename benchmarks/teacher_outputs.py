@@ -15,15 +15,16 @@ from time import perf_counter, process_time
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.measure import Table, make_parser, spread, table_path
 from detrdistill.data.coco import Batch, CocoDataset
 from detrdistill.distill.assignment import QueryAdapter
 from detrdistill.distill.build import build_distiller
 from detrdistill.distill.distiller import Distiller, Term
+from detrdistill.distill.loss import DistillationLoss
 from detrdistill.errors import InputError
-from detrdistill.matching import Pairs, Problem
+from detrdistill.matching import Pairs
 from detrdistill.models import build_detector
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
 from detrdistill.recipes.presets import ALONE, get_preset
@@ -33,7 +34,7 @@ from detrdistill.runs.load import open_split
 from detrdistill.runs.provenance import commit
 from detrdistill.training.batches import Draws, micro_batches
 from detrdistill.training.fabric import make_fabric
-from detrdistill.training.teacher_outputs import KeptOutputs, TeacherOutputs, kept_outputs
+from detrdistill.training.teacher_outputs import KeptOutputs, Teacher, kept_outputs
 from detrdistill.training.trainer import accumulate_gradients
 
 METHODS = ("detrdistill", "fgd")  # with a second group of queries, and without
@@ -41,18 +42,15 @@ KINDS = ("student", "student and decoding", "computed", "disk", "memory")
 COLUMNS = ("detector", "method", "step", "milliseconds", "low", "high", "of student and decoding", "ratio low", "ratio high", "aim")
 
 
-class Decoding(nn.Module):
+class Decoding(DistillationLoss):
     """The student decodes the teacher's queries, as for `AssignmentDistillation`, and nothing is made of it."""
 
     def __init__(self, student_dim: int, teacher_dim: int, position: bool) -> None:
         super().__init__()
         self.adapter = QueryAdapter(student_dim, teacher_dim, position)
 
-    def guests(self, teacher: DetectorOutput) -> Queries:
+    def student_queries(self, teacher: DetectorOutput) -> Queries:
         return self.adapter(teacher.initial)
-
-    def problems(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, Problem]:
-        return {}
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]) -> dict[str, Tensor]:
         return {"nothing": 0 * (student.logits.sum() + student.boxes.sum())}
@@ -62,13 +60,13 @@ def distillers(recipe: Recipe, classes: int) -> dict[str, Distiller]:
     """For the student alone, with a second group of queries where the method has one, and under the method."""
     student = build_detector(recipe, classes)
     found = {"student": Distiller(student), "student and decoding": Distiller(student), "method": build_distiller(student, recipe)}
-    if any(hasattr(term.loss, "guests") for term in found["method"].terms):
+    if found["method"].with_student_queries:
         decoding = Decoding(recipe.dim, recipe.teacher.dim, student.query_position)
         found["student and decoding"] = Distiller(student, [Term("decoding", 1.0, decoding)])
     return found
 
 
-def step(fabric: Fabric, distiller: Distiller, outputs: Callable | None, batch: Batch, recipe: Recipe) -> float:
+def step(fabric: Fabric, distiller: Distiller, teacher: Callable | None, batch: Batch, recipe: Recipe) -> float:
     """Seconds of one step."""
     on_gpu = fabric.device.type == "cuda"
     clock = perf_counter if on_gpu else process_time
@@ -76,7 +74,7 @@ def step(fabric: Fabric, distiller: Distiller, outputs: Callable | None, batch: 
     if on_gpu:
         torch.cuda.synchronize(fabric.device)
     start = clock()
-    accumulate_gradients(fabric, distiller, outputs, [batch], recipe.schedule)
+    accumulate_gradients(fabric, distiller, teacher, [batch], recipe.schedule)
     if on_gpu:
         torch.cuda.synchronize(fabric.device)
     return clock() - start
@@ -86,8 +84,8 @@ def measure(fabric: Fabric, recipe: Recipe, data: CocoDataset, repeats: int, fol
     """All kinds of steps for one method, `repeats` times in turn, each time with another batch."""
     torch.manual_seed(0)
     made = distillers(recipe, len(data.categories))
-    teacher = build_detector(recipe.teacher, len(data.categories)).eval().requires_grad_(False)
-    teacher.to(fabric.device, memory_format=torch.channels_last)
+    detector = build_detector(recipe.teacher, len(data.categories)).eval().requires_grad_(False)
+    detector.to(fabric.device, memory_format=torch.channels_last)
     for distiller in made.values():
         distiller.to(fabric.device, memory_format=torch.channels_last).train()
     modules = {name: fabric.setup_module(distiller) for name, distiller in made.items()}
@@ -95,15 +93,15 @@ def measure(fabric: Fabric, recipe: Recipe, data: CocoDataset, repeats: int, fol
     def kept() -> KeptOutputs:
         return kept_outputs(fabric, made["method"], data, recipe, "teacher", "0" * 64, folder)
 
-    outputs = {kind: TeacherOutputs(teacher, made["method"], kept() if kind in ("disk", "memory") else None) for kind in KINDS}
+    with_outputs = {kind: Teacher(detector, made["method"], kept() if kind in ("disk", "memory") else None) for kind in KINDS}
     draws = Draws(len(data), recipe.schedule.batch, recipe.seed, 0, repeats + 1, 1, 0, 1)
     times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for (batch,) in micro_batches(data, draws, workers=0):
         given = fabric.to_device(batch.pixels).contiguous(memory_format=torch.channels_last), fabric.to_device(batch.padding)
         with fabric.autocast():
-            held = outputs["memory"](batch, *given)  # so that it is kept, in memory and on disk
-        outputs["disk"].kept = kept()  # knows nothing yet: reads and checks the files
-        teachers = outputs | {"student": None, "student and decoding": lambda *_, held=held: held}
+            held = with_outputs["memory"](batch, *given)  # so that it is kept, in memory and on disk
+        with_outputs["disk"].kept = kept()  # knows nothing yet: reads and checks the files
+        teachers = with_outputs | {"student": None, "student and decoding": lambda *_, held=held: held}
         for kind in KINDS:
             seconds = step(fabric, modules.get(kind, modules["method"]), teachers[kind], batch, recipe)
             times[kind].append(seconds)

@@ -33,17 +33,17 @@ class SetCriterion(nn.Module):
     """
 
     def problems(self, student: DetectorOutput, targets: Targets) -> dict[str, Problem]:
-        found = {"student": Problem(target_cost(student, targets), targets.counts)}
+        problems = {"student": Problem(target_cost(student, targets), targets.counts)}
         if student.initial.proposals is not None:
-            found["proposals"] = Problem(target_cost(student.initial.proposals, _one_class(targets)), targets.counts)
-        return found
+            problems["proposals"] = Problem(target_cost(student.initial.proposals, _one_class(targets)), targets.counts)
+        return problems
 
     def forward(self, student: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]) -> dict[str, Float[Tensor, " S"]]:
         """Weighted losses, one value a decoder stage."""
         losses = set_losses(student, targets, pairs["student"])
         if student.initial.proposals is not None:
-            first = set_losses(student.initial.proposals, _one_class(targets), pairs["proposals"])
-            losses |= {f"proposals/{name}": value for name, value in first.items()}
+            proposals = set_losses(student.initial.proposals, _one_class(targets), pairs["proposals"])
+            losses |= {f"proposals/{name}": value for name, value in proposals.items()}
         return losses
 
 
@@ -96,18 +96,18 @@ def pairwise_box_cost(rows: Float[Tensor, "K Q 4"], columns: Float[Tensor, "K N 
 
 def set_losses(output: DetectorOutput, targets: Targets, pairs: Pairs) -> dict[str, Float[Tensor, " S"]]:
     """Weighted class, L1 and GIoU losses of given pairs, one value a stage, divided by the objects of the optimizer step."""
-    wanted = torch.zeros_like(output.logits)
-    wanted[pairs.stage, pairs.image, pairs.query, targets.labels[pairs.image, pairs.target]] = 1
-    focal = sigmoid_focal_loss(output.logits, wanted, alpha=ALPHA, gamma=GAMMA).sum((1, 2, 3))
+    classes = torch.zeros_like(output.logits)
+    classes[pairs.stage, pairs.image, pairs.query, targets.labels[pairs.image, pairs.target]] = 1
+    focal = sigmoid_focal_loss(output.logits, classes, alpha=ALPHA, gamma=GAMMA).sum((1, 2, 3))
     boxes = box_losses(output.boxes, targets.boxes[pairs.image, pairs.target], pairs, output.l1)
     return {"class": CLASS * focal / targets.step_boxes} | {name: value / targets.step_boxes for name, value in boxes.items()}
 
 
 def box_losses(
-    boxes: Float[Tensor, "S B Q 4"], wanted: Float[Tensor, "K 4"], pairs: Pairs, l1: str = "cxcywh"
+    boxes: Float[Tensor, "S B Q 4"], matched: Float[Tensor, "K 4"], pairs: Pairs, l1: str = "cxcywh"
 ) -> dict[str, Float[Tensor, " S"]]:
     """Weighted L1 and GIoU losses summed over the pairs of each stage."""
-    distance, giou = _compare(boxes[pairs.stage, pairs.image, pairs.query], wanted, l1)
+    distance, giou = _compare(boxes[pairs.stage, pairs.image, pairs.query], matched, l1)
 
     def per_stage(values):
         return boxes.new_zeros(len(boxes)).index_add(0, pairs.stage, values)
@@ -129,9 +129,9 @@ def matched_objects(output: DetectorOutput, targets: Targets) -> Int[Tensor, "S 
         NonFiniteError: a prediction is NaN or infinite.
     """
     pairs = match({"objects": Problem(target_cost(output, targets), targets.counts)})["objects"]
-    found = torch.full(output.logits.shape[:3], -1, device=output.logits.device)
-    found[pairs.stage, pairs.image, pairs.query] = pairs.target
-    return found
+    objects = torch.full(output.logits.shape[:3], -1, device=output.logits.device)
+    objects[pairs.stage, pairs.image, pairs.query] = pairs.target
+    return objects
 
 
 def _focal_cost(logits: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:

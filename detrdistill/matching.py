@@ -29,14 +29,14 @@ class Problem:
     Attributes:
         cost: price of each pair.
         counts: how many of the N columns are real, an image; None for all.
-        among: only columns that another problem has matched as its *rows* (for instance the teacher's positive queries).
-        besides: only columns that another problem has left unmatched as its rows.
+        matched_in: another problem's name; only columns that it has matched as its *rows* (for instance the teacher's positive queries).
+        unmatched_in: another problem's name; only columns that it has left unmatched as its rows.
     """
 
     cost: Float[Tensor, "S B Q N"]
     counts: Sequence[int] | None = None
-    among: str | None = None
-    besides: str | None = None
+    matched_in: str | None = None
+    unmatched_in: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Pairs:
 
 
 def match(problems: Mapping[str, Problem]) -> dict[str, Pairs]:
-    """Solve all `problems` (in order; `among` and `besides` may name earlier ones) and return the cheapest pairs of each.
+    """Solve all `problems` (in order; `matched_in` and `unmatched_in` may name earlier ones) and return the cheapest pairs of each.
 
     A problem with more columns than rows matches as many as there are rows. Stages of a problem and of the one it names are paired
     one to one.
@@ -91,12 +91,12 @@ def _solve(name: str, problem: Problem, cost: np.ndarray, solved: Mapping[str, n
     usable = np.ones((stages, images, width), dtype=bool)
     if problem.counts is not None:
         usable &= np.arange(width) < np.asarray(problem.counts, dtype=np.int64).reshape(images, 1)
-    for other, wanted in ((problem.among, True), (problem.besides, False)):
-        if other is not None:
+    for earlier, state in ((problem.matched_in, True), (problem.unmatched_in, False)):
+        if earlier is not None:
             matched = np.zeros_like(usable)
-            stage, image, query, _ = solved[other]
+            stage, image, query, _ = solved[earlier]
             matched[stage, image, query] = True
-            usable &= matched == wanted
+            usable &= matched == state
 
     def solve_block(place: tuple[int, int]) -> np.ndarray:
         stage, image = place
@@ -107,8 +107,8 @@ def _solve(name: str, problem: Problem, cost: np.ndarray, solved: Mapping[str, n
         if not np.isfinite(block).all():
             where = f"stage (or pair of stages) {stage + 1}, image {image + 1} of the batch"
             raise NonFiniteError(f"matching '{name}': the cost at {where} is NaN or infinite")
-        rows, chosen = linear_sum_assignment(block)
-        return np.stack([np.full_like(rows, stage), np.full_like(rows, image), rows, columns[chosen]])
+        rows, matches = linear_sum_assignment(block)
+        return np.stack([np.full_like(rows, stage), np.full_like(rows, image), rows, columns[matches]])
 
     places = list(np.ndindex(stages, images))
     if threads == 1 or usable.sum() * queries < WORTH_THREADS:

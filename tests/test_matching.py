@@ -52,7 +52,7 @@ def test_a_batch_is_its_blocks():
 
 
 def test_threads_find_what_one_finds(monkeypatch):
-    problems = {"a": Problem(random_cost(3, 4, 6, 5), [5, 0, 2, 3]), "b": Problem(random_cost(3, 4, 6, 6, seed=1), besides="a")}
+    problems = {"a": Problem(random_cost(3, 4, 6, 5), [5, 0, 2, 3]), "b": Problem(random_cost(3, 4, 6, 6, seed=1), unmatched_in="a")}
     alone = match(problems)
     used, pool = [], matching.ThreadPoolExecutor
     monkeypatch.setattr(matching, "ThreadPoolExecutor", lambda threads: used.append(threads) or pool(threads))
@@ -85,7 +85,8 @@ def test_ties_are_settled_the_same_way_every_time():
 def test_among_and_besides_share_out_the_columns():
     teacher = Problem(random_cost(2, 2, 6, 3, seed=1), [3, 1])
     student = random_cost(2, 2, 5, 6, seed=2)
-    solved = match({"teacher": teacher, "positive": Problem(student, among="teacher"), "negative": Problem(student, besides="teacher")})
+    positive, negative = Problem(student, matched_in="teacher"), Problem(student, unmatched_in="teacher")
+    solved = match({"teacher": teacher, "positive": positive, "negative": negative})
     for stage, image in np.ndindex(2, 2):
         taken = {row for row, _ in block(solved["teacher"], stage, image)}
         assert {column for _, column in block(solved["positive"], stage, image)} == taken

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from detrdistill.criterion import set_losses, target_cost
+from detrdistill.distill.loss import DistillationLoss
 from detrdistill.matching import Pairs, Problem
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
 
@@ -32,7 +33,7 @@ class QueryAdapter(nn.Module):
         return replace(queries, content=self.content(queries.content), position=position, proposals=None)
 
 
-class AssignmentDistillation(nn.Module):
+class AssignmentDistillation(DistillationLoss):
     """The student decodes the teacher's queries as well, and each must find the object that the teacher's query i found.
 
     Args:
@@ -59,8 +60,8 @@ class AssignmentDistillation(nn.Module):
         self.adapter = QueryAdapter(student_dim, teacher_dim, position)
         self.pairing, self.references = pairing, references
 
-    def guests(self, teacher: DetectorOutput) -> Queries:
-        """The group of queries that the student shall decode beside its own; its output is this loss's `student`."""
+    def student_queries(self, teacher: DetectorOutput) -> Queries:
+        """The teacher's queries in the student's width."""
         queries = self.adapter(teacher.initial)
         return queries if self.references == "teacher" else replace(queries, reference=None)
 

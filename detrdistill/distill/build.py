@@ -5,15 +5,15 @@ from collections.abc import Callable
 from torch import nn
 
 from detrdistill.distill.assignment import AssignmentDistillation
-from detrdistill.distill.baselines.cwd import CWD
+from detrdistill.distill.baselines.cwd import CWDLoss
 from detrdistill.distill.baselines.d3etr import AdaptiveMatching, FixedMatching
-from detrdistill.distill.baselines.fgd import FGD
-from detrdistill.distill.baselines.fgfi import FGFI
-from detrdistill.distill.baselines.fitnet import FitNet
-from detrdistill.distill.baselines.fkd import FKD
+from detrdistill.distill.baselines.fgd import FGDLoss
+from detrdistill.distill.baselines.fgfi import FGFILoss
+from detrdistill.distill.baselines.fitnet import FitNetLoss
+from detrdistill.distill.baselines.fkd import FKDLoss
 from detrdistill.distill.baselines.kd_detr import GeneralSampling, SpecificSampling
-from detrdistill.distill.baselines.mgd import MGD
-from detrdistill.distill.baselines.pkd import PKD
+from detrdistill.distill.baselines.mgd import MGDLoss
+from detrdistill.distill.baselines.pkd import PKDLoss
 from detrdistill.distill.contrast import ContrastiveHead
 from detrdistill.distill.distiller import Distiller, Term
 from detrdistill.distill.features import FeatureDistillation
@@ -34,37 +34,37 @@ def terms(method: methods.Method, recipe: Recipe, student: nn.Module) -> list[Te
     maps = recipe.feature_width, recipe.teacher.feature_width
     match method:
         case methods.DETRDistill():
-            found = detrdistill(method, queries, maps, student.query_position)
+            added = detrdistill(method, queries, maps, student.query_position)
         case methods.FitNet(weight=weight):
-            found = [Term("fitnet", weight, on_levels(method, student, lambda: FitNet(*maps), average=True))]
+            added = [Term("fitnet", weight, on_levels(method, student, lambda: FitNetLoss(*maps), average=True))]
         case methods.MGD(weight=weight, masked=masked):
-            found = [Term("mgd", weight, on_levels(method, student, lambda: MGD(*maps, masked)))]
+            added = [Term("mgd", weight, on_levels(method, student, lambda: MGDLoss(*maps, masked)))]
         case methods.PKD(weight=weight):
-            found = [Term("pkd", weight, on_levels(method, student, lambda: PKD(*maps)))]
+            added = [Term("pkd", weight, on_levels(method, student, lambda: PKDLoss(*maps)))]
         case methods.CWD(weight=weight, temperature=temperature):
-            found = [Term("cwd", weight, on_levels(method, student, lambda: CWD(*maps, temperature)))]
+            added = [Term("cwd", weight, on_levels(method, student, lambda: CWDLoss(*maps, temperature)))]
         case methods.FGD():
             weights = method.foreground, method.background, method.attention, method.relation
-            found = [Term("fgd", 1.0, on_levels(method, student, lambda: FGD(*maps, *weights, method.temperature)))]
+            added = [Term("fgd", 1.0, on_levels(method, student, lambda: FGDLoss(*maps, *weights, method.temperature)))]
         case methods.FKD():
             weights = method.feature, method.channel, method.spatial, method.relation
-            found = [Term("fkd", 1.0, on_levels(method, student, lambda: FKD(*maps, *weights, method.temperature)))]
+            added = [Term("fkd", 1.0, on_levels(method, student, lambda: FKDLoss(*maps, *weights, method.temperature)))]
         case methods.FGFI():
-            loss = FGFI(*maps, student.levels, method.maps, method.threshold, method.scales, method.ratios)
-            found = [Term("fgfi", method.weight, loss)]
+            loss = FGFILoss(*maps, student.levels, method.maps, method.threshold, method.scales, method.ratios)
+            added = [Term("fgfi", method.weight, loss)]
         case methods.KDDETR():
             same = *queries, student.query_position, method.form, method.temperature
-            found = [
+            added = [
                 Term("kd_detr/specific", method.specific, SpecificSampling(*same), method.stages),
                 Term("kd_detr/general", method.general, GeneralSampling(*same, method.general_queries), method.stages),
             ]
         case methods.D3ETR():
             attention = method.self_attention, method.cross_attention
-            found = [
+            added = [
                 Term("d3etr/adaptive", method.adaptive, AdaptiveMatching(*attention), method.stages),
                 Term("d3etr/fixed", method.fixed, FixedMatching(*queries, student.query_position, *attention), method.stages),
             ]
-    return [term for term in found if term.weight > 0]
+    return [term for term in added if term.weight > 0]
 
 
 def on_levels(method: methods.MapMethod, student: nn.Module, make: Callable[[], nn.Module], average: bool = False) -> LevelByLevel:

@@ -31,13 +31,13 @@ class ContrastiveHead(nn.Module):
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Pairs) -> Float[Tensor, " S"]:
         stages, images = student.queries.shape[:2]
         # All stages have as many pairs: as many an image as the smaller number of queries.
-        own = student.queries[pairs.stage, pairs.image, pairs.query].unflatten(0, (stages, -1))
-        other = teacher.queries[pairs.stage, pairs.image, pairs.target].unflatten(0, (stages, -1))
-        if own.shape[1] < 2:
-            return student.queries.sum((1, 2, 3)) * 0  # nothing to tell apart, and BatchNorm knows no single row
-        partners = torch.arange(own.shape[1], device=own.device)
+        student_queries = student.queries[pairs.stage, pairs.image, pairs.query].unflatten(0, (stages, -1))
+        teacher_queries = teacher.queries[pairs.stage, pairs.image, pairs.target].unflatten(0, (stages, -1))
+        if student_queries.shape[1] < 2:
+            return student.queries.sum((1, 2, 3)) * 0  # nothing to compare, and BatchNorm knows no single row
+        partners = torch.arange(student_queries.shape[1], device=student_queries.device)
         losses = []
-        for mine, theirs in zip(own, other, strict=True):
-            scores = F.normalize(self.teacher(theirs), dim=1) @ F.normalize(self.student(mine), dim=1).T
+        for of_student, of_teacher in zip(student_queries, teacher_queries, strict=True):
+            scores = F.normalize(self.teacher(of_teacher), dim=1) @ F.normalize(self.student(of_student), dim=1).T
             losses.append(F.cross_entropy(scores / TEMPERATURE, partners))
         return torch.stack(losses) * (images / targets.step_images)

@@ -8,8 +8,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from detrdistill.criterion import SetCriterion
+from detrdistill.distill.loss import DistillationLoss
 from detrdistill.distill.stages import pair_stages
-from detrdistill.matching import Problem, match
+from detrdistill.matching import Pairs, Problem, match
 from detrdistill.models.attention import constants
 from detrdistill.models.outputs import DetectorOutput, Targets
 
@@ -26,7 +27,7 @@ class Term:
 
     name: str
     weight: float
-    loss: nn.Module
+    loss: DistillationLoss
     stages: str | None = None
 
 
@@ -35,15 +36,11 @@ class Distiller(nn.Module):
 
     Args:
         student: a detector with the contract of `models`.
-        terms: distillation losses. Each has `problems(student, teacher, targets)`, what must be matched, by names of its own, and
-            is called with `(student, teacher, targets, pairs)`; it returns named scalars, or one value a pair of stages. Optional:
+        terms: distillation losses, each under a name of its own.
 
-            - `guests(teacher) -> Queries`: a group that the student decodes besides its own; the loss sees it as `student`.
-            - `probe(own) -> Queries`: a group made from the teacher's own queries that the teacher decodes besides; the loss sees it
-              as `teacher`.
-            - `attention = True`: outputs come with their attention maps.
-
-            All groups of a model pass its decoder together.
+    Attributes:
+        with_student_queries, with_teacher_queries: the terms that add a group of queries to those of the student, or of the teacher.
+        attention: whether any loss looks at attention maps.
 
     The teacher is not part of this module: it gets into no optimizer, no checkpoint and no gradient.
     """
@@ -54,103 +51,114 @@ class Distiller(nn.Module):
         self.criterion = SetCriterion()
         self.terms = tuple(terms)
         self.losses = nn.ModuleDict({term.name: term.loss for term in terms})
-        self.attention = any(getattr(term.loss, "attention", False) for term in terms)
+        self.with_student_queries = tuple(term for term in terms if term.loss.student_queries is not None)
+        self.with_teacher_queries = tuple(term for term in terms if term.loss.teacher_queries is not None)
+        self.attention = any(term.loss.attention for term in terms)
 
     @torch.no_grad()
-    def ask(self, teacher: nn.Module, pixels: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"]) -> list[DetectorOutput]:
-        """What the teacher says, without gradient: to its own queries, and to the probes of the terms that have one, in their order.
+    def teacher_outputs(self, teacher: nn.Module, pixels: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"]) -> list[DetectorOutput]:
+        """The teacher's outputs, without gradient: of its own queries, then of the `teacher_queries` of each term that has them.
 
         (Not in inference mode, whose tensors cannot be saved for the student's backward pass.)
         """
         memory = teacher.encode(pixels, padding)
-        own = teacher.queries(memory)
-        probes = [term.loss.probe(own) for term in self.terms if hasattr(term.loss, "probe")]
-        return teacher.decode(memory, own, *probes, **self._with_attention())
+        own_queries = teacher.queries(memory)
+        groups = [term.loss.teacher_queries(own_queries) for term in self.with_teacher_queries]
+        return teacher.decode(memory, own_queries, *groups, **self._with_attention())
 
     def forward(
         self,
         pixels: Float[Tensor, "B 3 H W"],
         padding: Bool[Tensor, "B H W"],
         targets: Targets,
-        answers: Sequence[DetectorOutput] = (),
+        teacher_outputs: Sequence[DetectorOutput] = (),
     ) -> dict[str, Tensor]:
         """Weighted loss parts by name, a scalar or one value a stage; their sum is the loss.
 
         Args:
-            answers: the teacher's, from `ask`; not needed without terms.
+            teacher_outputs: of `Distiller.teacher_outputs`; not needed without terms.
 
         Raises:
             NonFiniteError: a prediction is NaN or infinite, found when it is matched.
         """
-        teachers = self._by_term("probe", answers)
+        teachers = self._by_term(teacher_outputs, self.with_teacher_queries)
         memory = self.student.encode(pixels, padding)
-        guests = [term.loss.guests(teachers[term.name]) for term in self.terms if hasattr(term.loss, "guests")]
-        decoded = self.student.decode(memory, self.student.queries(memory), *guests, **self._with_attention())
+        groups = [term.loss.student_queries(teachers[term.name]) for term in self.with_student_queries]
+        decoded = self.student.decode(memory, self.student.queries(memory), *groups, **self._with_attention())
 
         # Costs and losses are small and need more than bfloat16: everything from here on is in full precision.
         with torch.autocast(pixels.device.type, enabled=False):
-            own, *guests = [full_precision(output) for output in decoded]
-            students = self._by_term("guests", [own, *guests])
-            teachers = self._by_term("probe", [full_precision(output) for output in answers])
-            problems = self.criterion.problems(own, targets)
-            views = {}
+            decoded = [full_precision(output) for output in decoded]
+            students = self._by_term(decoded, self.with_student_queries)
+            teachers = self._by_term([full_precision(output) for output in teacher_outputs], self.with_teacher_queries)
+            problems = self.criterion.problems(decoded[0], targets)
+            aligned = {term.name: align(students[term.name], teachers[term.name], term.stages) for term in self.terms}
             for term in self.terms:
-                views[term.name] = students[term.name], teachers[term.name], None
-                if term.stages:
-                    views[term.name] = align(students[term.name], teachers[term.name], term.stages)
-                problems |= scoped(term.name, term.loss.problems(*views[term.name][:2], targets))
+                student, teacher, _ = aligned[term.name]
+                problems |= scoped(term.name, term.loss.problems(student, teacher, targets))
             pairs = match(problems)
-            parts = prefixed("detection", self.criterion(own, targets, pairs))
+            parts = prefixed("detection", self.criterion(decoded[0], targets, pairs))
             for term in self.terms:
-                student, teacher, shares = views[term.name]
-                mine = {name.removeprefix(f"{term.name}: "): value for name, value in pairs.items() if name.startswith(f"{term.name}: ")}
-                values = term.loss(student, teacher, targets, mine)
-                if shares is not None:
-                    values = {name: value * shares for name, value in values.items()}
+                student, teacher, weights = aligned[term.name]
+                values = term.loss(student, teacher, targets, unscoped(term.name, pairs))
+                if weights is not None:
+                    values = {name: value * weights for name, value in values.items()}
                 parts |= prefixed(term.name, {name: term.weight * value for name, value in values.items()})
         return parts
 
-    def _by_term(self, hook: str, outputs: Sequence[DetectorOutput]) -> dict[str, DetectorOutput]:
-        """For each term the output of its own group, if it has the `hook`, or the first one."""
-        first, *own = outputs or [None]
-        own = iter(own)
-        return {term.name: next(own) if hasattr(term.loss, hook) else first for term in self.terms}
+    def _by_term(self, outputs: Sequence[DetectorOutput], with_queries: Sequence[Term]) -> dict[str, DetectorOutput]:
+        """The output that each term sees: that of its own group of queries, or else the first, of the model's."""
+        if not self.terms:
+            return {}
+        of_groups = {term.name: output for term, output in zip(with_queries, outputs[1:], strict=True)}
+        return {term.name: of_groups.get(term.name, outputs[0]) for term in self.terms}
 
     def _with_attention(self) -> dict[str, bool]:
         return {"attention": True} if self.attention else {}
 
 
-def align(student: DetectorOutput, teacher: DetectorOutput, strategy: str) -> tuple[DetectorOutput, DetectorOutput, Tensor | None]:
-    """Both with one stage for each pair of stages, and the pairs' weights (None: all 1)."""
+def align(student: DetectorOutput, teacher: DetectorOutput, strategy: str | None) -> tuple[DetectorOutput, DetectorOutput, Tensor | None]:
+    """Both with one stage for each pair of stages, and the pairs' weights (None: all 1). Without a strategy, both as they are."""
+    if strategy is None:
+        return student, teacher, None
     pairs = pair_stages(len(student.logits), len(teacher.logits), strategy)
-    shares = None if all(weight == 1 for weight in pairs.weight) else constants(pairs.weight, student.boxes)
-    return student.at(pairs.student), teacher.at(pairs.teacher), shares
+    weights = None if all(weight == 1 for weight in pairs.weight) else constants(pairs.weight, student.boxes)
+    return student.at(pairs.student), teacher.at(pairs.teacher), weights
 
 
 def scoped(name: str, problems: Mapping[str, Problem]) -> dict[str, Problem]:
     """The problems under names that no other loss has."""
 
-    def inner(other):
-        return other and f"{name}: {other}"
+    def scope(problem):
+        return problem and f"{name}: {problem}"
 
-    return {inner(key): replace(one, among=inner(one.among), besides=inner(one.besides)) for key, one in problems.items()}
+    return {
+        scope(key): replace(problem, matched_in=scope(problem.matched_in), unmatched_in=scope(problem.unmatched_in))
+        for key, problem in problems.items()
+    }
+
+
+def unscoped(name: str, pairs: Mapping[str, Pairs]) -> dict[str, Pairs]:
+    """The pairs of one loss, under the names that it gave its problems."""
+    prefix = f"{name}: "
+    return {key.removeprefix(prefix): value for key, value in pairs.items() if key.startswith(prefix)}
 
 
 def full_precision(output: DetectorOutput) -> DetectorOutput:
     """Predictions, queries and maps in at least float32 (autocast leaves some in bfloat16)."""
-    raised = {}
+    converted = {}
     for field in fields(output):
         value = getattr(output, field.name)
         if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
-            raised[field.name] = value.float()
+            converted[field.name] = value.float()
         elif field.name in ("features", "neck"):
-            raised[field.name] = [level.float() if level.dtype == torch.bfloat16 else level for level in value]
-    if first := output.initial:
-        vectors = {name: getattr(first, name) for name in ("content", "position", "reference")}
+            converted[field.name] = [level.float() if level.dtype == torch.bfloat16 else level for level in value]
+    if initial := output.initial:
+        vectors = {name: getattr(initial, name) for name in ("content", "position", "reference")}
         vectors = {name: value.float() for name, value in vectors.items() if value is not None and value.dtype == torch.bfloat16}
-        proposals = first.proposals and full_precision(first.proposals)
-        raised["initial"] = replace(first, **vectors, proposals=proposals)
-    return replace(output, **raised)
+        proposals = initial.proposals and full_precision(initial.proposals)
+        converted["initial"] = replace(initial, **vectors, proposals=proposals)
+    return replace(output, **converted)
 
 
 def prefixed(name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

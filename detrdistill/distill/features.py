@@ -9,13 +9,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from detrdistill.boxes import cxcywh_to_xyxy, iou
-from detrdistill.matching import Pairs, Problem
+from detrdistill.distill.loss import DistillationLoss
+from detrdistill.matching import Pairs
 from detrdistill.models.outputs import DetectorOutput, Targets
 
 Mask = Literal["quality", "query", "boxes", "ones", "released"]
 
 
-class FeatureDistillation(nn.Module):
+class FeatureDistillation(DistillationLoss):
     """The student's features follow the teacher's where a mask says so (Eq. 6).
 
     Args:
@@ -48,9 +49,6 @@ class FeatureDistillation(nn.Module):
         self.gamma, self.mask, self.maps, self.queries = gamma, mask, maps, queries
         self.adapter = nn.Conv2d(student_dim, teacher_dim, 1) if adapter or student_dim != teacher_dim else nn.Identity()
 
-    def problems(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, Problem]:
-        return {}
-
     def forward(
         self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]
     ) -> dict[str, Float[Tensor, ""]]:
@@ -74,8 +72,9 @@ class FeatureDistillation(nn.Module):
             teacher = teacher.at([len(teacher.logits) - 1])
         queries = teacher.queries
         if self.queries == "initial":
-            first = teacher.initial.content if teacher.initial.position is None else teacher.initial.content + teacher.initial.position
-            queries = first[None].expand(1, queries.shape[1], -1, -1)
+            initial = teacher.initial
+            vectors = initial.content if initial.position is None else initial.content + initial.position
+            queries = vectors[None].expand(1, queries.shape[1], -1, -1)
         if self.mask == "query":
             return query_weights(maps, queries)
         if self.mask == "released":
@@ -92,17 +91,19 @@ def quality_scores(
     q = c, as in the released code.
     """
     score = logits.sigmoid().amax(-1)
-    overlap, some = best_overlap(boxes, targets)
-    return torch.where(some, score**gamma * overlap ** (1 - gamma), score)
+    overlap, has_objects = best_overlap(boxes, targets)
+    return torch.where(has_objects, score**gamma * overlap ** (1 - gamma), score)
 
 
 def best_overlap(boxes: Float[Tensor, "S B Q 4"], targets: Targets) -> tuple[Float[Tensor, "S B Q"], Bool[Tensor, "1 B 1"]]:
     """Best IoU with any object of the image, and whether the image has any."""
-    some = torch.tensor([count > 0 for count in targets.counts]).to(boxes.device, non_blocking=True)[None, :, None]  # without waiting
+    has_objects = torch.tensor([count > 0 for count in targets.counts]).to(boxes.device, non_blocking=True)[
+        None, :, None
+    ]  # without waiting
     if targets.boxes.shape[1] == 0:
-        return torch.zeros_like(boxes[..., 0]), some
+        return torch.zeros_like(boxes[..., 0]), has_objects
     overlap, _ = iou(cxcywh_to_xyxy(boxes)[..., None, :], cxcywh_to_xyxy(targets.boxes)[None, :, None])
-    return overlap.amax(-1), some  # the padded boxes are empty: IoU 0
+    return overlap.amax(-1), has_objects  # the padded boxes are empty: IoU 0
 
 
 def query_masks(feature: Float[Tensor, "B D H W"], queries: Float[Tensor, "B Q D"]) -> Float[Tensor, "B Q H W"]:
@@ -142,17 +143,17 @@ def released_weights(
     gamma; masks are cosines instead of dot products, summed, kept above 0.01 and divided by their maximum on the image (there:
     padding included).
     """
-    overlap, some = best_overlap(boxes, targets)
-    quality = logits.sigmoid() * torch.where(some, overlap, 1.0)[..., None]
+    overlap, has_objects = best_overlap(boxes, targets)
+    quality = logits.sigmoid() * torch.where(has_objects, overlap, 1.0)[..., None]
     chosen = logits.flatten(2).topk(min(top, logits[0, 0].numel()), dim=-1).indices
     weight = torch.zeros_like(quality).flatten(2).scatter(2, chosen, quality.flatten(2).gather(2, chosen)).view_as(quality).sum(-1)
     # A sum of cosines with one map is the map's product with the weighted sum of unit queries.
     mixed = torch.einsum("sbq,sbqd->sbd", weight, F.normalize(queries, dim=-1))
-    found = []
+    weights = []
     for feature, hidden in zip(features, padding, strict=True):
         mask = torch.einsum("bdhw,sbd->sbhw", F.normalize(feature, dim=1), mixed).clamp(min=0.01).masked_fill(hidden, 0)
-        found.append((mask / mask.amax((2, 3), keepdim=True)).square().sum(0))
-    return found
+        weights.append((mask / mask.amax((2, 3), keepdim=True)).square().sum(0))
+    return weights
 
 
 def box_mask(targets: Targets, padding: Bool[Tensor, "B H W"]) -> Bool[Tensor, "B H W"]:

@@ -6,11 +6,12 @@ from typing import Literal
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from detrdistill.matching import Pairs, Problem
+from detrdistill.distill.loss import DistillationLoss
+from detrdistill.matching import Pairs
 from detrdistill.models.outputs import DetectorOutput, Targets
 
 
-class LevelByLevel(nn.Module):
+class LevelByLevel(DistillationLoss):
     """The sum of a loss over the levels, each with a module of its own.
 
     Args:
@@ -25,18 +26,15 @@ class LevelByLevel(nn.Module):
         self.losses, self.maps = nn.ModuleList(losses), maps
         self.share = 1 / len(losses) if average else 1.0
 
-    def problems(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, Problem]:
-        return {}
-
     def forward(
         self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]
     ) -> dict[str, Float[Tensor, ""]]:
-        total: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
         levels = zip(self.losses, getattr(student, self.maps), getattr(teacher, self.maps), teacher.padding, strict=True)
-        for loss, own, other, padding in levels:
-            for name, value in loss(own, other, padding, targets).items():
-                total[name] = total.get(name, 0) + self.share * value
-        return total
+        for loss, student_map, teacher_map, padding in levels:
+            for name, value in loss(student_map, teacher_map, padding, targets).items():
+                losses[name] = losses.get(name, 0) + self.share * value
+        return losses
 
 
 def adapter(student_dim: int, teacher_dim: int) -> nn.Module:

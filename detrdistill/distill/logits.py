@@ -5,23 +5,24 @@ from typing import Literal
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from detrdistill.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from detrdistill.criterion import box_cost, box_losses, in_cache, pairwise_box_cost, target_cost
 from detrdistill.distill.contrast import ContrastiveHead
+from detrdistill.distill.loss import DistillationLoss
 from detrdistill.matching import Pairs, Problem
 from detrdistill.models.outputs import DetectorOutput, Targets
 
 
-class LogitsDistillation(nn.Module):
+class LogitsDistillation(DistillationLoss):
     """The teacher's predictions are the student's targets, stage to stage.
 
     Args:
         matching: `split`: positives are the teacher queries that the teacher's own Hungarian assignment gives an object; the student
             is matched to them by class and box (Eq. 3). All other teacher queries are negatives, matched and distilled by box alone,
             since their class is always background (Eq. 4): without them some 7 boxes an image would be all that is distilled. The
-            two matchings are independent. `positives`: Eq. 3 alone. `joint`: the released code, which knows no split: all teacher
+            two matchings are independent. `positives`: Eq. 3 alone. `joint`: the released code, which has no split: all teacher
             queries at once, class and box of each, their boxes cut at the border of the image.
         normaliser: `queries`: everything is divided by the teacher's queries, since Eq. 3 and 4 together are one sum over all of
             them. `pairs`: positives by the number of objects, negatives by the other queries, joint pairs by their number.
@@ -46,31 +47,31 @@ class LogitsDistillation(nn.Module):
     def problems(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, Problem]:
         """The teacher's assignment to the ground truth, and student queries to teacher queries."""
         if self.matching == "joint":
-            return {"joint": Problem(joint_cost(student, teacher, self._wanted(teacher)))}
+            return {"joint": Problem(joint_cost(student, teacher, self._target_boxes(teacher)))}
         boxes = box_cost(student.boxes, teacher.boxes, student.l1)
-        found = {
+        problems = {
             "teacher": Problem(target_cost(teacher, targets), targets.counts),
-            "positive": Problem(boxes + class_cost(student.logits, teacher.logits), among="teacher"),
+            "positive": Problem(boxes + class_cost(student.logits, teacher.logits), matched_in="teacher"),
         }
-        return found if self.matching == "positives" else found | {"negative": Problem(boxes, besides="teacher")}
+        return problems if self.matching == "positives" else problems | {"negative": Problem(boxes, unmatched_in="teacher")}
 
     def forward(
         self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]
     ) -> dict[str, Float[Tensor, " S"]]:
-        wanted, losses = self._wanted(teacher), {}
+        target_boxes, losses = self._target_boxes(teacher), {}
         for name in ("joint",) if self.matching == "joint" else ("positive", "negative"):
             if name not in pairs:
                 continue
             matched, divisor = pairs[name], self._divisor(name, student, teacher, targets)
             if name != "negative":
                 losses[f"{name}/class"] = class_loss(student.logits, teacher.logits, matched) / divisor
-            found = box_losses(student.boxes, wanted[matched.stage, matched.image, matched.target], matched, student.l1)
-            losses |= {f"{name}/{part}": value / divisor for part, value in found.items()}
+            boxes = box_losses(student.boxes, target_boxes[matched.stage, matched.image, matched.target], matched, student.l1)
+            losses |= {f"{name}/{part}": value / divisor for part, value in boxes.items()}
         if self.contrast is not None:
             losses["contrast"] = self.contrast_weight * self.contrast(student, teacher, targets, pairs["joint"])
         return losses
 
-    def _wanted(self, teacher: DetectorOutput) -> Float[Tensor, "S B N 4"]:
+    def _target_boxes(self, teacher: DetectorOutput) -> Float[Tensor, "S B N 4"]:
         """The teacher's boxes; the released code cuts them at the border of the image, within which cxcywh alone may reach out."""
         return xyxy_to_cxcywh(cxcywh_to_xyxy(teacher.boxes).clamp(0, 1)) if self.matching == "joint" else teacher.boxes
 
@@ -84,13 +85,13 @@ class LogitsDistillation(nn.Module):
         return targets.step_boxes if name == "positive" else max(targets.step_images * queries - targets.step_boxes, 1.0)
 
 
-def joint_cost(student: DetectorOutput, teacher: DetectorOutput, wanted: Float[Tensor, "S B N 4"]) -> Float[Tensor, "S B Q N"]:
+def joint_cost(student: DetectorOutput, teacher: DetectorOutput, target_boxes: Float[Tensor, "S B N 4"]) -> Float[Tensor, "S B Q N"]:
     """Price of every student query for every teacher query, by class and box."""
 
-    def cost(logits: Tensor, taught: Tensor, boxes: Tensor, wanted: Tensor) -> Tensor:
-        return pairwise_box_cost(boxes, wanted, student.l1).add_(class_cost(logits, taught))
+    def cost(logits: Tensor, target_logits: Tensor, boxes: Tensor, target_boxes: Tensor) -> Tensor:
+        return pairwise_box_cost(boxes, target_boxes, student.l1).add_(class_cost(logits, target_logits))
 
-    return in_cache(cost, student.logits.shape[2] * teacher.logits.shape[2], student.logits, teacher.logits, student.boxes, wanted)
+    return in_cache(cost, student.logits.shape[2] * teacher.logits.shape[2], student.logits, teacher.logits, student.boxes, target_boxes)
 
 
 def class_cost(student: Float[Tensor, "*any Q C"], teacher: Float[Tensor, "*any N C"]) -> Float[Tensor, "*any Q N"]:

@@ -37,19 +37,19 @@ def pair_stages(student: int, teacher: int, strategy: str) -> StagePairs:
     """
     if strategy == "grouped":
         bounds = [stage * teacher // student for stage in range(student + 1)]
-        taught = [range(low, max(high, low + 1)) for low, high in pairwise(bounds)]
+        groups = [range(low, max(high, low + 1)) for low, high in pairwise(bounds)]
     elif strategy == "uniform":
         # Halves are rounded up, so that 3 stages of 4 are 2, 3 and 4.
-        taught = [(max(0, (2 * (stage + 1) * teacher + student) // (2 * student) - 1),) for stage in range(student)]
+        groups = [(max(0, (2 * (stage + 1) * teacher + student) // (2 * student) - 1),) for stage in range(student)]
     elif strategy == "first":
-        taught = [(stage,) if stage < teacher else () for stage in range(student)]
+        groups = [(stage,) if stage < teacher else () for stage in range(student)]
     elif strategy == "last":
-        taught = [(stage + teacher - student,) if stage + teacher >= student else () for stage in range(student)]
+        groups = [(stage + teacher - student,) if stage + teacher >= student else () for stage in range(student)]
     elif strategy == "last_to_all":
-        taught = [(teacher - 1,)] * student
+        groups = [(teacher - 1,)] * student
     elif strategy == "last_only":
-        taught = [()] * (student - 1) + [(teacher - 1,)]
+        groups = [()] * (student - 1) + [(teacher - 1,)]
     else:
         raise InputError(f"stages '{strategy}' is unknown; known: grouped, first, last, uniform, last_to_all, last_only")
-    pairs = [(own, other, 1 / len(others)) for own, others in enumerate(taught) for other in others]
+    pairs = [(stage, teacher_stage, 1 / len(group)) for stage, group in enumerate(groups) for teacher_stage in group]
     return StagePairs(*zip(*pairs, strict=True))

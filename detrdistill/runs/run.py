@@ -33,7 +33,7 @@ from detrdistill.training.batches import mix
 from detrdistill.training.crops import train_on_crops
 from detrdistill.training.evaluation import evaluate
 from detrdistill.training.fabric import loaders, make_fabric
-from detrdistill.training.teacher_outputs import TeacherOutputs, kept_outputs
+from detrdistill.training.teacher_outputs import Teacher, kept_outputs
 from detrdistill.training.trainer import train
 
 LOG = logging.getLogger(__name__)
@@ -186,22 +186,24 @@ def _run_detector(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(recipe.seed, 1))  # adapters of the losses; the student has its own stream
         distiller = build_distiller(student, recipe)
-    teacher_outputs = None
+    teacher = None
     if recipe.teacher is not None:
-        teacher = load_detector(recipe.teacher, store, train_set).requires_grad_(False).to(fabric.device, memory_format=torch.channels_last)
+        detector = (
+            load_detector(recipe.teacher, store, train_set).requires_grad_(False).to(fabric.device, memory_format=torch.channels_last)
+        )
         kept, source = None, lineage["teacher"]
         if keep_teacher_outputs:
             root = data_cache() / "teacher_outputs"
             kept = kept_outputs(fabric, distiller, train_set, recipe, source["run"], source["weights_sha256"], root)
-        source["AP"] = measured = measure(teacher)[0]["AP"] or 0.0
+        source["AP"] = measured = measure(detector)[0]["AP"] or 0.0
         if measured <= recipe.teacher_floor:
             raise InputError(
                 f"the teacher {source['run']} has AP {measured:.1f} on this data, and must exceed teacher_floor "
                 f"{recipe.teacher_floor:.1f} to teach; train it longer, check its weights, or lower the floor"
             )
-        teacher_outputs = TeacherOutputs(teacher, distiller, kept)
+        teacher = Teacher(detector, distiller, kept)
     folder = store.folder(recipe)
-    state = train(fabric, distiller, teacher_outputs, train_set, recipe, folder, measure, workers=workers, progress=progress, commit=code())
+    state = train(fabric, distiller, teacher, train_set, recipe, folder, measure, workers=workers, progress=progress, commit=code())
     if not fabric.is_global_zero:
         return None
     classes = classes_text([category.name for category in train_set.categories])

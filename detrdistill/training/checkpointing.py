@@ -2,16 +2,92 @@
 
 import resource
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_fabric import Fabric
 from torch import nn
 
 from detrdistill.errors import InputError
 from detrdistill.files import atomic
 
+CHECKPOINT_SECONDS = 30.0  # from one checkpoint to the next; longer where one takes more than a twentieth of it to write
 AFRESH = "delete it to start this run afresh"
+
+
+class Checkpoint:
+    """The checkpoint that all processes of a run continue from, rewritten as often as takes a twentieth of the time at most.
+
+    Args:
+        model, optimizer: what it holds beside the state of the training loop.
+    """
+
+    def __init__(self, fabric: Fabric, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self.fabric, self.path, self.model, self.optimizer = fabric, path, model, optimizer
+        self._saved_at, self._took = time.monotonic(), 0.0  # seconds
+
+    def resume(self, steps: int) -> dict[str, Any]:
+        """Load model and optimizer, if there is a checkpoint; the state to continue from, before the first step where there is none.
+
+        Raises:
+            InputError: the file cannot be read, is not a checkpoint of this run of `steps` steps or differs between processes, or the
+                disk has no room for the next one.
+        """
+        state = resume(self.path, self.model, self.optimizer, steps) or {"step": 0, "curve": [], "seconds": 0.0, "resumed": 0}
+        fabric, first = self.fabric, self.fabric.broadcast(state["step"])
+        if fabric.all_reduce(torch.tensor(float(state["step"] != first), device=fabric.device), reduce_op="sum") > 0:
+            raise InputError(
+                f"{self.path.parent}: process {fabric.global_rank} continues after step {state['step']} and the first one after step "
+                f"{first}, or another one differs; use a folder that all of them share"
+            )
+        # All processes refuse together: one that waits for another in a collective operation hears no signal.
+        if refused := fabric.broadcast(lack_of_space(self.path, self.model) if fabric.is_global_zero else ""):
+            raise InputError(refused)
+        self._saved_at = time.monotonic()
+        return state
+
+    @property
+    def due(self) -> bool:
+        """Whether the last one is so old that another is worth its time."""
+        return time.monotonic() - self._saved_at > CHECKPOINT_SECONDS * max(1.0, self._took / 1.5)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write model, optimizer and `state`; of several processes, the first one does.
+
+        Raises:
+            InputError: the disk is full, or the folder cannot be written to.
+        """
+        start = time.monotonic()
+        if self.fabric.is_global_zero:
+            save_checkpoint(self.path, {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "state": state})
+        self._saved_at = time.monotonic()
+        self._took = self._saved_at - start
+
+
+class Stopwatch:
+    """Seconds that a run has trained, over all sittings.
+
+    Args:
+        seconds: of the sittings before.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._zero = time.monotonic() - seconds
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._zero
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """What takes place within does not count."""
+        start = time.monotonic()
+        yield
+        self._zero += time.monotonic() - start
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -110,3 +110,18 @@ def _coco_results(image: int, found: dict[str, Tensor], category_ids: Sequence[i
     boxes = torch.stack((x1, y1, x2 - x1, y2 - y1), dim=1).tolist()
     pairs = zip(found["labels"].tolist(), boxes, found["scores"].tolist(), strict=True)
     return [{"image_id": image, "category_id": category_ids[label], "bbox": box, "score": score} for label, box, score in pairs]
+
+
+def changes(held: Int[Tensor, "S B Q"], before: Int[Tensor, "B Q"] | None) -> dict[str, float]:
+    """How many queries an image change their object: DN-DETR's instability score (Li et al., CVPR 2022), over stages and over training.
+
+    Args:
+        held: the object that each query is matched with at each stage, -1 for none.
+        before: the last stage of the evaluation before, if there was one.
+
+    Returns:
+        `changes_between_stages`, summed over the steps from stage to stage, and `changes_since_last`, of the last stage since the
+        evaluation before: the paper's Figure 7 and DN-DETR's Figure 2.
+    """
+    found = {"changes_between_stages": (held[1:] != held[:-1]).sum().item() / held.shape[1]}
+    return found if before is None else found | {"changes_since_last": (held[-1] != before).sum().item() / held.shape[1]}

@@ -1,4 +1,4 @@
-"""What the teacher says about a batch: computed, or kept from a step that showed it the same images.
+"""The teacher's outputs for a batch: computed, or kept from a step that showed it the same images.
 
 Under `resize.train` "none" or "flip" an image comes back pixel by pixel, epoch after epoch, in the runs of all seeds and methods. An
 output is looked up by a hash of what the teacher sees: these pixels, and how the batch pads them.
@@ -36,25 +36,27 @@ from detrdistill.process import available_memory
 from detrdistill.recipes.recipe import Recipe
 
 LOG = logging.getLogger(__name__)
-VIEWS = {"none": 1, "flip": 2}  # how many forms of an image `resize.train` leaves; the others leave too many
+VARIANTS = {"none": 1, "flip": 2}  # how many variants of an image `resize.train` leaves; the others leave too many
 OF_MEMORY, OF_DISK = 1 / 4, 1 / 10  # what one run's outputs may take at most of the memory available to it and of the free disk
 STACKED, LEVELS, VECTORS = ("logits", "boxes", "queries"), ("features", "padding", "neck"), ("content", "position", "reference")
 LAST = ".channels_last"
 Tensors = dict[str, Tensor]  # an output as `flatten` has it
 
 
-class TeacherOutputs:
-    """The teacher's outputs for a batch, without gradient.
+class Teacher:
+    """A detector that teaches: its outputs for a batch, without gradient.
 
     Args:
-        kept: where outputs are kept. None: the teacher computes them in every step.
+        detector: in evaluation mode, its parameters frozen.
+        distiller: knows what else the losses need of the detector.
+        kept: where outputs are kept. None: the detector computes them in every step.
 
     Attributes:
-        images: how many images have passed the teacher.
+        images: how many images have passed the detector.
     """
 
-    def __init__(self, teacher: nn.Module, distiller: Distiller, kept: "KeptOutputs | None" = None) -> None:
-        self.teacher, self.distiller, self.kept, self.images = teacher, distiller, kept, 0
+    def __init__(self, detector: nn.Module, distiller: Distiller, kept: "KeptOutputs | None" = None) -> None:
+        self.detector, self.distiller, self.kept, self.images = detector, distiller, kept, 0
 
     def __call__(self, batch: Batch, pixels: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"]) -> list[DetectorOutput]:
         """The outputs that `distiller.forward` takes, on the device of `pixels` and `padding`, which are those of `batch`.
@@ -81,7 +83,7 @@ class TeacherOutputs:
 
     def _compute(self, pixels: Tensor, padding: Tensor) -> list[DetectorOutput]:
         self.images += len(pixels)
-        return self.distiller.ask(self.teacher, pixels, padding)
+        return self.distiller.teacher_outputs(self.detector, pixels, padding)
 
 
 class KeptOutputs:
@@ -209,8 +211,8 @@ def kept_outputs(
 ) -> KeptOutputs | None:
     """Where the outputs of this run's teacher are kept, if they can be.
 
-    None where augmentation leaves too many forms of an image; where a loss has the teacher decode random queries or write its attention
-    down; and with several processes.
+    None where augmentation leaves too many variants of an image; where a loss has the teacher decode random queries, or looks at its
+    attention maps; and with several processes.
 
     Args:
         teacher: the name of the teacher's run.
@@ -219,8 +221,7 @@ def kept_outputs(
     Raises:
         InputError: the folder has a file that is damaged or another teacher's.
     """
-    asked = distiller.attention or any(hasattr(term.loss, "probe") for term in distiller.terms)
-    if recipe.resize.train not in VIEWS or asked or fabric.world_size > 1:
+    if recipe.resize.train not in VARIANTS or distiller.attention or distiller.with_teacher_queries or fabric.world_size > 1:
         return None
     made_by = {
         "teacher": teacher,
@@ -232,7 +233,7 @@ def kept_outputs(
         "threads": str(torch.get_num_threads()),
         "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}",
     }
-    return KeptOutputs(root, made_by, VIEWS[recipe.resize.train] * padded_images(dataset, recipe))
+    return KeptOutputs(root, made_by, VARIANTS[recipe.resize.train] * padded_images(dataset, recipe))
 
 
 def padded_images(dataset: CocoDataset, recipe: Recipe) -> int:
@@ -244,7 +245,7 @@ def padded_images(dataset: CocoDataset, recipe: Recipe) -> int:
 
 
 def code_hash() -> str:
-    """SHA-256 of the code that detectors are made of and asked with: outputs of other code are other outputs."""
+    """SHA-256 of the code that detectors are made of and called with: outputs of other code are other outputs."""
     package = Path(detrdistill.__file__).parent
     files = [package / "boxes.py", package / "distill" / "distiller.py", *sorted((package / "models").glob("*.py"))]
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

@@ -61,8 +61,8 @@ def test_matching_anew_is_the_released_code_s():
 
 
 def test_reference_points_may_be_the_student_s():
-    guests = AssignmentDistillation(4, 4, references="student").guests(some_output())
-    assert guests.reference is None and torch.equal(guests.content, some_output().initial.content)
+    queries = AssignmentDistillation(4, 4, references="student").student_queries(some_output())
+    assert queries.reference is None and torch.equal(queries.content, some_output().initial.content)
 
 
 def test_student_equal_to_teacher_has_the_teacher_s_own_loss():
@@ -82,20 +82,20 @@ def test_gradient_reaches_the_student_alone():
 
 def test_guests_are_the_teacher_s_queries_as_they_are_or_adapted():
     teacher = some_output(dim=6)
-    same = AssignmentDistillation(6, 6).guests(teacher)
+    same = AssignmentDistillation(6, 6).student_queries(teacher)
     for name in ("content", "position", "reference"):
         assert torch.equal(getattr(same, name), getattr(teacher.initial, name))
     adapted = AssignmentDistillation(4, 6).double()
-    guests = adapted.guests(teacher)
-    assert guests.content.shape == guests.position.shape == (1, 5, 4) and torch.equal(guests.reference, teacher.initial.reference)
-    (guests.content.sum() + guests.position.sum()).backward()
+    queries = adapted.student_queries(teacher)
+    assert queries.content.shape == queries.position.shape == (1, 5, 4) and torch.equal(queries.reference, teacher.initial.reference)
+    (queries.content.sum() + queries.position.sum()).backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in adapted.parameters())
 
 
 def test_first_stage_of_a_two_stage_teacher_is_left_out():
     teacher = some_output()
     teacher = replace(teacher, initial=replace(teacher.initial, proposals=replace(some_output(stages=1), initial=None)))
-    assert loss.guests(teacher).proposals is None
+    assert loss.student_queries(teacher).proposals is None
 
 
 def test_images_of_a_step_can_come_one_by_one():

@@ -10,6 +10,7 @@ from detrdistill import matching
 from detrdistill.distill import distiller as module
 from detrdistill.distill.build import build_distiller
 from detrdistill.distill.distiller import Distiller, Term, full_precision, prefixed
+from detrdistill.distill.logits import LogitsDistillation
 from detrdistill.models import build_detector
 from detrdistill.models.outputs import Targets
 from detrdistill.recipes.methods import DETRDistill
@@ -55,7 +56,7 @@ def distilling(student: nn.Module, teacher: Recipe, **changes) -> Distiller:
 
 def losses(distiller: Distiller, teacher: nn.Module, wanted: Targets) -> dict[str, torch.Tensor]:
     pixels, padding = images()
-    return distiller(pixels, padding, wanted, distiller.ask(teacher, pixels, padding))
+    return distiller(pixels, padding, wanted, distiller.teacher_outputs(teacher, pixels, padding))
 
 
 def total(found: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -182,7 +183,7 @@ def test_names_in_the_log():
     one = torch.ones(())
     assert prefixed("features", {"features": one}) == {"features": one}
     assert prefixed("logits", {"positive/class": one}) == {"logits/positive/class": one}
-    assert Term("features", 2.0, nn.Identity()).weight == 2.0
+    assert Term("logits", 2.0, LogitsDistillation()).weight == 2.0
 
 
 def test_padding_more_changes_nothing():
@@ -199,7 +200,7 @@ def test_padding_more_changes_nothing():
         padding[:, :64, :64] = False
         for model in (student, teacher):
             model.backbone.forward = lambda _: maps
-        return total(distiller(pixels, padding, wanted, distiller.ask(teacher, pixels, padding)))
+        return total(distiller(pixels, padding, wanted, distiller.teacher_outputs(teacher, pixels, padding)))
 
     # GroupNorm of the input projections averages over the whole map, padding included, as in the official code.
     for model in (student, teacher):

@@ -56,7 +56,7 @@ def targets(*counts: int) -> Targets:
 def losses(distiller: Distiller, teacher: nn.Module, wanted: Targets, images: tuple[Tensor, Tensor] | None = None) -> dict[str, Tensor]:
     images = images or batch((64, 96), (96, 50))
     torch.manual_seed(4)  # hidden cells, random queries
-    return distiller(*images, wanted, distiller.ask(teacher, *images))
+    return distiller(*images, wanted, distiller.teacher_outputs(teacher, *images))
 
 
 def total(found: dict[str, Tensor]) -> Tensor:

@@ -76,11 +76,11 @@ def start(store: Store, death: Death | None = None, *, every_step: bool = True, 
 
 def _train(store: Store, death: Death | None, every_step: bool, workers: int) -> None:
     from detrdistill.cli import main
-    from detrdistill.training import trainer
+    from detrdistill.training import checkpointing
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     if every_step:
-        trainer.CHECKPOINT_SECONDS = -1.0
+        checkpointing.CHECKPOINT_SECONDS = -1.0
     if death:
         death.prepare(store.folder(RECIPE))
     sys.argv = ["detrdistill", *command(store), "--workers", str(workers)]

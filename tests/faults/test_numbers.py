@@ -31,7 +31,7 @@ from detrdistill.runs import run as runs
 from detrdistill.runs.load import open_split
 from detrdistill.runs.run import run
 from detrdistill.runs.store import Store
-from detrdistill.training import evaluation, trainer
+from detrdistill.training import evaluation, guards, trainer
 from detrdistill.training.evaluation import METRICS, evaluate
 from detrdistill.training.logging import read_log
 from tests.folders import write_folder
@@ -71,10 +71,10 @@ class Poison:
         self.kept = trainer.accumulate_gradients
         patch.setattr(trainer, "accumulate_gradients", self)
 
-    def __call__(self, fabric, module, ask, batches, schedule) -> dict[str, Tensor]:
+    def __call__(self, fabric, module, teacher, batches, schedule) -> dict[str, Tensor]:
         self.calls += 1
         if self.calls < self.step:
-            return self.kept(fabric, module, ask, batches, schedule)
+            return self.kept(fabric, module, teacher, batches, schedule)
         self.module, self.before = module, copy.deepcopy(module.state_dict())
         self.images = [image for batch in batches for image in batch.image_ids]
         if self.place == "images":
@@ -82,12 +82,12 @@ class Poison:
         elif self.place in ("logits", "boxes"):
             self.patch.setattr(module.student, "decode", spoilt(module.student.decode, self.place, self.value))
         elif self.place.startswith("teacher"):
-            ask = spoilt(ask, self.place.rpartition(" ")[2], self.value)
+            teacher = spoilt(teacher, self.place.rpartition(" ")[2], self.value)
         elif self.place == "loss":
             forward = SetCriterion.forward
             spoil = lambda *inputs: (found := forward(*inputs)) | {"l1": found["l1"] + self.value}  # noqa: E731
             self.patch.setattr(SetCriterion, "forward", spoil)
-        parts = self.kept(fabric, module, ask, batches, schedule)
+        parts = self.kept(fabric, module, teacher, batches, schedule)
         if self.place == "gradient":
             next(one for one in module.parameters() if one.grad is not None).grad.view(-1)[0] = self.value
         return parts
@@ -144,7 +144,7 @@ def test_a_batch_that_cannot_be_saved_hides_no_nan(tmp_path, monkeypatch, tries)
     def full(path, state):
         raise InputError(f"{path}: cannot be written (No space left on device)")
 
-    monkeypatch.setattr(trainer, "save_checkpoint", full)
+    monkeypatch.setattr(guards, "save_checkpoint", full)
     with tries("NaN on a full disk"):
         Poison(monkeypatch, "loss", math.nan, 2)
         with pytest.raises(NonFiniteError, match=r"detection/l1 is nan .*; the batch could not be saved: .*No space left") as error:

@@ -159,7 +159,7 @@ def teach(kind: str, both: dict | None = None, **teacher_changes) -> tuple[nn.Mo
         [torch.tensor([0, 2]), torch.tensor([1])], [torch.tensor([[0.3, 0.4, 0.2, 0.2], [0.6, 0.6, 0.5, 0.3]]), torch.full((1, 4), 0.5)]
     )
     pixels, padding = batch((64, 96), (96, 50))
-    losses = distiller(pixels, padding, targets, distiller.ask(teacher, pixels, padding))
+    losses = distiller(pixels, padding, targets, distiller.teacher_outputs(teacher, pixels, padding))
     torch.stack([value.sum() for value in losses.values()]).sum().backward()
     return distiller, losses
 

@@ -43,7 +43,7 @@ def logits(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
     found[joint.stage, joint.image, joint.query] = joint.target
     oracle.expect_equal("match", found)
     size = torch.tensor([[w, h, w, h] for h, w in oracle.config["img_shape"]])
-    pixels = cxcywh_to_xyxy(loss._wanted(teacher)) * size[:, None]
+    pixels = cxcywh_to_xyxy(loss._target_boxes(teacher)) * size[:, None]
     oracle.expect("teacher_pixel_boxes", pixels)
 
     distilled = loss(student, teacher, targets, pairs)
@@ -118,7 +118,7 @@ def teacher_group(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
     memory = model.encode_features(features, padding)
     for kind, prefix in (("student", "rematch"), ("teacher", "assigned")):
         loss = AssignmentDistillation(model.dim, model.dim, pairing=kind, references="student")
-        own, group = model.decode(memory, model.queries(memory), loss.guests(teacher))
+        own, group = model.decode(memory, model.queries(memory), loss.student_queries(teacher))
         for name, output in (("student", own), ("group", group)):
             oracle.expect(f"{name}.pred_logits", output.logits)
             oracle.expect(f"{name}.pred_boxes", output.boxes)
@@ -144,7 +144,7 @@ def tprd(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
 
     # It cuts the student's boxes at the border for the cost alone, and the teacher's nowhere.
     loss = LogitsDistillation("joint", "pairs")
-    loss._wanted = lambda teacher: teacher.boxes
+    loss._target_boxes = lambda teacher: teacher.boxes
     cost = class_cost(student.logits, teacher.logits) + box_cost(student.boxes.clamp(0, 1), teacher.boxes)
     pairs = match({"joint": Problem(cost)})
     found = torch.full(student.logits.shape[:3], -1)

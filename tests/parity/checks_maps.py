@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detrdistill.distill.baselines.cwd import CWD
-from detrdistill.distill.baselines.fitnet import FitNet
-from detrdistill.distill.baselines.mgd import MGD, hide
-from detrdistill.distill.baselines.pkd import PKD
+from detrdistill.distill.baselines.cwd import CWDLoss
+from detrdistill.distill.baselines.fitnet import FitNetLoss
+from detrdistill.distill.baselines.mgd import MGDLoss, hide
+from detrdistill.distill.baselines.pkd import PKDLoss
 from detrdistill.models.outputs import Targets
 from tests.parity.oracle import SCALAR, Oracle
 
 
 def fitnet(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
-    loss = FitNet(oracle.config["student_channels"], oracle.config["teacher_channels"]).to(oracle.dtype)
+    loss = FitNetLoss(oracle.config["student_channels"], oracle.config["teacher_channels"]).to(oracle.dtype)
     loss.load_state_dict({name.replace("align.0", "adapter"): value for name, value in oracle.parameters().items()})
     # The port divides the mean by the images once more.
     replay(oracle, loss, 1 / oracle.config["batch"])
@@ -25,7 +25,7 @@ def fitnet(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
 
 def mgd(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
     config, noise = oracle.config, oracle.input("noise")
-    loss = MGD(config["student_channels"], config["teacher_channels"], config["lambda"]).to(oracle.dtype)
+    loss = MGDLoss(config["student_channels"], config["teacher_channels"], config["lambda"]).to(oracle.dtype)
     loss.load_state_dict(oracle.parameters())
     monkeypatch.setattr(torch, "rand", lambda *shape, **_: noise.view(shape))
     replay(oracle, loss, config["alpha"])
@@ -37,13 +37,13 @@ def mgd(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pkd(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
-    replay(oracle, PKD(oracle.config["student_channels"], oracle.config["teacher_channels"]), oracle.config["loss_weight"])
+    replay(oracle, PKDLoss(oracle.config["student_channels"], oracle.config["teacher_channels"]), oracle.config["loss_weight"])
     oracle.expect_all_compared()
 
 
 def cwd(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
     config = oracle.config
-    replay(oracle, CWD(config["student_channels"], config["teacher_channels"], config["tau"]), config["loss_weight"])
+    replay(oracle, CWDLoss(config["student_channels"], config["teacher_channels"], config["tau"]), config["loss_weight"])
     oracle.expect_all_compared()
 
 

@@ -6,9 +6,9 @@ from torch import Tensor, nn
 
 from detrdistill.boxes import xyxy_to_cxcywh
 from detrdistill.distill.baselines import fgfi
-from detrdistill.distill.baselines.fgd import FGD, object_masks
-from detrdistill.distill.baselines.fgfi import FGFI
-from detrdistill.distill.baselines.fkd import FKD, spatial_attention
+from detrdistill.distill.baselines.fgd import FGDLoss, object_masks
+from detrdistill.distill.baselines.fgfi import FGFILoss
+from detrdistill.distill.baselines.fkd import FKDLoss, spatial_attention
 from detrdistill.models.outputs import DetectorOutput, Targets
 from tests.parity.oracle import SCALAR, Oracle
 
@@ -32,7 +32,8 @@ def fgd(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
     config = oracle.config
     student, teacher = oracle.input("student", grad=True), oracle.input("teacher")
     weights = {"foreground": "alpha", "background": "beta", "attention": "gamma", "relation": "lambda"}
-    loss = FGD(student.shape[1], teacher.shape[1], **{ours: config[theirs] for ours, theirs in weights.items()}, temperature=config["temp"])
+    settings = {ours: config[theirs] for ours, theirs in weights.items()}
+    loss = FGDLoss(student.shape[1], teacher.shape[1], **settings, temperature=config["temp"])
     names = load(loss, oracle, FGD_NAMES)
 
     counts = oracle.input("target.counts").tolist()
@@ -65,7 +66,7 @@ def fkd(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
     student, teacher = oracle.input("student", grad=True), oracle.input("teacher")
     weights = {"feature": 7e-5, "channel": 4e-3, "spatial": 4e-3, "relation": 7e-5}
     pool = config["maxpool_stride"] if config["sub_sample"] else None
-    loss = FKD(student.shape[1], teacher.shape[1], **weights, temperature=0.5, reduction=config["reduction"], pool=pool)
+    loss = FKDLoss(student.shape[1], teacher.shape[1], **weights, temperature=0.5, reduction=config["reduction"], pool=pool)
     names = load(loss, oracle, FKD_NAMES)
     loss.train(config["bn_train"])
 
@@ -96,7 +97,8 @@ def imitation(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
     targets = Targets.pack([torch.zeros(n, dtype=torch.long) for n in counts], boxes)
     padding = torch.zeros(len(counts), height, width, dtype=torch.bool)
 
-    loss = FGFI(student.shape[1], teacher.shape[1], 1, "features", 0.5, [*map(float, config["scales"])], [*map(float, config["ratios"])])
+    scales, ratios = ([*map(float, config[name])] for name in ("scales", "ratios"))
+    loss = FGFILoss(student.shape[1], teacher.shape[1], 1, "features", 0.5, scales, ratios)
     loss.adapters[0] = nn.Identity()  # the oracle's student is adapted already
     oracle.expect("anchors", torch.tensor(loss.anchors))
     oracle.expect_equal("count", fgfi.near_anchors(targets, [padding], loss.anchors, loss.threshold)[0])

@@ -381,23 +381,23 @@ def test_files_of_a_run_are_for_everybody_to_read(finished):
         assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
-def test_bfloat16_leaves_ground_truth_and_the_teacher_s_answers_alone(monkeypatch, tmp_path):
+def test_bfloat16_leaves_ground_truth_and_the_teacher_s_outputs_alone(monkeypatch, tmp_path):
     """What a step compares with is not rounded to 8 bits on the way to the losses."""
-    asked, seen, ask, forward = [], [], Distiller.ask, Distiller.forward
+    outputs, seen, kept, forward = [], [], Distiller.teacher_outputs, Distiller.forward
 
-    def answer(self, *inputs):
-        asked.append(ask(self, *inputs))
-        return asked[-1]
+    def compute(self, *inputs):
+        outputs.append(kept(self, *inputs))
+        return outputs[-1]
 
-    def watch(self, pixels, padding, targets, answers=()):
-        seen.append((pixels, targets, answers))
-        return forward(self, pixels, padding, targets, answers)
+    def watch(self, pixels, padding, targets, teacher_outputs=()):
+        seen.append((pixels, targets, teacher_outputs))
+        return forward(self, pixels, padding, targets, teacher_outputs)
 
-    monkeypatch.setattr(Distiller, "ask", answer)
+    monkeypatch.setattr(Distiller, "teacher_outputs", compute)
     monkeypatch.setattr(Distiller, "forward", watch)
     changes = {"precision": "bf16", "schedule.steps": 1, "schedule.evaluations": 1, "teacher.schedule.steps": 1}
     changes |= {"teacher.schedule.evaluations": 1, "methods": [{"name": "detrdistill", "mask_queries": "initial"}]}
     go(DISTILLED.replace(**changes), Store(tmp_path))
-    pixels, targets, answers = seen[-1]
-    assert pixels.dtype == targets.boxes.dtype == answers[0].boxes.dtype == torch.float32
-    assert torch.equal(answers[0].boxes, asked[-1][0].boxes) and not torch.equal(targets.boxes, targets.boxes.bfloat16().float())
+    pixels, targets, teacher_outputs = seen[-1]
+    assert pixels.dtype == targets.boxes.dtype == teacher_outputs[0].boxes.dtype == torch.float32
+    assert torch.equal(teacher_outputs[0].boxes, outputs[-1][0].boxes) and not torch.equal(targets.boxes, targets.boxes.bfloat16().float())

@@ -144,7 +144,7 @@ def test_losses_wait_for_the_gpu_once_and_mix_no_devices(monkeypatch, detector):
             with torch.device("cuda"):
                 pixels, padding = torch.empty(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool)
                 targets = Targets(torch.zeros(2, 3, dtype=torch.long), torch.zeros(2, 3, 4), [3, 1], 4.0, 2.0)
-            answers = distiller.ask(teacher, pixels, padding) if teacher else []
-            parts = distiller(pixels, padding, targets, answers)
+            outputs = distiller.teacher_outputs(teacher, pixels, padding) if teacher else []
+            parts = distiller(pixels, padding, targets, outputs)
         assert {part.device.type for part in parts.values()} == {"cuda"} and waits == [{"cuda"}], recipe.title
     assert threads == {7}, "not torch's own number, which torchrun sets to 1"

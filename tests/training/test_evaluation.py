@@ -18,7 +18,7 @@ from torch import nn
 from detrdistill.data.coco import Category
 from detrdistill.errors import InputError, NonFiniteError
 from detrdistill.models.outputs import DetectorOutput
-from detrdistill.training.evaluation import METRICS, coco_metrics, detections, evaluate
+from detrdistill.training.evaluation import METRICS, changes, coco_metrics, detections, evaluate
 
 CATEGORIES = [1, 3, 7, 18, 44, 90]
 
@@ -197,3 +197,9 @@ def test_another_number_of_classes_is_refused() -> None:
     detector = KnowsAll(Data(), classes=3)
     with pytest.raises(InputError, match="knows 3 classes, the data has 2"):
         evaluate(detector, detector.data, batch=2)
+
+
+def test_changes_are_counted_between_stages_and_since_the_last_evaluation() -> None:
+    held = torch.tensor([[[0, 1, -1], [-1, -1, 0]], [[1, 0, -1], [-1, -1, 0]], [[1, -1, 0], [0, -1, -1]]])
+    assert changes(held, None) == {"changes_between_stages": (2 + 2 + 2) / 2}
+    assert changes(held, held[0]) == {"changes_between_stages": 3.0, "changes_since_last": (3 + 2) / 2}

@@ -26,9 +26,9 @@ from detrdistill.recipes.presets import smoke
 from detrdistill.runs.load import open_split
 from detrdistill.runs.run import run
 from detrdistill.runs.store import Store
-from detrdistill.training import teacher_outputs, trainer
+from detrdistill.training import checkpointing, teacher_outputs, trainer
 from detrdistill.training.fabric import make_fabric
-from detrdistill.training.teacher_outputs import KeptOutputs, TeacherOutputs, flatten, kept_outputs, padded_images
+from detrdistill.training.teacher_outputs import KeptOutputs, Teacher, flatten, kept_outputs, padded_images
 from tests.distill.test_every_method import fitting, lesson
 from tests.folders import write_folder
 from tests.models.small import CLASSES, KINDS
@@ -53,7 +53,7 @@ def autocast(precision: str) -> contextlib.AbstractContextManager:
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
 
 
-def show(outputs: TeacherOutputs, batch: Batch) -> DetectorOutput:
+def show(outputs: Teacher, batch: Batch) -> DetectorOutput:
     (output,) = outputs(batch, batch.pixels.contiguous(memory_format=torch.channels_last), batch.padding)
     return output
 
@@ -65,13 +65,13 @@ def differences(one: DetectorOutput, other: DetectorOutput) -> list[str]:
     return [name for name, x in one.items() if not torch.equal(x, other[name]) or x.dtype != other[name].dtype]
 
 
-def lookup(folder: Path, *batches: Batch, **changes: str) -> tuple[TeacherOutputs, TeacherOutputs]:
+def lookup(folder: Path, *batches: Batch, **changes: str) -> tuple[Teacher, Teacher]:
     """Outputs kept in `folder` after a teacher has seen the batches, and those that it computes."""
     distiller, teacher = lesson("deformable-refine", [FitNet()])
-    kept = TeacherOutputs(teacher, distiller, KeptOutputs(folder, MADE_BY | changes, 8))
+    kept = Teacher(teacher, distiller, KeptOutputs(folder, MADE_BY | changes, 8))
     for batch in batches:
         show(kept, batch)
-    return kept, TeacherOutputs(teacher, distiller)
+    return kept, Teacher(teacher, distiller)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -83,13 +83,13 @@ def test_kept_is_computed_anew(tmp_path, kind, precision):
     batches = [collate([eight[i] for i in order]) for order in orders]
     distiller, teacher = lesson(kind, [FitNet()], queries=16)
     with autocast(precision):
-        kept = TeacherOutputs(teacher, distiller, KeptOutputs(tmp_path, MADE_BY, 8))
+        kept = Teacher(teacher, distiller, KeptOutputs(tmp_path, MADE_BY, 8))
         show(kept, batches[0])
         for again in (kept.kept, KeptOutputs(tmp_path, MADE_BY, 8)):
             kept.kept = again
             for batch in batches:
                 found = show(kept, batch)
-                odd = differences(found, show(TeacherOutputs(teacher, distiller), batch))
+                odd = differences(found, show(Teacher(teacher, distiller), batch))
                 assert not odd
                 assert found.initial.proposals is None and not found.logits.requires_grad
     assert kept.images == 8, "nothing was computed again"
@@ -102,11 +102,11 @@ def test_with_padding_it_is_nearly_so(tmp_path, kind, precision):
     a, b, c, d = images([(64, 96), (96, 50), (80, 64), (96, 96)])
     distiller, teacher = lesson(kind, [FitNet()])
     with autocast(precision):
-        kept = TeacherOutputs(teacher, distiller, KeptOutputs(tmp_path, MADE_BY, 8))
+        kept = Teacher(teacher, distiller, KeptOutputs(tmp_path, MADE_BY, 8))
         for pair in ([a, d], [b, d], [c, d]):
             show(kept, collate(pair))
         for pair in ([d, b], [a, d], [d, c]):
-            wanted, found = (flatten(show(outputs, collate(pair))) for outputs in (TeacherOutputs(teacher, distiller), kept))
+            wanted, found = (flatten(show(outputs, collate(pair))) for outputs in (Teacher(teacher, distiller), kept))
             for name, tensor in wanted.items():
                 torch.testing.assert_close(found[name], tensor, atol=1e-5, rtol=1e-5)
         assert kept.images == 6, "nothing was computed again"
@@ -119,10 +119,10 @@ def test_every_method_loses_the_same(tmp_path, kind):
     """All that may be kept for; KD-DETR and D3ETR have the teacher decode random queries, or write its attention down."""
     eight = images([(64, 64)] * 8)
     distiller, teacher = lesson(kind, [fitting(name, kind) for name in METHODS if name not in ("kd_detr", "d3etr")], queries=16)
-    kept = TeacherOutputs(teacher, distiller, KeptOutputs(tmp_path, MADE_BY, 8))
+    kept = Teacher(teacher, distiller, KeptOutputs(tmp_path, MADE_BY, 8))
     show(kept, collate(eight))
     batch, losses = collate(eight[::-1]), []
-    for outputs in (kept, TeacherOutputs(teacher, distiller)):
+    for outputs in (kept, Teacher(teacher, distiller)):
         torch.manual_seed(4)  # hidden cells
         losses.append(distiller(batch.pixels, batch.padding, batch.targets, [show(outputs, batch)]))
     assert kept.images == 8 and losses[0].keys() == losses[1].keys() and len(losses[0]) > 20
@@ -202,7 +202,7 @@ def test_a_killed_run_goes_on_with_what_is_kept(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "refuse_non_finite", interrupt)
-        patch.setattr(trainer, "CHECKPOINT_SECONDS", -1)
+        patch.setattr(checkpointing, "CHECKPOINT_SECONDS", -1)
         with pytest.raises(KeyboardInterrupt):
             sit(tmp_path / "broken", EIGHT, cache=tmp_path / "cache")
     found, _ = sit(tmp_path / "broken", EIGHT, cache=tmp_path / "cache")

@@ -26,13 +26,14 @@ from detrdistill.recipes.presets import smoke
 from detrdistill.recipes.recipe import BackboneRecipe, CropRecipe, CropTraining, Recipe, Schedule
 from detrdistill.runs.load import open_split
 from detrdistill.runs.store import Store
-from detrdistill.training import trainer
+from detrdistill.training import checkpointing, trainer
 from detrdistill.training.batches import Draws, micro_batches
 from detrdistill.training.crops import train_on_crops
 from detrdistill.training.fabric import make_fabric
 from detrdistill.training.logging import read_log
-from detrdistill.training.teacher_outputs import TeacherOutputs, kept_outputs
-from detrdistill.training.trainer import accumulate_gradients, changes, lr_factor, make_optimizer, train
+from detrdistill.training.optimizer import lr_factor, make_optimizer
+from detrdistill.training.teacher_outputs import Teacher, kept_outputs
+from detrdistill.training.trainer import accumulate_gradients, train
 from tests.folders import write_folder
 
 SCHEDULE = Schedule(steps=6, batch=4, lr=1e-3, backbone_lr=1.0, warmup=2, decay="cosine", evaluations=2)
@@ -58,13 +59,13 @@ def sit(
     """One sitting of a run: `train` with fresh models, as `runs.run` calls it. Teacher outputs are kept in `cache`."""
     torch.manual_seed(0)
     distiller = build_distiller(build_detector(recipe, 10), recipe)
-    teacher = build_detector(recipe.teacher, 10).eval().requires_grad_(False) if recipe.teacher else None
+    detector = build_detector(recipe.teacher, 10).eval().requires_grad_(False) if recipe.teacher else None
     folder.mkdir(exist_ok=True)
     fabric = make_fabric("cpu", recipe.precision)
     data = open_split(recipe, "train")
     kept = kept_outputs(fabric, distiller, data, recipe, "teacher", "0" * 64, cache) if cache else None
-    outputs = TeacherOutputs(teacher, distiller, kept) if teacher else None
-    return train(fabric, distiller, outputs, data, recipe, folder, evaluate, workers=workers, progress=False), distiller
+    teacher = Teacher(detector, distiller, kept) if detector else None
+    return train(fabric, distiller, teacher, data, recipe, folder, evaluate, workers=workers, progress=False), distiller
 
 
 def same_weights(one: nn.Module, other: nn.Module) -> bool:
@@ -83,7 +84,7 @@ def test_resume_is_exact(tmp_path, monkeypatch, recipe, killed_at, every_step):
 
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "refuse_non_finite", interrupt)
-        patch.setattr(trainer, "CHECKPOINT_SECONDS", -1 if every_step else 1e9)
+        patch.setattr(checkpointing, "CHECKPOINT_SECONDS", -1 if every_step else 1e9)
         with pytest.raises(KeyboardInterrupt):
             sit(tmp_path / "broken", recipe())
     state, found = sit(tmp_path / "broken", recipe())
@@ -185,8 +186,8 @@ def test_checkpoints_take_a_twentieth_of_the_time_at_most(tmp_path, monkeypatch)
         saved.append(content["state"]["step"])
 
     monkeypatch.setattr(trainer, "refuse_non_finite", step)
-    monkeypatch.setattr(trainer, "save_checkpoint", save)
-    monkeypatch.setattr(trainer, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(checkpointing, "save_checkpoint", save)
+    monkeypatch.setattr(checkpointing, "time", SimpleNamespace(monotonic=lambda: now[0]))
     sit(tmp_path / "run", plain(**{"schedule.steps": 20, "schedule.evaluations": 1}))
     assert saved == [4, 17, 20], "after more than 30 s, then after more than 120, and at the end"
 
@@ -211,7 +212,7 @@ def gradient(recipe: Recipe, **changes) -> tuple[dict[str, Tensor], list[Tensor]
     (batches,) = micro_batches(data, Draws(len(data), schedule.batch, 0, 0, 1, schedule.accumulate, 0, 1), 0)
     teacher = build_detector(recipe.teacher, 10).eval()
     module = fabric.setup_module(distiller)
-    parts = accumulate_gradients(fabric, module, TeacherOutputs(teacher, distiller), batches, schedule)
+    parts = accumulate_gradients(fabric, module, Teacher(teacher, distiller), batches, schedule)
     assert all(parameter.grad is None for parameter in teacher.parameters()), "no gradient reaches a teacher, frozen or not"
     return parts, [parameter.grad for parameter in distiller.parameters()]
 
@@ -322,9 +323,3 @@ def test_clipping(tmp_path, monkeypatch):
         sit(tmp_path / str(limit), plain().replace(**{"schedule.clip_norm": limit, "schedule.steps": 1, "schedule.evaluations": 1}))
     assert norms == [0.5, math.inf]
     assert read_log(tmp_path / "0.5" / "log.jsonl")[0]["gradient norm"] > 0.5
-
-
-def test_changes_are_counted_between_stages_and_since_the_last_evaluation() -> None:
-    held = torch.tensor([[[0, 1, -1], [-1, -1, 0]], [[1, 0, -1], [-1, -1, 0]], [[1, -1, 0], [0, -1, -1]]])
-    assert changes(held, None) == {"changes_between_stages": (2 + 2 + 2) / 2}
-    assert changes(held, held[0]) == {"changes_between_stages": 3.0, "changes_since_last": (3 + 2) / 2}

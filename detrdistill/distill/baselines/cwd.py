@@ -1,4 +1,4 @@
-"""CWD: where each channel of the teacher is active, told by a softmax over its cells."""
+"""CWD: where each channel of the teacher is active, as a softmax over its cells."""
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -7,7 +7,7 @@ from detrdistill.distill.levels import adapter
 from detrdistill.models.outputs import Targets
 
 
-class CWD(nn.Module):
+class CWDLoss(nn.Module):
     """KL divergence between channels as distributions over cells (Shu et al., Channel-wise Knowledge Distillation, ICCV 2021).
 
     temperature^2 / (channels * images) times the sum over images and channels of KL(teacher || student), at least 0. Adding a number
@@ -27,10 +27,10 @@ class CWD(nn.Module):
     def forward(
         self, student: Float[Tensor, "B E H W"], teacher: Float[Tensor, "B D H W"], padding: Bool[Tensor, "B H W"], targets: Targets
     ) -> dict[str, Float[Tensor, ""]]:
-        own, other = (self.log_probabilities(features, padding) for features in (self.adapter(student), teacher))
+        log_student, log_teacher = (self.log_probabilities(features, padding) for features in (self.adapter(student), teacher))
         # On padding both are minus infinity, and their difference NaN.
-        surprise = (other - own).masked_fill(padding.flatten(1)[:, None], 0)
-        divergence = (other.exp() * surprise).sum()
+        difference = (log_teacher - log_student).masked_fill(padding.flatten(1)[:, None], 0)
+        divergence = (log_teacher.exp() * difference).sum()
         return {"cwd": self.temperature**2 * divergence / (teacher.shape[1] * targets.step_images)}
 
     def log_probabilities(self, features: Float[Tensor, "B D H W"], padding: Bool[Tensor, "B H W"]) -> Float[Tensor, "B D HW"]:

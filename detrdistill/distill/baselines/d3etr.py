@@ -15,18 +15,19 @@ from dataclasses import replace
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from detrdistill.criterion import box_losses
 from detrdistill.distill.assignment import QueryAdapter
 from detrdistill.distill.logits import class_loss, joint_cost
+from detrdistill.distill.loss import DistillationLoss
 from detrdistill.matching import Pairs, Problem
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
 
 QUERIES = 300  # that TPRD's weight of self-attention is for
 
 
-class OneToOne(nn.Module):
+class OneToOne(DistillationLoss):
     """Query i of the student against query i of the teacher.
 
     Args:
@@ -40,9 +41,6 @@ class OneToOne(nn.Module):
         super().__init__()
         self.self_attention, self.cross_attention = self_attention, cross_attention
         self.attention = self_attention > 0 or cross_attention > 0
-
-    def problems(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, Problem]:
-        return {}
 
     def forward(
         self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]
@@ -63,8 +61,8 @@ class OneToOne(nn.Module):
             losses["cross_attention"] = self.cross_attention * (error.sum((2, 3)) / valid).sum(1)
         return {name: value / targets.step_images for name, value in losses.items()}
 
-    def _compares(self, own: Tensor | None, other: Tensor | None, weight: float) -> bool:
-        return weight > 0 and own is not None and other is not None
+    def _compares(self, student: Tensor | None, teacher: Tensor | None, weight: float) -> bool:
+        return weight > 0 and student is not None and teacher is not None
 
 
 class AdaptiveMatching(OneToOne):
@@ -80,8 +78,10 @@ class AdaptiveMatching(OneToOne):
         self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]
     ) -> dict[str, Float[Tensor, " S"]]:
         # Pairs come stage by stage and image by image, the same number of each.
-        own, other = (index.view(*student.logits.shape[:2], -1) for index in (pairs["queries"].query, pairs["queries"].target))
-        return super().forward(chosen(student, own), chosen(teacher, other), targets, {})
+        student_index, teacher_index = (
+            index.view(*student.logits.shape[:2], -1) for index in (pairs["queries"].query, pairs["queries"].target)
+        )
+        return super().forward(chosen(student, student_index), chosen(teacher, teacher_index), targets, {})
 
 
 class FixedMatching(OneToOne):
@@ -98,8 +98,8 @@ class FixedMatching(OneToOne):
         super().__init__(self_attention, cross_attention)
         self.adapter = QueryAdapter(student_dim, teacher_dim, position)
 
-    def guests(self, teacher: DetectorOutput) -> Queries:
-        """The group of queries that the student shall decode beside its own; its output is this loss's `student`."""
+    def student_queries(self, teacher: DetectorOutput) -> Queries:
+        """The teacher's queries in the student's width."""
         return self.adapter(teacher.initial)
 
 
@@ -109,10 +109,10 @@ def chosen(output: DetectorOutput, index: Int[Tensor, "S B K"]) -> DetectorOutpu
     def rows(x):
         return x.gather(2, index[..., None].expand(-1, -1, -1, x.shape[-1]))
 
-    found = {name: rows(getattr(output, name)) for name in ("logits", "boxes", "queries")}
+    taken = {name: rows(getattr(output, name)) for name in ("logits", "boxes", "queries")}
     if output.self_attention is not None:
         columns = index[:, :, None].expand(-1, -1, index.shape[2], -1)
-        found["self_attention"] = rows(output.self_attention).gather(3, columns)
+        taken["self_attention"] = rows(output.self_attention).gather(3, columns)
     if output.cross_attention is not None:
-        found["cross_attention"] = rows(output.cross_attention)
-    return replace(output, **found)
+        taken["cross_attention"] = rows(output.cross_attention)
+    return replace(output, **taken)

@@ -11,7 +11,7 @@ from detrdistill.distill.levels import adapter, inside
 from detrdistill.models.outputs import Targets
 
 
-class FGD(nn.Module):
+class FGDLoss(nn.Module):
     """Focal and global distillation on one level.
 
     - foreground, background: sum of M A^S A^C (F_T - f(F_S))^2 with the masks M of `object_masks` and the teacher's attention over
@@ -55,13 +55,13 @@ class FGD(nn.Module):
     ) -> dict[str, Float[Tensor, ""]]:
         student, valid = self.align(student), inside(padding, teacher)
         foreground, background = object_masks(targets, padding)
-        (cells, channels), (own_cells, own_channels) = (self.attend(maps, padding) for maps in (teacher, student))
+        (cells, channels), (student_cells, student_channels) = (self.attend(maps, padding) for maps in (teacher, student))
         error = cells * (channels[..., None, None] * (teacher - student).square()).sum(1)
         relation = self.teacher_context(teacher, padding) - self.student_context(student, padding)
         parts = {
             "foreground": (foreground * error).sum(),
             "background": (background * error).sum(),
-            "attention": (cells - own_cells).abs().sum() + (channels - own_channels).abs().sum(),
+            "attention": (cells - student_cells).abs().sum() + (channels - student_channels).abs().sum(),
             "relation": (valid * relation.square()).sum(),
         }
         return {name: self.weights[name] * value / targets.step_images for name, value in parts.items()}

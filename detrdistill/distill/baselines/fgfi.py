@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from detrdistill.distill.baselines.fgd import in_cells
 from detrdistill.distill.levels import inside, share_of_step
-from detrdistill.matching import Pairs, Problem
+from detrdistill.distill.loss import DistillationLoss
+from detrdistill.matching import Pairs
 from detrdistill.models.attention import constants
 from detrdistill.models.outputs import DetectorOutput, Targets
 
@@ -17,7 +18,7 @@ CELL = 16  # units of length a cell: the stride of the official detector
 AT_ONCE = 2**24  # pairs of object and anchor held in memory
 
 
-class FGFI(nn.Module):
+class FGFILoss(DistillationLoss):
     """Fine-grained feature imitation: sum of I (F_T - f(F_S))^2 / (2 * number of cells with I = 1).
 
     Args:
@@ -50,33 +51,30 @@ class FGFI(nn.Module):
         self.maps, self.threshold, self.anchors = maps, threshold, anchors(scales, ratios)
         self.adapters = nn.ModuleList(nn.Sequential(nn.Conv2d(student_dim, teacher_dim, 3, padding=1), nn.ReLU()) for _ in range(levels))
 
-    def problems(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, Problem]:
-        return {}
-
     def forward(
         self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]
     ) -> dict[str, Float[Tensor, ""]]:
         error, cells = 0.0, 0
         counts = near_anchors(targets, teacher.padding, self.anchors, self.threshold)
         levels = zip(self.adapters, getattr(student, self.maps), getattr(teacher, self.maps), teacher.padding, counts, strict=True)
-        for adapt, own, other, padding, count in levels:
+        for adapt, student_map, teacher_map, padding, count in levels:
             near = count > 0
-            error = error + (near * (other - adapt(inside(padding, own) * own)).square().sum(1)).sum()
+            error = error + (near * (teacher_map - adapt(inside(padding, student_map) * student_map)).square().sum(1)).sum()
             cells = cells + near.sum()
         return {"fgfi": share_of_step(teacher.padding[0], targets) * error / (2 * cells.clamp(min=1))}
 
 
 def anchors(scales: Sequence[float], ratios: Sequence[float]) -> list[tuple[float, float, float, float]]:
     """Anchors xyxy of the first cell, with its centre: sides are rounded and xyxy are pixels that belong to the box, as in Faster R-CNN."""
-    found = []
+    boxes = []
     for ratio in ratios:
         width = round((CELL**2 / ratio) ** 0.5)
         height = round(width * ratio)
         for scale in scales:
             x, y = (width * scale - 1) / 2, (height * scale - 1) / 2
             centre = (CELL - 1) / 2
-            found.append((centre - x, centre - y, centre + x, centre + y))
-    return found
+            boxes.append((centre - x, centre - y, centre + x, centre + y))
+    return boxes
 
 
 @torch.no_grad()
@@ -100,15 +98,15 @@ def near_anchors(
 
 def anchor_iou(boxes: Float[Tensor, "B N 4"], padding: Bool[Tensor, "B H W"], anchors: Float[Tensor, "A 4"]) -> Float[Tensor, "B N A H W"]:
     """IoU of boxes with the anchors of every cell, 0 on padding and for objects of padding. A last pixel belongs to its box."""
-    wanted = CELL * in_cells(boxes, padding)
+    objects = CELL * in_cells(boxes, padding)
     sides = []
     for axis, cells in enumerate(reversed(padding.shape[1:])):
         shift = CELL * torch.arange(cells, device=boxes.device)
         low, high = (anchors[:, edge, None] + shift for edge in (axis, axis + 2))
-        begin, end = (wanted[..., edge, None, None] for edge in (axis, axis + 2))
+        begin, end = (objects[..., edge, None, None] for edge in (axis, axis + 2))
         sides.append((torch.minimum(high, end) - torch.maximum(low, begin) + 1).clamp(min=0))
     across, down = sides
     down = down * (boxes != 0).any(-1)[..., None, None]
     overlap = down[..., :, None] * across[..., None, :] * inside(padding, boxes)[:, :, None]
-    area, wanted_area = ((box[..., 2:] - box[..., :2] + 1).prod(-1) for box in (anchors, wanted))
-    return overlap / (area[:, None, None] + wanted_area[..., None, None, None] - overlap)
+    area, object_area = ((box[..., 2:] - box[..., :2] + 1).prod(-1) for box in (anchors, objects))
+    return overlap / (area[:, None, None] + object_area[..., None, None, None] - overlap)

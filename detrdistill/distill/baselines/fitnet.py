@@ -7,7 +7,7 @@ from detrdistill.distill.levels import inside
 from detrdistill.models.outputs import Targets
 
 
-class FitNet(nn.Module):
+class FitNetLoss(nn.Module):
     """Mean squared error between adapted student and teacher (Romero et al., FitNets, ICLR 2015; the mask psi = 1 of DETRDistill).
 
     No setting for detectors was published. As in TPRD's port to Deformable DETR the adapter is a learned 1x1 convolution, also where

@@ -9,7 +9,7 @@ from detrdistill.distill.levels import inside, share_of_step
 from detrdistill.models.outputs import Targets
 
 
-class FKD(nn.Module):
+class FKDLoss(nn.Module):
     """Feature-based knowledge distillation on one level.
 
     - feature: || sqrt(M) (F_T - f(F_S)) ||, f a 1x1 convolution, M the mean of both models' spatial attention, a constant.
@@ -61,13 +61,13 @@ class FKD(nn.Module):
     ) -> dict[str, Float[Tensor, ""]]:
         valid = inside(padding, student)
         mask = (spatial_attention(student, padding, self.temperature) + spatial_attention(teacher, padding, self.temperature)) / 2
-        relation, wanted = self.student_relation(student, padding), self.teacher_relation(teacher, padding)
+        student_relation, teacher_relation = self.student_relation(student, padding), self.teacher_relation(teacher, padding)
         cells = self.adapt_cells(valid * student.mean(1, keepdim=True))
         differences = {
             "feature": mask.detach().sqrt()[:, None] * (teacher - self.adapt(student)),
             "channel": mean_of_cells(teacher, valid) - self.adapt_channels(mean_of_cells(student, valid)),
             "spatial": valid * (teacher.mean(1, keepdim=True) - cells),
-            "relation": valid * (wanted - self.adapt_relation(relation)),
+            "relation": valid * (teacher_relation - self.adapt_relation(student_relation)),
         }
         share = share_of_step(padding, targets)
         # At 0 the gradient of `vector_norm` is 0; that of the root of a sum of squares would be NaN.

@@ -6,18 +6,19 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from detrdistill.boxes import cxcywh_to_xyxy, iou
 from detrdistill.distill.assignment import QueryAdapter
-from detrdistill.matching import Pairs, Problem
+from detrdistill.distill.loss import DistillationLoss
+from detrdistill.matching import Pairs
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
 
 IMAGES = 8  # on each of the authors' GPUs, over which they sum the class term
 EDGE = 11.5  # logit of 1 - 1e-5, beyond which the DETRs know no difference
 
 
-class SpecificSampling(nn.Module):
+class SpecificSampling(DistillationLoss):
     """The teacher's own queries, which look where its objects are, decoded by the student as well.
 
     Args:
@@ -46,18 +47,15 @@ class SpecificSampling(nn.Module):
         self.adapter = QueryAdapter(student_dim, teacher_dim, position)
         self.form, self.temperature = form, temperature
 
-    def guests(self, teacher: DetectorOutput) -> Queries:
-        """What the teacher has decoded, as a group of the student's; its output is this loss's `student`."""
+    def student_queries(self, teacher: DetectorOutput) -> Queries:
+        """What the teacher has decoded, in the student's width."""
         return self.adapter(teacher.initial)
-
-    def problems(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> dict[str, Problem]:
-        return {}
 
     def forward(
         self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]
     ) -> dict[str, Float[Tensor, " S"]]:
-        own, other = ((output.logits / self.temperature).log_softmax(-1) for output in (student, teacher))
-        divergence = self.temperature**2 * F.kl_div(own, other, reduction="none", log_target=True)  # S B Q C
+        log_student, log_teacher = ((output.logits / self.temperature).log_softmax(-1) for output in (student, teacher))
+        divergence = self.temperature**2 * F.kl_div(log_student, log_teacher, reduction="none", log_target=True)  # S B Q C
         corners = [cxcywh_to_xyxy(output.boxes) for output in (student, teacher)]
         a, b = (student.boxes, teacher.boxes) if student.l1 == "cxcywh" else corners
         distance, giou = (a - b).abs(), iou(*corners)[1]
@@ -101,8 +99,8 @@ class GeneralSampling(SpecificSampling):
         super().__init__(student_dim, teacher_dim, position, form, temperature)
         self.queries = queries
 
-    def probe(self, own: Queries) -> Queries:
-        """What the teacher shall decode beside its `own` queries; its output is this loss's `teacher`."""
+    def teacher_queries(self, own: Queries) -> Queries:
+        """Random queries, distributed as the teacher's `own`."""
         count = self.queries or len(own)
         position = None if own.position is None else _draw_like(own.position, count)
         reference = own.reference.clamp(-EDGE, EDGE)

@@ -8,7 +8,7 @@ from detrdistill.distill.levels import adapter
 from detrdistill.models.outputs import Targets
 
 
-class MGD(nn.Module):
+class MGDLoss(nn.Module):
     """Squared error of a small generator that sees part of the student's map (Yang et al., MGD, ECCV 2022).
 
     sum over channels and cells of (F_T - G(f(F_S) M))^2, averaged over images, with G = conv 3x3, ReLU, conv 3x3. The hidden cells

@@ -10,7 +10,7 @@ from detrdistill.models.outputs import Targets
 EPSILON = 1e-6  # of the official code: a channel that is the same everywhere becomes 0
 
 
-class PKD(nn.Module):
+class PKDLoss(nn.Module):
     """Half the mean squared error of standardised channels, 1 - Pearson's r (Cao et al., PKD, NeurIPS 2022).
 
     Each channel is standardised over all valid cells of the batch, with the standard deviation of a sample (n - 1). The weight in

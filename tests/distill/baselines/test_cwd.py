@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from detrdistill.distill.baselines.cwd import CWD
+from detrdistill.distill.baselines.cwd import CWDLoss
 from detrdistill.distill.levels import LevelByLevel
 from detrdistill.models.outputs import DetectorOutput, Targets
 from tests.examples import leaves, more_padding, one_image, some_output, some_targets, with_gradient
 
 GRID = ((4, 6),)
 TEMPERATURE = 1.7
-loss = CWD(4, 4, TEMPERATURE)
+loss = CWDLoss(4, 4, TEMPERATURE)
 
 
 def value(student: DetectorOutput, teacher: DetectorOutput, targets: Targets, own: nn.Module = loss) -> Tensor:
@@ -70,7 +70,7 @@ def test_images_of_a_step_can_come_one_by_one():
 
 
 def test_gradient_reaches_student_and_adapter_alone():
-    own, student, teacher = CWD(3, 4, 1.0).double(), with_gradient(some_output(dim=3, grids=GRID)), some_output(seed=5, grids=GRID)
+    own, student, teacher = CWDLoss(3, 4, 1.0).double(), with_gradient(some_output(dim=3, grids=GRID)), some_output(seed=5, grids=GRID)
     value(student, teacher, some_targets(2, 1), own).backward()
     assert student.features[0].grad.abs().sum() > 0
     assert (student.features[0].grad[-1, :, :, -1] == 0).all(), "gradient on padding"
@@ -82,5 +82,5 @@ def test_gradient_reaches_student_and_adapter_alone():
 def test_gradients():
     grids = ((2, 3),)
     student, teacher = with_gradient(some_output(grids=grids, dim=3)), some_output(grids=grids, seed=5)
-    own, targets = CWD(3, 4, TEMPERATURE).double(), some_targets(2, 0)
+    own, targets = CWDLoss(3, 4, TEMPERATURE).double(), some_targets(2, 0)
     assert gradcheck(lambda level: value(replace(student, features=[level]), teacher, targets, own), student.features[0])

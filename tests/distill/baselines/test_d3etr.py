@@ -186,7 +186,7 @@ def test_detectors_are_compared_with_their_attention(kind: str):
     pixels, padding = batch((64, 96), (96, 50))
     targets = some_targets(2, 1)
     targets = replace(targets, boxes=targets.boxes.float())
-    parts = distiller(pixels, padding, targets, distiller.ask(teacher, pixels, padding))
+    parts = distiller(pixels, padding, targets, distiller.teacher_outputs(teacher, pixels, padding))
     for name in ("adaptive", "fixed"):
         for part in ("class", "l1", "giou", "self_attention", "cross_attention"):
             assert parts[f"{name}/{part}"].shape == (4,) and (parts[f"{name}/{part}"] > 0).all()

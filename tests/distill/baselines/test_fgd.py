@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from detrdistill.distill.baselines.fgd import FGD, object_masks
+from detrdistill.distill.baselines.fgd import FGDLoss, object_masks
 from detrdistill.distill.levels import LevelByLevel
 from detrdistill.models.outputs import DetectorOutput, Targets
 from tests.examples import leaves, more_padding, one_image, some_output, some_targets, with_gradient
@@ -22,7 +22,7 @@ DIM = 8  # half of it is normalised: of 2 channels nothing but signs would be le
 def some_fgd(student_dim: int = DIM, grids: tuple = GRID) -> LevelByLevel:
     """Weights that are not 0, so that relations matter."""
     torch.manual_seed(0)
-    losses = LevelByLevel([FGD(student_dim, DIM, ALPHA, BETA, GAMMA, LAMBDA, TEMPERATURE) for _ in grids], "features").double()
+    losses = LevelByLevel([FGDLoss(student_dim, DIM, ALPHA, BETA, GAMMA, LAMBDA, TEMPERATURE) for _ in grids], "features").double()
     for parameter in losses.parameters():
         nn.init.normal_(parameter)
     return losses
@@ -125,7 +125,7 @@ def test_an_edge_on_the_border_does_not_depend_on_rounding():
 
 
 def test_zero_when_a_new_loss_compares_equals():
-    losses = LevelByLevel([FGD(DIM, DIM, ALPHA, BETA, GAMMA, LAMBDA, TEMPERATURE)], "features").double()
+    losses = LevelByLevel([FGDLoss(DIM, DIM, ALPHA, BETA, GAMMA, LAMBDA, TEMPERATURE)], "features").double()
     _, teacher, targets = example(3, 2)
     student = with_gradient(teacher)
     total = sum(losses(student, teacher, targets, {}).values())

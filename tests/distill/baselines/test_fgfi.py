@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 from detrdistill.distill.baselines import fgfi
-from detrdistill.distill.baselines.fgfi import FGFI, anchors, near_anchors
+from detrdistill.distill.baselines.fgfi import FGFILoss, anchors, near_anchors
 from detrdistill.models.outputs import DetectorOutput, Targets
 from tests.examples import leaves, more_padding, one_image, some_output, some_targets, with_gradient
 
@@ -16,9 +16,9 @@ GRIDS = ((6, 8), (3, 4))
 SCALES, RATIOS, THRESHOLD = (1.0, 2.5), (0.5, 2.0), 0.5
 
 
-def some_fgfi(student_dim: int = 4) -> FGFI:
+def some_fgfi(student_dim: int = 4) -> FGFILoss:
     torch.manual_seed(0)
-    return FGFI(student_dim, 4, len(GRIDS), "features", THRESHOLD, SCALES, RATIOS).double()
+    return FGFILoss(student_dim, 4, len(GRIDS), "features", THRESHOLD, SCALES, RATIOS).double()
 
 
 def example(*counts: int, dim: int = 4) -> tuple[DetectorOutput, DetectorOutput, Targets]:
@@ -59,7 +59,7 @@ def literal_counts(targets: Targets, padding: list[Tensor], threshold: float) ->
 
 
 @torch.no_grad()
-def literal(loss: FGFI, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> float:
+def literal(loss: FGFILoss, student: DetectorOutput, teacher: DetectorOutput, targets: Targets) -> float:
     total, cells = 0.0, 0
     counts = literal_counts(targets, teacher.padding, loss.threshold)
     for adapt, f_s, f_t, padding, count in zip(loss.adapters, student.features, teacher.features, teacher.padding, counts, strict=True):

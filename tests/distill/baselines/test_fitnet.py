@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from detrdistill.distill.baselines.fitnet import FitNet
+from detrdistill.distill.baselines.fitnet import FitNetLoss
 from detrdistill.distill.levels import LevelByLevel
 from detrdistill.models.outputs import DetectorOutput, Targets
 from tests.examples import leaves, more_padding, one_image, some_output, some_targets, with_gradient
 
-loss = FitNet(3, 4).double()
+loss = FitNetLoss(3, 4).double()
 
 
 def value(student: DetectorOutput, teacher: DetectorOutput, targets: Targets, own: nn.Module = loss) -> Tensor:
@@ -48,7 +48,7 @@ def test_zero_when_the_adapted_student_equals_the_teacher():
 
 
 def test_adapter_is_learned_also_where_widths_agree():
-    assert [parameter.shape for parameter in FitNet(4, 4).parameters()] == [(4, 4, 1, 1), (4,)]
+    assert [parameter.shape for parameter in FitNetLoss(4, 4).parameters()] == [(4, 4, 1, 1), (4,)]
 
 
 def test_padding_takes_no_part():
@@ -63,7 +63,7 @@ def test_images_of_a_step_can_come_one_by_one():
 
 
 def test_gradient_reaches_student_and_adapter_alone():
-    own, student, teacher = FitNet(3, 4).double(), with_gradient(some_output(dim=3)), some_output(seed=5)
+    own, student, teacher = FitNetLoss(3, 4).double(), with_gradient(some_output(dim=3)), some_output(seed=5)
     value(student, teacher, some_targets(2, 1), own).backward()
     assert all(level.grad.abs().sum() > 0 for level in student.features)
     assert all((level.grad[-1, :, :, -1] == 0).all() for level in student.features), "gradient on padding"

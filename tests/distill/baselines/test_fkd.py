@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from detrdistill.distill.baselines.fkd import FKD, MaskedBatchNorm, NonLocal
+from detrdistill.distill.baselines.fkd import FKDLoss, MaskedBatchNorm, NonLocal
 from detrdistill.distill.levels import LevelByLevel
 from detrdistill.models.outputs import DetectorOutput, Targets
 from tests.examples import leaves, more_padding, one_image, some_output, some_targets, with_gradient
@@ -22,7 +22,7 @@ GRID = ((4, 5),)
 def some_fkd(student_dim: int = 4, grids: tuple = GRID, pool: int | None = None) -> LevelByLevel:
     """Weights that are not 0, so that relations matter."""
     torch.manual_seed(0)
-    losses = [FKD(student_dim, 4, **WEIGHTS, temperature=TEMPERATURE, pool=pool) for _ in grids]
+    losses = [FKDLoss(student_dim, 4, **WEIGHTS, temperature=TEMPERATURE, pool=pool) for _ in grids]
     for loss in losses:
         for parameter in loss.parameters():
             nn.init.normal_(parameter)
@@ -70,7 +70,7 @@ def literal_relation(block: NonLocal, maps: Tensor, cells: list[list]) -> list[l
 
 
 @torch.no_grad()
-def literal(loss: FKD, f_s: Tensor, f_t: Tensor, padding: Tensor) -> dict[str, float]:
+def literal(loss: FKDLoss, f_s: Tensor, f_t: Tensor, padding: Tensor) -> dict[str, float]:
     squares = dict.fromkeys(WEIGHTS, 0.0)
     cells = [(~mask).nonzero().tolist() for mask in padding]
     relations = literal_relation(loss.student_relation, f_s, cells), literal_relation(loss.teacher_relation, f_t, cells)
@@ -148,7 +148,7 @@ def test_a_new_relation_is_the_identity():
 
 
 def test_zero_and_without_gradient_when_adapted_student_equals_teacher():
-    losses = LevelByLevel([FKD(4, 4, **WEIGHTS, temperature=TEMPERATURE)], "features").double()
+    losses = LevelByLevel([FKDLoss(4, 4, **WEIGHTS, temperature=TEMPERATURE)], "features").double()
     loss = losses.losses[0]
     for layer in (loss.adapt, loss.adapt_channels, loss.adapt_cells, loss.adapt_relation):
         nn.init.zeros_(layer.bias)

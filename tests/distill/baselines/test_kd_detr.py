@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import nn
 from torch.autograd import gradcheck
 from torchvision.ops import box_convert, generalized_box_iou
 
 from detrdistill.distill.baselines.kd_detr import GeneralSampling, SpecificSampling
 from detrdistill.distill.distiller import Distiller, Term
+from detrdistill.distill.loss import DistillationLoss
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
 from tests.examples import leaves, more_padding, one_image, permuted, some_boxes, some_output, some_targets, with_gradient
 from tests.models.small import KINDS, batch, small_detector
@@ -148,72 +148,71 @@ def test_gradients(form: str):
     assert gradcheck(loss, (student.logits.requires_grad_(), student.boxes.requires_grad_()))
 
 
-def test_guests_are_the_teachers_queries_in_the_students_width():
+def test_student_queries_are_the_teachers_in_the_students_width():
     loss, teacher = SpecificSampling(6, 4).double(), some_output()
-    guests = loss.guests(teacher)
-    assert guests.content.shape == guests.position.shape == (1, 5, 6) and guests.reference is teacher.initial.reference
-    torch.testing.assert_close(guests.content, loss.adapter.content(teacher.initial.content))
-    same = SpecificSampling(4, 4).guests(teacher)
+    queries = loss.student_queries(teacher)
+    assert queries.content.shape == queries.position.shape == (1, 5, 6) and queries.reference is teacher.initial.reference
+    torch.testing.assert_close(queries.content, loss.adapter.content(teacher.initial.content))
+    same = SpecificSampling(4, 4).student_queries(teacher)
     assert same.content is teacher.initial.content and same.position is teacher.initial.position
 
 
-def test_only_general_sampling_probes():
-    assert not hasattr(SpecificSampling(4, 4), "probe") and hasattr(GeneralSampling(4, 4), "probe")
+def test_only_general_sampling_gives_the_teacher_queries():
+    assert SpecificSampling(4, 4).teacher_queries is None and GeneralSampling(4, 4).teacher_queries is not None
 
 
-def test_probes_have_the_teachers_mean_and_spread():
+def test_random_queries_have_the_teachers_mean_and_spread():
     random = torch.Generator().manual_seed(0)
     scale, shift = torch.tensor([0.0, 0.5, 3.0]), torch.tensor([4.0, -2.0, 0.0])
     draw = lambda: scale * torch.randn(2, 2000, 3, generator=random) + shift  # noqa: E731
     own = Queries(draw(), draw(), draw())
     torch.manual_seed(0)
-    probe = GeneralSampling(4, 4, queries=3000).probe(own)
-    for drawn, given in ((probe.content, own.content), (probe.position, own.position), (probe.reference, own.reference)):
+    queries = GeneralSampling(4, 4, queries=3000).teacher_queries(own)
+    for drawn, given in ((queries.content, own.content), (queries.position, own.position), (queries.reference, own.reference)):
         assert drawn.shape == (2, 3000, 3)
         torch.testing.assert_close(drawn.mean(1), given.mean(1), atol=0.15, rtol=0)
         torch.testing.assert_close(drawn.std(1), given.std(1), atol=0.15, rtol=0)
-    assert not torch.equal(probe.content, probe.position) and not torch.equal(probe.content[0], probe.content[1])
+    assert not torch.equal(queries.content, queries.position) and not torch.equal(queries.content[0], queries.content[1])
 
 
-def test_probes_are_new_in_every_step_and_functions_of_the_seed():
+def test_random_queries_are_new_in_every_step_and_functions_of_the_seed():
     own, loss = some_output().initial, GeneralSampling(4, 4)
     torch.manual_seed(0)
-    first, second = loss.probe(own), loss.probe(own)
+    first, second = loss.teacher_queries(own), loss.teacher_queries(own)
     torch.manual_seed(0)
-    again = loss.probe(own)
+    again = loss.teacher_queries(own)
     assert len(first) == len(own) == 5 and first.content.dtype == torch.float64
     assert torch.equal(first.content, again.content) and torch.equal(first.reference, again.reference)
     assert not torch.equal(first.content, second.content) and not torch.equal(first.reference, second.reference)
 
 
-def test_probes_stay_where_references_are_valid():
+def test_random_queries_stay_where_references_are_valid():
     """Sizes, for example, are positive."""
     own = Queries(torch.randn(1, 50, 4), None, torch.rand(1, 50, 4))
-    probe = GeneralSampling(4, 4, queries=1000).probe(own)
-    assert probe.position is None
-    assert (probe.reference >= own.reference.amin(1, keepdim=True)).all() and (probe.reference <= own.reference.amax(1, keepdim=True)).all()
+    queries = GeneralSampling(4, 4, queries=1000).teacher_queries(own)
+    assert queries.position is None
+    low, high = own.reference.amin(1, keepdim=True), own.reference.amax(1, keepdim=True)
+    assert (queries.reference >= low).all() and (queries.reference <= high).all()
 
 
-def test_unusable_proposals_do_not_spoil_the_probes():
+def test_unusable_proposals_do_not_spoil_the_random_ones():
     """A two-stage detector marks them by infinite references; more queries than usable tokens have to take them."""
     student, teacher = (small_detector("deformable-two-stage", seed=seed, queries=150) for seed in (0, 1))
     distiller = Distiller(student, [Term("general", 1.0, GeneralSampling(32, 32), "last_to_all")])
     pixels, padding = batch((64, 96), (96, 50))
-    answers = distiller.ask(teacher, pixels, padding)
-    assert answers[0].initial.reference.isinf().any() and answers[1].initial.reference.isfinite().all()
+    outputs = distiller.teacher_outputs(teacher, pixels, padding)
+    assert outputs[0].initial.reference.isinf().any() and outputs[1].initial.reference.isfinite().all()
     targets = some_targets(2, 1)
-    parts = distiller(pixels, padding, replace(targets, boxes=targets.boxes.float()), answers)
+    parts = distiller(pixels, padding, replace(targets, boxes=targets.boxes.float()), outputs)
     assert all(value.isfinite().all() for name, value in parts.items() if name.startswith("general"))
 
 
-class Listening(nn.Module):
+class Listening(DistillationLoss):
     """A loss that remembers what it was called with."""
 
-    def __init__(self, loss: nn.Module) -> None:
+    def __init__(self, loss: DistillationLoss) -> None:
         super().__init__()
-        self.loss, self.guests, self.problems = loss, loss.guests, loss.problems
-        if hasattr(loss, "probe"):
-            self.probe = loss.probe
+        self.loss, self.student_queries, self.teacher_queries = loss, loss.student_queries, loss.teacher_queries
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: dict) -> dict[str, torch.Tensor]:
         self.student, self.teacher = student, teacher
@@ -229,7 +228,7 @@ def test_both_models_decode_the_same_queries(kind: str):
     pixels, padding = batch((64, 96), (96, 50))
     targets = some_targets(2, 1)
     targets = replace(targets, boxes=targets.boxes.float())
-    parts = distiller(pixels, padding, targets, distiller.ask(teacher, pixels, padding))
+    parts = distiller(pixels, padding, targets, distiller.teacher_outputs(teacher, pixels, padding))
     sum(value.sum() for value in parts.values()).backward()
     for loss, queries in ((specific, 8), (general, 6)):
         assert loss.student.logits.shape[:3] == loss.teacher.logits.shape[:3] == (len(loss.student.logits), 2, queries)

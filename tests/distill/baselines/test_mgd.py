@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from detrdistill.distill.baselines.mgd import MGD, hide
+from detrdistill.distill.baselines.mgd import MGDLoss, hide
 from detrdistill.distill.levels import LevelByLevel
 from detrdistill.models.outputs import DetectorOutput, Targets
 from tests.examples import leaves, more_padding, one_image, some_output, some_targets, with_gradient
 
 MASKED = 0.4
 GRID = ((4, 6),)
-loss = MGD(3, 4, MASKED).double()
+loss = MGDLoss(3, 4, MASKED).double()
 
 
 def value(student: DetectorOutput, teacher: DetectorOutput, targets: Targets, own: nn.Module = loss) -> Tensor:
@@ -58,7 +58,7 @@ def test_equals_the_formula_whatever_the_objects(counts, monkeypatch):
 
 
 def test_zero_when_the_generator_hands_the_teacher_on():
-    own = MGD(4, 4, masked=0.0).double()
+    own = MGDLoss(4, 4, masked=0.0).double()
     for parameter in own.parameters():
         nn.init.zeros_(parameter) if parameter.dim() == 1 else nn.init.dirac_(parameter)
     teacher = some_output(grids=GRID)
@@ -71,7 +71,7 @@ def test_zero_when_the_generator_hands_the_teacher_on():
 
 def test_nothing_is_seen_of_hidden_cells():
     student, other, teacher = (some_output(dim=dim, seed=seed, grids=GRID) for dim, seed in ((3, 0), (3, 1), (4, 5)))
-    own, targets = MGD(3, 4, masked=1.0).double(), some_targets(2, 1)
+    own, targets = MGDLoss(3, 4, masked=1.0).double(), some_targets(2, 1)
     assert value(student, teacher, targets, own) == value(other, teacher, targets, own) > 0
 
 
@@ -109,7 +109,7 @@ def test_images_of_a_step_can_come_one_by_one(monkeypatch):
 
 
 def test_gradient_reaches_student_and_modules_alone():
-    own, student, teacher = MGD(3, 4, MASKED).double(), with_gradient(some_output(dim=3, grids=GRID)), some_output(seed=5, grids=GRID)
+    own, student, teacher = MGDLoss(3, 4, MASKED).double(), with_gradient(some_output(dim=3, grids=GRID)), some_output(seed=5, grids=GRID)
     value(student, teacher, some_targets(2, 1), own).backward()
     assert student.features[0].grad.abs().sum() > 0
     assert (student.features[0].grad[-1, :, :, -1] == 0).all(), "gradient on padding"

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 
-from detrdistill.distill.baselines.pkd import PKD
+from detrdistill.distill.baselines.pkd import PKDLoss
 from detrdistill.distill.levels import LevelByLevel
 from detrdistill.models.outputs import DetectorOutput, Targets
 from tests.examples import leaves, more_padding, some_output, some_targets, with_gradient
 
 GRID = ((4, 6),)
-loss = PKD(4, 4)
+loss = PKDLoss(4, 4)
 
 
 def value(student: DetectorOutput, teacher: DetectorOutput, targets: Targets, own: nn.Module = loss) -> Tensor:
@@ -89,7 +89,7 @@ def test_micro_batches_are_averaged():
 
 
 def test_gradient_reaches_student_and_adapter_alone():
-    own, student, teacher = PKD(3, 4).double(), with_gradient(some_output(dim=3, grids=GRID)), some_output(seed=5, grids=GRID)
+    own, student, teacher = PKDLoss(3, 4).double(), with_gradient(some_output(dim=3, grids=GRID)), some_output(seed=5, grids=GRID)
     value(student, teacher, some_targets(2, 1), own).backward()
     assert student.features[0].grad.abs().sum() > 0
     assert (student.features[0].grad[-1, :, :, -1] == 0).all(), "gradient on padding"
@@ -101,5 +101,5 @@ def test_gradient_reaches_student_and_adapter_alone():
 def test_gradients():
     grids = ((2, 3),)
     student, teacher = with_gradient(some_output(grids=grids, dim=3)), some_output(grids=grids, seed=5)
-    own, targets = PKD(3, 4).double(), some_targets(2, 0)
+    own, targets = PKDLoss(3, 4).double(), some_targets(2, 0)
     assert gradcheck(lambda level: value(replace(student, features=[level]), teacher, targets, own), student.features[0])
