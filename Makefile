@@ -19,11 +19,12 @@ DRY ?=
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: help setup test faults reproduce report lab lint benchmark gpu-check clean constraints
+.PHONY: help setup test test-fast faults reproduce report lab lint benchmark gpu-check clean constraints
 
 help:
 	@echo "make setup        make .venv and install everything in the versions of constraints.txt (PYTHON=$(PYTHON))"
 	@echo "make test         run the tests (JOBS=$(JOBS) processes, ARGS=... for pytest)"
+	@echo "make test-fast    those of them that take a minute together: before each commit"
 	@echo "make faults       the fault tests with their long loops, and a table of what was tried, survived, lost"
 	@echo "make reproduce    run what is missing of a preset: runs, tables, figures, notebooks, report"
 	@echo "                  (PRESET=$(PRESET) SEEDS=\"$(SEEDS)\" TABLE=\"components logits\" DETECTORS=... CORES=$(CORES)"
@@ -59,11 +60,17 @@ $(STAMP): pyproject.toml constraints.txt
 	if [ $$status -eq 0 ]; then rm -f $(UNFINISHED); fi; exit $$status
 
 # One thread a process: more only fight for the cores, and sums then come out the same on every machine.
+# Files keep the order of tests/conftest.py, the longest first.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(PYTEST) $(ARGS)
+
+test-fast: setup
+	$(PYTEST) -m "not slow" $(ARGS)
 
 faults: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile tests/faults --long $(ARGS)
+	$(PYTEST) tests/faults --long $(ARGS)
 
 # Snakemake's lock outlives a killed snakemake. Running without a lock would let two of them delete each other's unfinished files, so
 # the process id of the owner is kept, also when a signal ends it: a living owner is respected, a dead one's lock is removed. Its

@@ -6,6 +6,26 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+# `make test-fast` leaves these out: files or single tests that start processes, run notebooks or the batch, or draw whole reports.
+# The dearest come first, since workers take files in this order: none is left with a long one at the end.
+SLOW = (
+    "tests/test_notebooks.py",
+    "tests/runs/test_batch.py",
+    "tests/faults/",
+    "tests/training/test_devices.py::test_losses_wait_for_the_gpu_once_and_mix_no_devices",
+    "tests/report/test_reference.py",
+    "tests/test_gpu_check.py",
+    "tests/test_benchmarks.py",
+    "tests/training/test_trainer.py::test_two_processes_are_one",
+    "tests/test_notebook_runner.py",
+    "tests/report/test_claims.py",
+    "tests/report/test_tables.py",
+    "tests/training/test_teacher_outputs.py",
+    "tests/models/test_backbones.py::test_few_channels_do_not_crash",
+    "tests/test_cli.py::test_every_run_that_the_batch_names_is_known",
+    "tests/figures/",
+    "tests/parity/",
+)
 CHECKED = ("boxes", "criterion", "distill", "matching", "models")
 
 install_import_hook([f"detrdistill.{name}" for name in CHECKED], "beartype.beartype")
@@ -30,3 +50,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("finished")
     run(smoke().recipe("detrdistill"), Store(root), device="cpu", progress=False)
     return root
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {}
+    for item in items:
+        place = next((number for number, start in enumerate(SLOW) if item.nodeid.startswith(start)), len(SLOW))
+        places[item.path] = min(place, places.get(item.path, place))
+        if place < len(SLOW):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: places[item.path])

@@ -12,17 +12,18 @@ from pathlib import Path
 import pytest
 
 from detrdistill.data.layout import pinned
-from detrdistill.recipes.identity import run_id
+from detrdistill.recipes.identity import parents, run_id
 from detrdistill.recipes.presets import coco, get_preset, smoke
 from detrdistill.recipes.recipe import Folder
 from tests.folders import write_folder
+from tests.warm import python_m
 
 ROOT = Path(__file__).parents[2]
 
 
 def snakemake(folder: Path, *words: str) -> list[str]:
     return [
-        *(sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "1", "--directory", str(folder)),
+        *("snakemake", "--snakefile", "workflow/Snakefile", "--cores", "1", "--directory", str(folder)),
         *("--config", "preset=smoke", "seeds=0", "tables=main_results", "detectors=deformable_detr", *words),
     ]
 
@@ -50,7 +51,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def kill_at(folder: Path, records: int) -> dict[Path, int]:
     """Start the batch, kill all of it when so many runs are complete; returns when each of these was written."""
     runs = folder / "results" / "smoke" / "runs"
-    batch = subprocess.Popen(snakemake(folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    words = [sys.executable, "-m", *snakemake(folder)]
+    batch = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     deadline = time.monotonic() + 200
     while len(list(runs.glob("*/record.json"))) < records and batch.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -61,13 +63,23 @@ def kill_at(folder: Path, records: int) -> dict[Path, int]:
     return written
 
 
+def all_but_the_last_run(folder: Path, copy: Path) -> Path:
+    """What a batch has made before its last run: a copy of a complete one, without what comes later."""
+    shutil.copytree(folder, copy)
+    results = copy / "results" / "smoke"
+    for name in ("tables", "figures", "notebooks", f"runs/{run_id(smoke().recipe('detrdistill'))}"):
+        shutil.rmtree(results / name)
+    (results / "index.html").unlink()
+    return copy
+
+
 @pytest.mark.parametrize("records", [1, 7])
 def test_killed_at_any_moment_it_ends_well_when_called_again(folder: Path, environment: None, records: int, tmp_path: Path) -> None:
     """After the first run, and between the last run and the notebooks."""
-    place = folder if records == 1 else workplace(tmp_path)
+    place = folder if records == 1 else all_but_the_last_run(folder, tmp_path / "clone")
     before = kill_at(place, records)
-    subprocess.run(snakemake(place, "--unlock"), cwd=ROOT, check=True, capture_output=True, timeout=120)
-    again = subprocess.run(snakemake(place), cwd=ROOT, capture_output=True, text=True, timeout=280)
+    assert python_m(*snakemake(place, "--unlock"), cwd=ROOT).returncode == 0
+    again = python_m(*snakemake(place), cwd=ROOT, timeout=280)
     assert again.returncode == 0, again.stderr
     results = place / "results" / "smoke"
     after = {path: path.stat().st_mtime_ns for path in results.glob("runs/*/record.json")}
@@ -80,12 +92,12 @@ def test_killed_at_any_moment_it_ends_well_when_called_again(folder: Path, envir
 
 
 def test_a_second_call_computes_nothing(folder: Path, environment: None) -> None:
-    again = subprocess.run(snakemake(folder, "--dry-run"), cwd=ROOT, capture_output=True, text=True, timeout=120)
+    again = python_m(*snakemake(folder, "--dry-run"), cwd=ROOT)
     assert "Nothing to be done" in again.stdout + again.stderr
 
 
 def test_one_table_asks_for_its_own_runs_and_notebook(folder: Path, environment: None) -> None:
-    plan = subprocess.run([*snakemake(folder, "tables=components", "--dry-run")], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    plan = python_m(*snakemake(folder, "tables=components", "--dry-run"), cwd=ROOT)
     jobs = plan.stdout + plan.stderr
     assert jobs.count("rule train:") == 6, "eight rows; student and DETRDistill are stored, as is the teacher"
     assert "notebooks/06_components.ipynb" in jobs and "00_quickstart" not in jobs and "tables/components.csv" in jobs
@@ -94,7 +106,7 @@ def test_one_table_asks_for_its_own_runs_and_notebook(folder: Path, environment:
 def test_nothing_stated_is_the_preset_s_own_choice(tmp_path: Path, environment: None) -> None:
     """As make calls it, with every variable empty."""
     words = [*snakemake(workplace(tmp_path), "preset=quick", "tables=", "detectors=", "--dry-run")]
-    plan = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    plan = python_m(*words, cwd=ROOT)
     jobs = plan.stdout + plan.stderr
     assert plan.returncode == 0, jobs
     assert "notebooks/10_query_masks.ipynb" in jobs and "06_components" not in jobs and "15_your_own_data" not in jobs
@@ -104,7 +116,7 @@ def test_nothing_stated_is_the_preset_s_own_choice(tmp_path: Path, environment: 
 def test_a_named_detector_is_that_of_all_notebooks(tmp_path: Path, environment: None, detector: str) -> None:
     """Also of those that make no table: none trains another one. The quickstart has no choice."""
     words = [*snakemake(workplace(tmp_path), "tables=", f"detectors={detector}", "--dry-run")]
-    plan = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    plan = python_m(*words, cwd=ROOT)
     jobs = plan.stdout + plan.stderr
     assert plan.returncode == 0, jobs
     calls = {line.split("notebooks/")[1][:2]: line for line in jobs.splitlines() if " notebook notebooks/" in line}
@@ -114,34 +126,36 @@ def test_a_named_detector_is_that_of_all_notebooks(tmp_path: Path, environment: 
 
 
 def test_unknown_tables_are_refused(folder: Path, environment: None) -> None:
-    plan = subprocess.run([*snakemake(folder, "tables=tabel7", "--dry-run")], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    plan = python_m(*snakemake(folder, "tables=tabel7", "--dry-run"), cwd=ROOT)
     assert plan.returncode != 0 and "table 'tabel7' is unknown; known: main_results, prior_methods" in plan.stdout + plan.stderr
 
 
 def test_a_cluster_gets_every_run_as_a_job(tmp_path: Path, environment: None) -> None:
     place = workplace(tmp_path)
     words = [*snakemake(place, "gpus=2", "tables=components", "--workflow-profile", "workflow/profiles/slurm", "--dry-run")]
-    plan = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    plan = python_m(*words, cwd=ROOT)
     jobs = plan.stdout + plan.stderr
     assert plan.returncode == 0, jobs
     assert jobs.count("rule train:") == 10 and "runtime=2880" in jobs and "gpu=2" in jobs
     assert "-m torch.distributed.run --standalone --nproc-per-node 2 -m detrdistill train smoke" in jobs and "--device cuda" in jobs
 
 
-def test_on_one_machine_runs_with_gpus_of_their_own_take_turns(environment: None, tmp_path: Path) -> None:
+def test_on_one_machine_runs_with_gpus_of_their_own_take_turns(environment: None, finished: Path, tmp_path: Path) -> None:
     """Teacher and student could train side by side otherwise, once there is a backbone."""
     place = workplace(tmp_path)
+    for backbone in map(run_id, parents(smoke().student).values()):
+        shutil.copytree(finished / "runs" / backbone, place / "results" / "smoke" / "runs" / backbone)
     wanted = [f"{place}/results/smoke/runs/{run_id(recipe)}/record.json" for recipe in (smoke().teacher, smoke().student)]
     words = [*snakemake(place, "gpus=1", "device=cpu", "--cores", "10"), *wanted]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = python_m(*words, cwd=ROOT, timeout=200)
     told = done.stdout + done.stderr
     assert done.returncode == 0, told
-    assert re.findall(r"rule train:|Finished jobid", told) == ["rule train:", "Finished jobid"] * 3, told
+    assert re.findall(r"rule train:|Finished jobid", told) == ["rule train:", "Finished jobid"] * 2, told
 
 
 def test_other_seeds_make_table_and_notebooks_again(folder: Path, environment: None) -> None:
     words = [word.replace("seeds=0", "seeds=0 1") for word in snakemake(folder, "--dry-run")]
-    plan = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    plan = python_m(*words, cwd=ROOT)
     jobs = plan.stdout + plan.stderr
     assert "rule notebook" in jobs and "rule report" in jobs and jobs.count("rule train:") == 4, "the student of seed 1 is smoke's teacher"
 
@@ -151,14 +165,13 @@ def test_a_stored_teacher_asks_for_nothing(folder: Path, environment: None, tmp_
     (teacher,) = (folder / "results" / "smoke" / "runs").glob("*plain-seed1-*")
     shutil.copytree(teacher, tmp_path / "results" / "smoke" / "runs" / teacher.name)
     wanted = f"{tmp_path}/results/smoke/runs/{teacher.name}/record.json"
-    plan = subprocess.run([*snakemake(tmp_path, "--dry-run"), wanted], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    plan = python_m(*snakemake(tmp_path, "--dry-run"), wanted, cwd=ROOT)
     assert plan.returncode == 0 and "Nothing to be done" in plan.stdout + plan.stderr, plan.stderr
 
 
 def plan(folder: Path, **config: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "1", "--dry-run", "--directory", folder]
-    command += ["--config", *(f"{name}={value}" for name, value in config.items())]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    command = ["snakemake", "--snakefile", "workflow/Snakefile", "--cores", "1", "--dry-run", "--directory", folder]
+    return python_m(*command, "--config", *(f"{name}={value}" for name, value in config.items()), cwd=ROOT)
 
 
 def test_the_batch_waits_for_runs_by_their_data_s_hash(tmp_path, monkeypatch):
