@@ -1,6 +1,5 @@
 """The GPU check works here in tiny sizes, and nothing that a check does keeps the others from being made."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,9 +15,7 @@ from benchmarks import gpu_check
 from benchmarks.gpu_numbers import WAITED, waits
 from benchmarks.gpu_report import COLUMNS, Check, Report
 from benchmarks.measure import ROOT, Table
-
-CHILDREN = multiprocessing.get_context("forkserver")
-CHILDREN.set_forkserver_preload(["pytest", "benchmarks.gpu_report"])
+from tests.warm import CHILDREN
 
 
 @pytest.mark.timeout(900)  # a minute on a core of its own

@@ -23,8 +23,10 @@ from detrdistill.notebooks import unfinished
 
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(
-    ["pytest", "ipykernel.kernelapp", "papermill", "snakemake.cli", "detrdistill.cli", "detrdistill.session", "detrdistill.runs.run"]
-    + ["detrdistill.models", "detrdistill.report.write", "benchmarks.gpu_report"]
+    [
+        *("pytest", "ipykernel.kernelapp", "papermill", "snakemake.cli", "benchmarks.gpu_report"),
+        *("detrdistill.cli", "detrdistill.session", "detrdistill.models", "detrdistill.runs.run", "detrdistill.report.write"),
+    ]
 )
 
 

@@ -3,7 +3,6 @@
 Children are forked from a process that has imported the kit, since that takes longer than the run; what they do is `detrdistill train`.
 """
 
-import multiprocessing
 import os
 import resource
 import shutil
@@ -27,13 +26,12 @@ from detrdistill.recipes.recipe import Recipe
 from detrdistill.runs.store import Store
 from detrdistill.training.checkpointing import load_checkpoint
 from detrdistill.training.logging import read_log
+from tests.warm import CHILDREN
 
 CHANGES = {"dropout": 0.1, "schedule.steps": 5, "schedule.evaluations": 2}  # dropout: random numbers must come back, too
 RECIPE = smoke().student.replace(**CHANGES)
 LEFT = [".lock", "log.jsonl", "record.json", "weights.safetensors"]
 OPERATIONS = ("open", "os.chmod", "os.remove", "os.rename")
-NURSERY = multiprocessing.get_context("forkserver")
-NURSERY.set_forkserver_preload(["pytest", "detrdistill.cli", "detrdistill.runs.run"])
 
 
 def command(store: Store, **changes: object) -> list[str]:
@@ -69,7 +67,7 @@ class Death:
 
 def start(store: Store, death: Death | None = None, *, every_step: bool = True, workers: int = 0) -> BaseProcess:
     """A child that trains the run, with a checkpoint at every step or only at evaluations."""
-    child = NURSERY.Process(target=_train, args=(store, death, every_step, workers))
+    child = CHILDREN.Process(target=_train, args=(store, death, every_step, workers))
     child.start()
     return child
 
