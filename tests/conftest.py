@@ -19,6 +19,7 @@ SLOW = (
     "tests/training/test_trainer.py::test_two_processes_are_one",
     "tests/test_notebook_runner.py",
     "tests/report/test_claims.py",
+    "tests/test_session_table.py",
     "tests/report/test_tables.py",
     "tests/training/test_teacher_outputs.py",
     "tests/models/test_backbones.py::test_few_channels_do_not_crash",
