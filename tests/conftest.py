@@ -26,6 +26,12 @@ SLOW = (
     "tests/test_cli.py::test_every_run_that_the_batch_names_is_known",
     "tests/figures/",
     "tests/parity/",
+    "tests/distill/test_every_method.py::test_a_teacher_with_other_sizes",
+    *(f"tests/training/test_trainer.py::test_resume_is_exact[{case}" for case in ("plain", "distilled-4", "distilled-5")),
+    "tests/training/test_trainer.py::test_a_checkpoint_of_something_else_is_refused",
+    "tests/test_cli.py::test_runs_of_a_folder_are_called_by_the_names_that_the_batch_waits_for",
+    "tests/test_cli.py::test_a_truncated_image_is_named",
+    "tests/models/test_backbone_weights.py::test_frozen_norms_in_the_convolutions_change_rounding_alone",
 )
 CHECKED = ("boxes", "criterion", "distill", "matching", "models")
 
