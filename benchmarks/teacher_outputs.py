@@ -27,7 +27,7 @@ from detrdistill.errors import InputError
 from detrdistill.matching import Pairs
 from detrdistill.models import build_detector
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
-from detrdistill.recipes.presets import ALONE, get_preset
+from detrdistill.recipes.presets import DETECTORS_OF, get_preset
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.words import DETECTORS
 from detrdistill.runs.load import open_split
@@ -127,7 +127,7 @@ def main(words: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     repeats, methods = (7, METHODS) if arguments.scale == "full" else (3, METHODS[:1])
     name = "smoke" if arguments.scale == "small" else "bccd"
-    pairs = [(detector, method) for detector in ALONE.get(name, DETECTORS) for method in methods]
+    pairs = [(detector, method) for detector in DETECTORS_OF.get(name, DETECTORS) for method in methods]
     recipes = [get_preset(name, detector).recipe(method).replace(**{"resize.train": "flip"}) for detector, method in pairs]
     try:
         splits = [open_split(recipe, "train") for recipe in recipes]

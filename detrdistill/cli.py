@@ -21,12 +21,12 @@ from detrdistill.process import TERMINATED
 if TYPE_CHECKING:
     from detrdistill.recipes.recipe import CropRecipe, Recipe
 
-Row = Annotated[str, tyro.conf.arg(help="teacher, student, a method such as detrdistill or fgd+mgd, or the id of a run")]
+RowName = Annotated[str, tyro.conf.arg(help="teacher, student, a method such as detrdistill or fgd+mgd, or the id of a run")]
 
 
 def train(
     preset: tyro.conf.Positional[str],
-    row: tyro.conf.Positional[Row],
+    row: tyro.conf.Positional[RowName],
     /,
     detector: str = "deformable_detr",
     seed: int = 0,
@@ -70,18 +70,18 @@ def train(
 
     record = run(recipe, store, device=device, workers=workers, reference=reference and not set and data is None)
     shown = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items() if value is not None)
-    print(f"{record.id}: {shown}")
+    print(f"{record.id}: {shown}" + " (stored: taken from results/reference, not trained here)" * store.is_stored(record))
 
 
 def named_run(preset: str, row: str, seed: int) -> "tuple[Recipe | CropRecipe, bool] | None":
-    """The run of a preset's tables that has this id, whichever detectors the tables are made for, and whether it is a parent of others.
+    """The run of a preset's tables that has this id, whichever detectors the tables are made for, and whether it is `only_parents`.
 
     None if `row` is no id of one.
     """
     from detrdistill.data.layout import pinned_preset
-    from detrdistill.recipes.identity import parents, run_id
+    from detrdistill.recipes.identity import all_runs
     from detrdistill.recipes.presets import get_presets
-    from detrdistill.recipes.tables import TABLES, named_runs
+    from detrdistill.recipes.tables import TABLES, make_table, only_parents
     from detrdistill.runs.tuning import runs_before_tuning
 
     if not re.search("-[0-9a-f]{8}$", row):
@@ -89,9 +89,10 @@ def named_run(preset: str, row: str, seed: int) -> "tuple[Recipe | CropRecipe, b
     presets = get_presets(preset)
     for chosen in (presets, *([one] for one in presets)):  # a table of one detector depends on which there are
         for pin in (False, True):
-            runs = named_runs(TABLES, [pinned_preset(one) if pin else one for one in chosen], (seed,))
+            tables = [make_table(name, [pinned_preset(one) if pin else one for one in chosen], (seed,)) for name in TABLES]
+            runs = all_runs(recipe for table in tables for recipe in table.recipes())
             if row in runs:
-                return runs[row], any(row == run_id(parent) for one in runs.values() for parent in parents(one).values())
+                return runs[row], row in only_parents(tables)
     before = runs_before_tuning(presets)
     return (before[row], True) if row in before else None
 
@@ -161,7 +162,7 @@ def tune(
     for row in wanted:
         tuning.tune(row, store, lambda recipe: run(recipe, store, device=device, workers=workers))
         found = ", ".join(f"x {one.factor:g}: {one.mean:.1f}" for one in tuning.tried(row, store))
-        print(f"{row.detector}, {row.name}: {found}; best x {tuning.chosen(row, store).factor:g}", flush=True)
+        print(f"{row.detector}, {row.name}: {found}; best x {tuning.best_trial(row, store).factor:g}", flush=True)
 
 
 def check(folder: tyro.conf.Positional[Path], /) -> None:
@@ -185,6 +186,7 @@ def report(
     tables: tuple[str, ...] = (),
     detectors: tuple[str, ...] = (),
     formats: tuple[str, ...] = ("png", "pdf"),
+    reference: bool = True,
 ) -> None:
     """Write tables, figures and the page of a preset again, from its stored records; nothing is trained.
 
@@ -194,13 +196,14 @@ def report(
         tables: names of tables; without, those that are there already and the preset's usual ones.
         detectors: names of detectors; without, all that the preset has recipes for.
         formats: of the figures: png, pdf.
+        reference: where no run is stored, report the committed ones of results/reference.
     """
     from detrdistill.report.write import stored_seeds, write_report
     from detrdistill.runs.reference import to_show
     from detrdistill.runs.store import open_store
 
     store = open_store(preset)
-    source = to_show(preset, store)
+    source = to_show(preset, store) if reference else store
     if source is not store:
         print(f"{store.root} has no complete run yet: this is a report of the committed reference, {source.root}", file=sys.stderr)
     seeds = seeds or stored_seeds(preset, tables, detectors, source)
@@ -251,17 +254,20 @@ def export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path], 
         run: the run's folder, results/<preset>/runs/<id>.
         folder: where the new folder goes.
     """
+    from detrdistill.recipes.recipe import Recipe
     from detrdistill.records import read_record
 
     if not (run / "record.json").is_file():
         raise InputError(f"run {run}: no record.json, so it is not a complete run; give the folder of one")
-    resize = read_record(run / "record.json").recipe.resize
+    recipe = read_record(run / "record.json").recipe
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"run {run}: of a backbone that was trained on crops; give the folder of a detector's run")
 
     from detrdistill.checkpoints.hugging_face import export_hugging_face
     from detrdistill.checkpoints.pretrained import load_pretrained
 
     detector, about = load_pretrained(run)
-    print(export_hugging_face(detector, folder, [name or f"class {i}" for i, name in enumerate(about.names)], resize))
+    print(export_hugging_face(detector, folder, [name or f"class {i}" for i, name in enumerate(about.names)], recipe.resize))
 
 
 def assignment(text: str) -> tuple[str, str]:

@@ -7,7 +7,7 @@ import pandas as pd
 from detrdistill.errors import InputError
 
 # In the repository and not in the package: the kit is used from a clone (`pip install -e`).
-FOLDER = Path(__file__).resolve().parents[1] / "results" / "published"
+VALUES = Path(__file__).resolve().parents[1] / "results" / "published"
 GUESSED = ("table5", "table6", "table9")
 COLUMNS = ["table", "row", "column", "value", "unit", "source", "confidence"]
 
@@ -23,11 +23,11 @@ def published(table: str) -> pd.DataFrame:
     Raises:
         InputError: no such table, or the kit is not used from a clone of its repository.
     """
-    path = FOLDER / f"{table}.csv"
-    if not FOLDER.is_dir():
-        raise InputError(f"published values: folder {FOLDER} does not exist; use the kit from a clone of its repository (make setup)")
+    path = VALUES / f"{table}.csv"
+    if not VALUES.is_dir():
+        raise InputError(f"published values: folder {VALUES} does not exist; use the kit from a clone of its repository (make setup)")
     if not path.is_file():
-        raise InputError(f"published table '{table}' is unknown; known: {', '.join(sorted(file.stem for file in FOLDER.glob('*.csv')))}")
+        raise InputError(f"published table '{table}' is unknown; known: {', '.join(sorted(file.stem for file in VALUES.glob('*.csv')))}")
     frame = pd.read_csv(path, keep_default_na=False, na_values={"value": [""]}, dtype=dict.fromkeys(COLUMNS, str) | {"value": float})
     if list(frame.columns) != COLUMNS:
         raise InputError(f"published table {path}: columns are {', '.join(frame.columns)}, not {', '.join(COLUMNS)}; restore it with git")

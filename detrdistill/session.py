@@ -129,7 +129,8 @@ class Session:
         """AP while training by setting, of a list of runs each; the line below names one run, DETRDistill's or the last setting's."""
         from detrdistill.figures.convergence import convergence
 
-        note = self.provenance(_named({setting: runs[0] for setting, runs in records.items() if runs}))
+        first = {setting: runs[0] for setting, runs in records.items() if runs}
+        note = self.provenance(_named(first)) if first else ""
         return convergence({setting: [record.curve for record in runs] for setting, runs in records.items()}, note)
 
     def detections(self, records: Mapping[str, Record], images: Sequence[int]) -> "Figure":
@@ -142,11 +143,10 @@ class Session:
         from detrdistill.runs.load import open_split
 
         val = open_split(self.preset.student, "val")
+        drawn = {setting: record for setting, record in records.items() if self.with_weights([record])}
         columns = {"ground truth": detections.ground_truth(val, images)}
-        for setting, record in records.items():
-            if self.with_weights([record]):
-                columns[setting] = detections.detect(self.detector(record, val), val, images)
-        return compare(detections.pictures(val, images), columns, self.provenance(_named(records)))
+        columns |= {setting: detections.detect(self.detector(record, val), val, images) for setting, record in drawn.items()}
+        return compare(detections.pictures(val, images), columns, self.provenance(_named(drawn)) if drawn else "")
 
     def save(self, figure: "Figure", name: str) -> "Figure":
         """Save a figure as PNG and PDF in the preset's `figures/`, and return it for the notebook to show."""

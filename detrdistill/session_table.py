@@ -14,11 +14,11 @@ from detrdistill.figures.convergence import convergence
 from detrdistill.figures.loss_parts import loss_parts
 from detrdistill.figures.weights import weight_trials
 from detrdistill.published import published
-from detrdistill.recipes.identity import parents, run_id
+from detrdistill.recipes.identity import run_id
 from detrdistill.recipes.presets import Preset
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.rows import Row
-from detrdistill.recipes.tables import TABLES, WEIGHTS, make_table
+from detrdistill.recipes.tables import TABLES, WEIGHTS, make_table, only_parents
 from detrdistill.records import Record
 from detrdistill.report.claims import board, weigh
 from detrdistill.report.comparisons import Comparisons
@@ -59,10 +59,9 @@ class SessionTable:
 
     def run(self) -> None:
         """Train every run that is not stored yet; a teacher of others is taken from the committed reference, if it is there."""
-        runs = {run_id(recipe): recipe for recipe in self._table.recipes()}
-        depended_on = {run_id(parent) for recipe in runs.values() for parent in parents(recipe).values()}
-        for name, recipe in runs.items():
-            self._train(recipe, name in depended_on)
+        takable = only_parents(self._tables)
+        for name, recipe in {run_id(recipe): recipe for recipe in self._table.recipes()}.items():
+            self._train(recipe, name in takable)
         for name in ("frame", "comparisons", "summary"):
             self.__dict__.pop(name, None)
 

@@ -7,9 +7,9 @@ import pytest
 
 from detrdistill import published as module
 from detrdistill.errors import InputError
-from detrdistill.published import COLUMNS, FOLDER, published, published_value
+from detrdistill.published import COLUMNS, VALUES, published, published_value
 
-FILES = sorted(path.stem for path in FOLDER.glob("*.csv"))
+FILES = sorted(path.stem for path in VALUES.glob("*.csv"))
 DETECTORS = ("AdaMixer", "Deformable DETR", "Conditional DETR")
 SIZES = ("AP", "AP_S", "AP_M", "AP_L")
 
@@ -105,6 +105,6 @@ def test_what_is_not_stated_is_nan() -> None:
 def test_unknown_table_and_missing_clone_are_explained(tmp_path, monkeypatch) -> None:
     with pytest.raises(InputError, match="'table11' is unknown; known: figure1"):
         published("table11")
-    monkeypatch.setattr(module, "FOLDER", tmp_path / "none")
+    monkeypatch.setattr(module, "VALUES", tmp_path / "none")
     with pytest.raises(InputError, match="clone"):
         published("table3")

@@ -1,6 +1,6 @@
 """What a detector sees on chosen images, as numpy arrays: what the notebooks show of any data set.
 
-Beside it, a figure a module: `query_views` (Figure 4), `region_views` (Figure 2) and `stability` (Figure 7).
+Beside it, a figure a module: `query_masks` (Figure 4), `where_to_look` (Figure 2) and `stability` (Figure 7).
 """
 
 from collections.abc import Sequence

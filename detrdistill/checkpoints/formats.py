@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from detrdistill.checkpoints import names
-from detrdistill.checkpoints.hugging_face import equal, form_of, positive, read_folder, told_by_config
-from detrdistill.checkpoints.sizes import settings_of
+from detrdistill.checkpoints.hugging_face import equal, fields_of_config, form_of, positive, read_folder
+from detrdistill.checkpoints.sizes import recipe_fields
 from detrdistill.errors import InputError
 from detrdistill.models import AdaMixer, ConditionalDETR, DeformableDETR
 from detrdistill.models.weights import classes_of, few, named_tensors, read_pickle, read_weights
@@ -59,9 +59,9 @@ class Layout:
 
 
 LAYOUTS = (
-    Layout("conditional_detr", "official", "transformer.decoder.ref_point_head.layers.0.weight", names.CONDITIONAL),
-    Layout("deformable_detr", "official", "transformer.level_embed", names.DEFORMABLE),
-    Layout("adamixer", "official", "rpn_head.init_content_features.weight", names.ADAMIXER),
+    Layout("conditional_detr", "official", "transformer.decoder.ref_point_head.layers.0.weight", names.OFFICIAL_CONDITIONAL),
+    Layout("deformable_detr", "official", "transformer.level_embed", names.OFFICIAL_DEFORMABLE),
+    Layout("adamixer", "official", "rpn_head.init_content_features.weight", names.OFFICIAL_ADAMIXER),
     Layout("deformable_detr", "mmdetection", "bbox_head.transformer.level_embeds", names.MMDET_DEFORMABLE),
     Layout("conditional_detr", "Hugging Face", "model.decoder.ref_point_head.layers.0.weight", names.HUGGING_FACE_CONDITIONAL),
     Layout("deformable_detr", "Hugging Face", "model.level_embed", names.HUGGING_FACE_DEFORMABLE),
@@ -78,7 +78,7 @@ def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[di
         InputError: the file is missing, damaged, holds code, or another model.
     """
     path = Path(path)
-    tensors, told = _read(path)
+    tensors, stated = _read(path)
     tensors, left_out = _unwrapped(tensors, part, path)
     layout = _layout(tensors)
     if layout is None and all(name.startswith("model.") for name in tensors):  # as Lightning saves
@@ -90,16 +90,16 @@ def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[di
             f"weights {path}: no Conditional DETR, Deformable DETR or AdaMixer in any format known here ({len(tensors)} tensors: "
             f"{few(sorted(tensors))}); {hint or 'give a checkpoint of one of these'}"
         )
-    stated = told.pop("names", None)
+    classes = stated.pop("names", None)
     try:
-        state = _our_state(tensors, layout, told)
+        state = _our_state(tensors, layout, stated)
     except InputError as error:
         raise InputError(f"weights {path}: {error}") from None
-    settings = settings_of(state, path, {"detector": layout.detector} | told)
+    settings = recipe_fields(state, path, {"detector": layout.detector} | stated)
     head = state.get("class_embed.weight", state.get("class_embed.0.weight", state.get("stages.0.fc_cls.weight")))
     if head is None:
         raise InputError(f"weights {path}: a {layout.detector} without its class head; give the complete checkpoint")
-    return state, About(path, layout.origin, settings, _classes(stated, len(head)), left_out=left_out)
+    return state, About(path, layout.origin, settings, _classes(classes, len(head)), left_out=left_out)
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> Layout | None:
@@ -128,7 +128,7 @@ def _unwrapped(tensors: dict[str, Tensor], part: str | None, path: Path) -> tupl
     return parallel(without(tensors, f"{chosen}.")), tuple(others)
 
 
-def _our_state(tensors: dict[str, Tensor], layout: Layout, told: dict[str, Any]) -> dict[str, Tensor]:
+def _our_state(tensors: dict[str, Tensor], layout: Layout, stated: dict[str, Any]) -> dict[str, Tensor]:
     if layout.origin == "kit":
         return tensors
     if layout.origin == "mmdetection":
@@ -139,12 +139,12 @@ def _our_state(tensors: dict[str, Tensor], layout: Layout, told: dict[str, Any])
             return re.sub(r"^neck\.extra_convs\.(\d+)", lambda m: f"neck.convs.{levels + int(m[1])}", name)
 
         tensors = {extra(name): value for name, value in tensors.items()}
-    state = names.our_state(tensors, layout.table, one_head=layout.detector == "deformable_detr" and _plain(tensors, layout, told))
+    state = names.our_state(tensors, layout.table, one_head=layout.detector == "deformable_detr" and _plain(tensors, layout, stated))
     if layout.origin == "mmdetection":
         # Its neck's convolutions have no bias.
         for name in [name for name in state if re.fullmatch(r"input_proj\.\d+\.0\.weight", name)]:
             state.setdefault(name.replace("weight", "bias"), torch.zeros(len(state[name])))
-    if layout.origin == "Hugging Face" and told.get("form") == "box_refine":
+    if layout.origin == "Hugging Face" and stated.get("form") == "box_refine":
         # Transformers 5 ties the class heads of all stages, and then saves the first.
         for stage in range(1, len({name.split(".")[1] for name in state if name.startswith("decoder.")})):
             for kind in ("weight", "bias"):
@@ -158,10 +158,10 @@ def _our_state(tensors: dict[str, Tensor], layout: Layout, told: dict[str, Any])
     return state
 
 
-def _plain(tensors: dict[str, Tensor], layout: Layout, told: Mapping[str, Any]) -> bool:
+def _plain(tensors: dict[str, Tensor], layout: Layout, stated: Mapping[str, Any]) -> bool:
     """Whether a Deformable DETR's stages share one head: as the file says, or else if all heads are equal."""
-    if "form" in told:
-        return told["form"] == "plain"
+    if "form" in stated:
+        return stated["form"] == "plain"
     if any(re.search(r"decoder\.bbox_embed\.|\benc_output\.", name) for name in tensors):
         return False
     ours = {names.our_name(name, layout.table): value for name, value in tensors.items()}
@@ -185,22 +185,22 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.is_dir():
         if (path / "weights.safetensors").is_file():
             return _read(path / "weights.safetensors")
-        return read_folder(path), told_by_config(path / "config.json")
+        return read_folder(path), fields_of_config(path / "config.json")
     if path.suffix == ".safetensors":
         tensors, header = read_weights(path)
-        told: dict[str, Any] = {"names": names} if (names := classes_of(header)) is not None else {}
+        stated: dict[str, Any] = {"names": names} if (names := classes_of(header)) is not None else {}
         if (path.parent / "record.json").is_file():
             recipe = read_record(path.parent / "record.json").recipe
             if isinstance(recipe, Recipe):
-                told |= {name: getattr(recipe, name) for name in (*SHARED_FIELDS, *OWNERS)}
+                stated |= {name: getattr(recipe, name) for name in (*SHARED_FIELDS, *OWNERS)}
         elif (path.parent / "config.json").is_file():
-            told |= told_by_config(path.parent / "config.json")
-        return named_tensors(tensors, path), told
+            stated |= fields_of_config(path.parent / "config.json")
+        return named_tensors(tensors, path), stated
     content = read_pickle(path)
     state = next((content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)), content)
     state = named_tensors(state, path)
     if isinstance(content.get("args"), argparse.Namespace):
-        return state, _told_by_args(vars(content["args"]), path)
+        return state, _fields_of_args(vars(content["args"]), path)
     meta = content.get("meta") if isinstance(content.get("meta"), dict) else {}
     later = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), dict) else {}
     classes = meta.get("CLASSES") or later.get("classes")
@@ -208,15 +208,15 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, {"names": list(classes)} if named else {}
 
 
-def _told_by_args(args: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _fields_of_args(args: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """Settings among an official checkpoint's arguments."""
-    told = {"heads": positive(args, "nheads", path, 8)} if "nheads" in args else {}
+    stated = {"heads": positive(args, "nheads", path, 8)} if "nheads" in args else {}
     if "dropout" in args:
-        told["dropout"] = args["dropout"]
+        stated["dropout"] = args["dropout"]
     if "dilation" in args:
-        told["backbone"] = {"dilation": args["dilation"]}
+        stated["backbone"] = {"dilation": args["dilation"]}
     if "with_box_refine" in args:
-        told |= form_of(args, "num_queries")
+        stated |= form_of(args, "num_queries")
     if "dec_n_points" in args:
-        told["points"] = equal(args, "enc_n_points", "dec_n_points", path, 4)
-    return told
+        stated["points"] = equal(args, "enc_n_points", "dec_n_points", path, 4)
+    return stated

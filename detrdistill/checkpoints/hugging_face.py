@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from detrdistill.checkpoints import names
-from detrdistill.checkpoints.sizes import backbone_of, settings_of
+from detrdistill.checkpoints.sizes import backbone_of, recipe_fields
 from detrdistill.data.transforms import MEAN, STD
 from detrdistill.errors import InputError
 from detrdistill.files import atomic, write_text
@@ -89,7 +89,7 @@ def _config(detector: nn.Module, folder: Path, categories: list[str]) -> dict[st
         )
     layer = detector.decoder[0]
     heads = layer.heads if kind == "conditional_detr" else layer.cross_attn.heads
-    sizes = settings_of(state, folder, {"detector": kind, "heads": heads})
+    sizes = recipe_fields(state, folder, {"detector": kind, "heads": heads})
     classes = len(state["class_embed.weight" if kind == "conditional_detr" else "class_embed.0.weight"])
     if len(set(categories)) != classes or len(categories) != classes:
         raise InputError(f"export to {folder}: {len(set(categories))} different names for {classes} classes; give each class its name")
@@ -179,7 +179,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     )
 
 
-def told_by_config(path: Path) -> dict[str, Any]:
+def fields_of_config(path: Path) -> dict[str, Any]:
     """Settings and class names ("names") in config.json.
 
     Raises:
@@ -192,14 +192,14 @@ def told_by_config(path: Path) -> dict[str, Any]:
             "weights are transformers' Conditional or Deformable DETR, take the entry out"
         )
     try:
-        return _told(config, path)
+        return _fields(config, path)
     except InputError:  # a ValueError too
         raise
     except (AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path}: not as transformers writes it ({str(error)[:100]}); restore it") from None
 
 
-def _told(config: dict[str, Any], path: Path) -> dict[str, Any]:
+def _fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in ("conditional_detr", "deformable_detr"):
         raise InputError(f"{path}: the model is a {kind!r}; only 'conditional_detr' and 'deformable_detr' can be read")
@@ -212,7 +212,7 @@ def _told(config: dict[str, Any], path: Path) -> dict[str, Any]:
                 f"{path}: '{name}' is {config[name]!r}, which makes it another function than the official; it must be {value!r}"
             )
     backbone = config.get("backbone_config") or {}
-    told = {
+    stated = {
         "heads": equal(config, "encoder_attention_heads", "decoder_attention_heads", path, 8),
         "dropout": config.get("dropout", 0.1),
         "backbone": {
@@ -221,8 +221,8 @@ def _told(config: dict[str, Any], path: Path) -> dict[str, Any]:
         },
     }
     if kind == "deformable_detr":
-        told["points"] = equal(config, "encoder_n_points", "decoder_n_points", path, 4)
-        told |= form_of(config, "two_stage_num_proposals")
+        stated["points"] = equal(config, "encoder_n_points", "decoder_n_points", path, 4)
+        stated |= form_of(config, "two_stage_num_proposals")
     if labels := {int(row): name for row, name in (config.get("id2label") or {}).items()}:
         if max(labels) > MOST_CLASSES:
             raise InputError(f"{path}: 'id2label' has a class {max(labels)}; number the classes from 0")
@@ -231,8 +231,8 @@ def _told(config: dict[str, Any], path: Path) -> dict[str, Any]:
         def named(name):
             return None if name is None or re.fullmatch(r"LABEL_\d+|N/A", name) else name
 
-        told["names"] = [named(labels.get(row)) for row in range(max(labels) + 1)]
-    return told
+        stated["names"] = [named(labels.get(row)) for row in range(max(labels) + 1)]
+    return stated
 
 
 def form_of(values: Mapping[str, Any], queries: str) -> dict[str, Any]:

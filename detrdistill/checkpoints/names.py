@@ -12,7 +12,7 @@ from torch import Tensor
 from detrdistill.errors import InputError
 
 Table = Sequence[tuple[str, str]]
-CONDITIONAL: Table = (
+OFFICIAL_CONDITIONAL: Table = (
     ("backbone.0.body.", "backbone.body."),
     ("transformer.encoder.layers.#.", "encoder.#."),
     ("transformer.decoder.layers.#.self_attn.out_proj.", "decoder.#.sa_out_proj."),
@@ -20,7 +20,7 @@ CONDITIONAL: Table = (
     ("transformer.decoder.layers.#.", "decoder.#."),
     ("transformer.decoder.", ""),
 )
-DEFORMABLE: Table = (
+OFFICIAL_DEFORMABLE: Table = (
     ("backbone.0.body.", "backbone.body."),
     ("transformer.encoder.layers.#.", "encoder.#."),
     ("transformer.decoder.layers.#.", "decoder.#."),
@@ -28,7 +28,7 @@ DEFORMABLE: Table = (
     ("transformer.decoder.", ""),
     ("transformer.", ""),
 )
-ADAMIXER: Table = (
+OFFICIAL_ADAMIXER: Table = (
     ("backbone.", "backbone.body."),
     ("neck.lateral_convs.#.conv.", "neck.lateral_convs.#."),
     ("rpn_head.init_proposal_bboxes.weight", "init_boxes"),

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from detrdistill.checkpoints.formats import FAMILIES, About, read_detector_weights
-from detrdistill.checkpoints.sizes import settings_of
+from detrdistill.checkpoints.sizes import recipe_fields
 from detrdistill.errors import InputError
 from detrdistill.models import build_detector
 from detrdistill.models.weights import few, fit
@@ -48,7 +48,7 @@ def load_pretrained(
         InputError: the file is missing, damaged, holds code, or another model; a setting is missing; or the classes differ.
     """
     state, about = read_detector_weights(path, part)
-    known = settings_of(state, about.path, about.settings | settings)
+    known = recipe_fields(state, about.path, about.settings | settings)
     needed = {"heads": True, "points": known["detector"] == "deformable_detr", "queries": True}
     if missing := [f"{name}=" for name, here in needed.items() if here and name not in known]:
         raise InputError(f"{about.title}: nothing tells these settings of it; give {', '.join(missing)} as the model was trained")

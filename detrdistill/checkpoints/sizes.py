@@ -12,27 +12,27 @@ from detrdistill.recipes.recipe import OWNERS
 _RESNETS = {((2, 2, 2, 2), False): "resnet18", ((3, 4, 6, 3), True): "resnet50", ((3, 4, 23, 3), True): "resnet101"}
 
 
-def settings_of(state: Mapping[str, Tensor], path: Path, told: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of the recipe of a detector. `told` must name the `detector`; what else it says counts instead of what tensors show.
+def recipe_fields(state: Mapping[str, Tensor], path: Path, stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of the recipe of a detector. `stated` must name the `detector`; what else it says counts instead of what tensors show.
 
     Raises:
         InputError: tensors are missing that every such detector has, or the backbone is none of the kit's.
     """
-    detector = told["detector"]
+    detector = stated["detector"]
     try:
         found = _adamixer(state) if detector == "adamixer" else _detr(state)
         if detector == "deformable_detr":
-            found |= _deformable(state, told)
+            found |= _deformable(state, stated)
     except (KeyError, IndexError) as error:
         raise InputError(f"weights {path}: a {detector} without {error}; give the complete checkpoint") from None
     found["backbone"] = backbone_of(state, path)
     # A file may tell more than its detector has.
-    told = {name: value for name, value in told.items() if detector in OWNERS.get(name, (detector,))}
-    if isinstance(backbone := told.get("backbone"), dict):
-        told["backbone"] = found["backbone"] | backbone
+    stated = {name: value for name, value in stated.items() if detector in OWNERS.get(name, (detector,))}
+    if isinstance(backbone := stated.get("backbone"), dict):
+        stated["backbone"] = found["backbone"] | backbone
         if backbone.get("stride_in_1x1"):
-            told["backbone"]["weights"] = path  # torchvision's ImageNet weights have no such variant
-    return found | told
+            stated["backbone"]["weights"] = path  # torchvision's ImageNet weights have no such variant
+    return found | stated
 
 
 def backbone_of(state: Mapping[str, Tensor], path: Path | str) -> dict[str, Any]:
@@ -66,15 +66,15 @@ def _detr(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return found | ({"queries": _size(state, "query_embed.weight")} if "query_embed.weight" in state else {})
 
 
-def _deformable(state: Mapping[str, Tensor], told: Mapping[str, Any]) -> dict[str, Any]:
+def _deformable(state: Mapping[str, Tensor], stated: Mapping[str, Any]) -> dict[str, Any]:
     levels = _size(state, "level_embed")
     refines = _count(state, "class_embed.") > 1
     found = {"levels": levels, "form": "two_stage" if "enc_output.weight" in state else "box_refine" if refines else "plain"}
     product = _size(state, "decoder.0.cross_attn.attention_weights.bias") // levels  # of heads and points
-    if "heads" in told:
-        found["points"] = max(1, product // int(told["heads"]))
-    elif "points" in told:
-        found["heads"] = max(1, product // int(told["points"]))
+    if "heads" in stated:
+        found["points"] = max(1, product // int(stated["heads"]))
+    elif "points" in stated:
+        found["heads"] = max(1, product // int(stated["points"]))
     return found
 
 

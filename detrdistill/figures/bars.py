@@ -13,7 +13,7 @@ from detrdistill.recipes.words import TITLES
 
 ORDER = ("student", "detrdistill", "teacher")
 IN_PAPER = {"student": "Student", "detrdistill": "Ours", "teacher": "Teacher"}
-DETECTORS = ("Conditional DETR", "Deformable DETR", "AdaMixer")
+IN_ORDER = ("Conditional DETR", "Deformable DETR", "AdaMixer")
 
 
 def bars(published: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Figure:
@@ -24,12 +24,12 @@ def bars(published: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Figu
         summary: of `main_results`; whiskers are 95 % intervals over seeds, rows without a run say so.
     """
     with style.paper():
-        ours = [name for name in DETECTORS if name in set(summary["detector"])]
+        ours = [name for name in IN_ORDER if name in set(summary["detector"])]
         figure = style.Picture(figsize=(style.WIDTH, 3.3))
-        spans = [len(DETECTORS) + 0.2, max(len(ours) + 0.2, 1.7)]
+        spans = [len(IN_ORDER) + 0.2, max(len(ours) + 0.2, 1.7)]
         left, right = figure.subplots(1, 2, width_ratios=spans)
         figure.get_layout_engine().set(wspace=0.08)
-        for x, detector in enumerate(DETECTORS):
+        for x, detector in enumerate(IN_ORDER):
             for i, setting in enumerate(ORDER):
                 _bar(left, x, i, published_value(published, f"{detector} / {IN_PAPER[setting]}", "AP"))
         left.set_title("Published\nCOCO val2017\nResNet-101 teaches ResNet-50", loc="left")
@@ -39,7 +39,7 @@ def bars(published: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Figu
         where = summary["measured_on"].iloc[0].replace("; ", "\n")
         count = f", {seeds} seed{'s' * (seeds > 1)}" if seeds else ""
         right.set_title(f"Measured here{count}\n{where}", loc="left")
-        for axes, names, span in zip((left, right), (DETECTORS, ours), spans, strict=True):
+        for axes, names, span in zip((left, right), (IN_ORDER, ours), spans, strict=True):
             middle = (len(names) - 1) / 2
             axes.set(
                 xticks=range(len(names)),

@@ -9,7 +9,7 @@ from matplotlib.ticker import StrMethodFormatter
 
 from detrdistill.figures import style
 
-TITLES = {
+GROUP_TITLES = {
     "detection": "Detection loss",
     "logits": "Logits distillation (Eq. 3 to 5)",
     "features": "Feature distillation (Eq. 9)",
@@ -34,7 +34,7 @@ def loss_parts(log: Sequence[Mapping[str, Any]], title: str = "", note: str = ""
         figure = style.Picture(figsize=(style.WIDTH, 0.6 + 2.2 * rows))
         panels = figure.subplots(rows, min(2, len(groups)), squeeze=False, sharex=True).ravel()
         for axes, group in zip(panels, groups, strict=False):
-            axes.set_title(TITLES.get(group, group), loc="left")
+            axes.set_title(GROUP_TITLES.get(group, group), loc="left")
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             own = [name for name in parts if name.partition("/")[0] == group]
             smooth = frame[own].rolling(max(1, len(frame) // 25), min_periods=1, center=True).mean()

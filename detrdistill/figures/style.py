@@ -16,6 +16,7 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import PlaceHolderLayoutEngine
 from matplotlib.textpath import text_to_path
 
+from detrdistill.errors import InputError
 from detrdistill.files import atomic
 
 WIDTH = 7.2  # inches: two columns of a paper
@@ -95,16 +96,21 @@ def colours(settings: Sequence[str]) -> dict[str, str]:
 FORMATS = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
 
 
+def check_formats(formats: Sequence[str]) -> None:
+    """Raise InputError where figures cannot be written in a format."""
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise InputError(f"format '{unknown[0]}' of figures is unknown; known: {', '.join(FORMATS)}")
+
+
 def save(figure: Figure, stem: Path | str, formats: Sequence[str] = tuple(FORMATS)) -> list[Path]:
     """Write `<stem>.png` (200 dpi) and `<stem>.pdf` (vector), or one of them; equal figures are equal files.
 
     Raises:
         InputError: an unknown format.
     """
+    check_formats(formats)
     paths = []
     for suffix in formats:
-        if suffix not in FORMATS:
-            raise InputError(f"format '{suffix}' of figures is unknown; known: {', '.join(FORMATS)}")
         paths.append(Path(f"{stem}.{suffix}"))
         with paper(), atomic(paths[-1]) as temporary:
             figure.savefig(temporary, format=suffix, dpi=200, metadata=FORMATS[suffix])

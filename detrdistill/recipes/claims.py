@@ -37,22 +37,22 @@ HELPS = {
     "light_backbones": ("DETRDistill helps students with lighter backbones", "Table 10"),
     "full_schedule": ("DETRDistill helps students that train as long as the teacher", "Table 3"),
 }
-RIVALS = "DETRDistill is ahead of methods made for convolutional detectors"
+AHEAD_OF_RIVALS = "DETRDistill is ahead of methods made for convolutional detectors"
 NOT_COMPARED = "DETRDistill is ahead of methods that its paper does not compare with"
 PAPER_FORM = "The paper's form is ahead of the released code's"
 PASSES = Claim("A distilled student passes its teacher", "Table 3", "detrdistill", "teacher")
-ALONE, TOGETHER = "Each loss helps alone", "All losses together help most"
+HELPS_ALONE, TOGETHER = "Each loss helps alone", "All losses together help most"
 ALL, STAGEWISE, QUALITY = "logits + features + assignment", "positives and negatives, stage by stage", "query masks by quality (Eq. 9)"
 CLAIMS = {
     "main_results": [
-        *(Claim(RIVALS, "Table 3", "detrdistill", rival) for rival in ("fgd", "mgd", "fitnet")),
+        *(Claim(AHEAD_OF_RIVALS, "Table 3", "detrdistill", rival) for rival in ("fgd", "mgd", "fitnet")),
         Claim("DETRDistill is ahead halfway", OURS, "detrdistill", "student", HALFWAY),
         Claim("DETRDistill's assignments are steadier", SECOND_HAND, "student", "detrdistill", CHANGES),
     ],
-    "prior_methods": [Claim(RIVALS, "Tables 1 and 3", "detrdistill at whole", f"{rival} at whole") for rival in ("fkd", "fgfi")],
+    "prior_methods": [Claim(AHEAD_OF_RIVALS, "Tables 1 and 3", "detrdistill at whole", f"{rival} at whole") for rival in ("fkd", "fgfi")],
     "stage_mapping": [Claim("Groups of stages teach best", OURS, "grouped", name) for name in STRATEGIES if name != "grouped"],
     "components": [
-        *(Claim(ALONE, "Table 7", part, "student") for part in ("logits", "features", "assignment")),
+        *(Claim(HELPS_ALONE, "Table 7", part, "student") for part in ("logits", "features", "assignment")),
         *(Claim(TOGETHER, "Table 7", ALL, part) for part in ("logits", "features", "assignment", "logits + features")),
         *(Claim(TOGETHER, OURS, ALL, part) for part in ("logits + assignment", "features + assignment")),
     ],

@@ -12,7 +12,7 @@ from detrdistill.recipes.methods import METHODS, DETRDistill, Method
 from detrdistill.recipes.recipe import BackboneRecipe, CropTraining, Digits, Folder, Recipe, Resize, Schedule, WeightsFile
 from detrdistill.recipes.words import ADAMIXER, CONDITIONAL, DEFORMABLE, DETECTORS
 
-ALONE = {"quick": (DEFORMABLE,)}  # presets that have not all detectors
+DETECTORS_OF = {"quick": (DEFORMABLE,)}  # presets that have recipes for some detectors alone
 # ImageNet weights that bccd's backbones start from; README says where they come from.
 RESNET = WeightsFile(name="resnet50_msra.pth", sha256="c5689fab4fd32526a2f6b1340fcd7af8b0d77679f3f5e85ef47fe9f5fc2e6cfe")
 MOBILENET = WeightsFile(name="mobilenet_v2.pth", sha256="dfcc5335d1291d378552024779e55ea3e1d5c6d3d6a788a93ca66af63acd8349")
@@ -251,7 +251,7 @@ def one_of(detector: str, preset: str) -> str:
     Raises:
         InputError: it has none.
     """
-    known = ALONE.get(preset, DETECTORS)
+    known = DETECTORS_OF.get(preset, DETECTORS)
     if detector not in known:
         raise InputError(f"preset {preset} has no recipes for detector '{detector}'; it has them for: {', '.join(known)}")
     return detector
@@ -277,4 +277,4 @@ def get_presets(name: str, detectors: Sequence[str] = ()) -> list[Preset]:
     Raises:
         InputError: there is no such preset, or not for a detector that was named.
     """
-    return [get_preset(name, detector) for detector in detectors or ALONE.get(name, DETECTORS)]
+    return [get_preset(name, detector) for detector in detectors or DETECTORS_OF.get(name, DETECTORS)]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from detrdistill.errors import InputError
-from detrdistill.recipes.identity import all_runs
+from detrdistill.recipes.identity import all_runs, parents, run_id
 from detrdistill.recipes.methods import DETRDistill
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.recipes.rows import GAP, Presets, Seeds, Table, best, half, row, switched_row, table
@@ -229,6 +229,18 @@ def make_table(name: str, presets: Presets, seeds: Seeds) -> Table:
     if not seeds:
         raise InputError("no seeds given; name at least one, such as 0")
     return TABLES[name]([preset for preset in presets if name not in preset.left_out] or presets, seeds)
+
+
+def only_parents(tables: Iterable[Table]) -> set[str]:
+    """Names of the runs that others of these tables learn or start from, and that are no row to be measured but a teacher's.
+
+    These may be taken from the committed reference (`runs.reference`): give all tables of the presets, so that the answer is one.
+    """
+    tables = list(tables)
+    rows = [row for table in tables for row in table.rows]
+    measured = {run_id(recipe) for row in rows if row.family != "teacher" for recipe in row.recipes.values()}
+    runs = all_runs(recipe for table in tables for recipe in table.recipes())
+    return {run_id(parent) for run in runs.values() for parent in parents(run).values()} - measured
 
 
 def named_runs(names: Iterable[str], presets: Presets, seeds: Seeds) -> dict[str, Recipe | CropRecipe]:

@@ -123,3 +123,7 @@ def _check_margin(measure: str, stated: str, where: str) -> None:
 
 def write_register(path: Path = PATH) -> None:
     write_text(path, register().to_csv(index=False, lineterminator="\n"))
+
+
+if __name__ == "__main__":
+    write_register()

@@ -1,4 +1,4 @@
-"""Tables: pure functions of stored records. Which runs make which table stands in `paper_tables.py`. No torch here.
+"""Tables: pure functions of stored records. Which runs make which table stands in `recipes/tables.py`. No torch here.
 
 A table is made in three steps: `collect` reads a line a run, `summarise` turns these into a line a row (means, intervals, gains,
 status), `cells` into text. A run without a record is "not run" in every form, never blank and never zero.

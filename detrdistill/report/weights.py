@@ -11,7 +11,7 @@ from detrdistill.recipes.tables import WEIGHTS
 from detrdistill.recipes.words import NOT_RUN
 from detrdistill.report.formats import to_markdown
 from detrdistill.runs.store import Store
-from detrdistill.runs.tuning import chosen, rows_to_tune, tried
+from detrdistill.runs.tuning import best_trial, rows_to_tune, tried
 
 NOTE = (
     "AP on other digits than the reported ones, by the multiplier of a row's weights; with both seeds their mean. Each row has the same "
@@ -26,7 +26,7 @@ def tuning_frame(presets: Presets, store: Store) -> pd.DataFrame:
     """
     lines = []
     for row in rows_to_tune(presets):
-        trials, best = tried(row, store), chosen(row, store)
+        trials, best = tried(row, store), best_trial(row, store)
         about = {"detector": row.detector, "row": row.name, "title": row.title, "trials": len(trials)}
         for trial in trials:
             line = about | {"multiplier": trial.factor, "AP_100": trial.first.metrics["AP"]}

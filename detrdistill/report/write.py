@@ -87,6 +87,7 @@ def write_report(
     """
     presets = get_presets(preset_name, detectors)
     store = open_store(preset_name) if store_root is None else Store(store_root)
+    style.check_formats(formats)
     source, place = source or store, Place(store.root, tuple(formats))
     made = [make_table(name, presets, seeds) for name in tables_of(preset_name, tables, store)]
     frames = [collect(table, source) for table in made]
@@ -101,8 +102,10 @@ def write_report(
         written, section = write_one(table, frame, comparisons, place, source)
         paths += written
         sections.append(section)
+    own = "" if source.root == store.root else "Nothing of it was run here: these are the committed results of results/reference. "
     # Of all tables, which may differ in code and seeds; of weights alone there is none.
-    about = f"Preset {preset_name}. {provenance_line(pd.concat(frames))}" if frames else f"Preset {preset_name}."
+    about = f"Preset {preset_name}. {own}" + (provenance_line(pd.concat(frames)) if frames else "")
+    about = about.strip()
     written, of_claims = write_all_claims(weighed, comparisons, about, place)
     paths += written
     sections = of_claims + sections

@@ -1,17 +1,17 @@
 """What a batch would run, and how long that is expected to take, judged by runs that were made before. No torch here."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
 from detrdistill.data.layout import pinned_preset
 from detrdistill.recipes.identity import parents, run_id
-from detrdistill.recipes.presets import get_presets
+from detrdistill.recipes.presets import Preset, get_presets
 from detrdistill.recipes.recipe import CropRecipe, Recipe
-from detrdistill.recipes.tables import WEIGHTS, make_table, usual_tables
+from detrdistill.recipes.tables import TABLES, WEIGHTS, make_table, named_runs, only_parents, usual_tables
 from detrdistill.records import Record, read_record
 from detrdistill.runs.reference import FOLDER, has
 from detrdistill.runs.store import Store, open_store
-from detrdistill.runs.tuning import next_trials, rows_to_tune
+from detrdistill.runs.tuning import next_trials, rows_to_tune, runs_before_tuning
 
 
 def plan_text(
@@ -28,7 +28,7 @@ def plan_text(
     wanted = [recipe for name in names for recipe in make_table(name, presets, seeds).recipes()]
     for row in rows_to_tune(presets) if WEIGHTS in tables else ():
         wanted += [row.trial(*trial) for trial in next_trials(row, store)]
-    missing = missing_runs(wanted, store)
+    missing = missing_runs(wanted, store, takable(presets, seeds))
     known = list(records((store.root, FOLDER / preset)))
     expected = {name: expected_seconds(recipe, known) for name, recipe in missing.items()}
     lines = [f"{name}: {duration(expected[name])}" for name in missing]
@@ -41,17 +41,22 @@ def plan_text(
     return "\n".join([*lines, f"{len(missing)} runs are missing: {total} of one core{beside} ({judged})."])
 
 
-def missing_runs(wanted: Iterable[Recipe | CropRecipe], store: Store) -> dict[str, Recipe | CropRecipe]:
-    """By id, the runs that are not stored and what they depend on; a stored run, or a parent in the reference, asks for nothing."""
+def takable(presets: Sequence[Preset], seeds: Sequence[int]) -> set[str]:
+    """Names of the runs that can be taken from the committed reference instead of trained, whichever tables are asked for."""
+    runs = named_runs(TABLES, presets, seeds) | runs_before_tuning(presets)
+    allowed = only_parents(make_table(name, presets, seeds) for name in TABLES) | set(runs_before_tuning(presets))
+    return {name for name, recipe in runs.items() if name in allowed and has(recipe)}
+
+
+def missing_runs(wanted: Iterable[Recipe | CropRecipe], store: Store, takable: Container[str] = ()) -> dict[str, Recipe | CropRecipe]:
+    """By id, the runs that are neither stored nor `takable`, and what they depend on; a run that is there asks for nothing."""
     found: dict[str, Recipe | CropRecipe] = {}
     waiting = list(wanted)
-    depended_on = {run_id(parent) for recipe in waiting for parent in parents(recipe).values()}
     while waiting:
         recipe = waiting.pop(0)
-        if store.record(recipe) is None and not (run_id(recipe) in depended_on and has(recipe)):
+        if store.record(recipe) is None and run_id(recipe) not in takable:
             found[run_id(recipe)] = recipe
             waiting += parents(recipe).values()
-            depended_on |= {run_id(parent) for parent in parents(recipe).values()}
     return found
 
 

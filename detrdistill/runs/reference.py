@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from detrdistill.errors import InputError
-from detrdistill.files import atomic, write_text
+from detrdistill.files import atomic
 from detrdistill.recipes.identity import run_id
 from detrdistill.recipes.presets import PRESETS
 from detrdistill.recipes.recipe import CropRecipe, Recipe
@@ -29,29 +29,41 @@ EVERY, DIGITS = 10, 5  # of a log's lines one in so many is kept, and so many di
 
 
 def has(recipe: Recipe | CropRecipe) -> bool:
-    """Whether a run can be taken from here."""
-    return any(FOLDER.glob(f"*/runs/{run_id(recipe)}/weights.safetensors"))
+    """Whether the run is committed with its weights, so that it can be taken."""
+    return bool(_folders(recipe))
 
 
 def take(recipe: Recipe | CropRecipe, store: Store) -> Record | None:
     """Copy a run whose weights are committed into `store`, marked as stored; None where there is none.
 
-    For runs that others learn or start from: nobody need spend an hour on a teacher again. A row of a table is never taken.
+    For runs that others learn or start from: nobody need spend an hour on a teacher again.
 
     Raises:
-        InputError: the committed run is damaged, or `store` cannot be written to.
+        InputError: the committed run is damaged, another process trains the run, or `store` cannot be written to.
     """
-    for folder in sorted(FOLDER.glob(f"*/runs/{run_id(recipe)}")):
+    for folder in _folders(recipe):
         source = Store(folder.parents[1])
-        record = source.record(recipe) if source.weights(recipe).exists() and source.root.resolve() != store.root.resolve() else None
-        if record is not None:
-            source.check_weights(record)
+        if source.root.resolve() == store.root.resolve():
+            continue
+        record = source.record(recipe)
+        source.check_weights(record)
+        with store.hold(recipe):
+            if (own := store.record(recipe)) is not None:  # another process has been faster
+                return own
+            for left in ("log.jsonl", "checkpoint.pt"):  # of a training that was not finished here
+                (store.folder(recipe) / left).unlink(missing_ok=True)
             with atomic(store.weights(recipe)) as temporary:
                 shutil.copyfile(source.weights(recipe), temporary)
-            store.mark_stored(recipe, f"taken from results/reference/{folder.parents[1].name}, not trained here")
+            store.mark_stored(recipe, f"taken from results/reference/{source.root.name}, not trained here")
             store.write(record)  # last: with it the run is complete
-            return record
+        return record
     return None
+
+
+def _folders(recipe: Recipe | CropRecipe) -> list[Path]:
+    return sorted(
+        path.parent for path in FOLDER.glob(f"*/runs/{run_id(recipe)}/weights.safetensors") if (path.parent / "record.json").exists()
+    )
 
 
 def to_show(preset: str, store: Store) -> Store:
@@ -108,7 +120,8 @@ def bring(preset: str, root: Path, weights: Collection[str] = ()) -> list[str]:
         names of the runs that were copied.
 
     Raises:
-        InputError: an unknown preset or run, a record by code that differs from every commit, or one that is damaged.
+        InputError: an unknown preset or run, a record by code that differs from every commit, one that is damaged, or weights that are
+            missing or not those that are committed already.
     """
     if preset not in PRESETS:
         raise InputError(f"preset '{preset}' is unknown; known: {', '.join(PRESETS)}")
@@ -118,23 +131,27 @@ def bring(preset: str, root: Path, weights: Collection[str] = ()) -> list[str]:
     for name, record in own.items():
         if not record.provenance["commit"] or "+changes" in record.provenance["commit"]:
             raise InputError(f"run {name} was made by code that is in no commit ({record.provenance['commit']}); run it again from a clone")
-    logs, brought = read_packed(target / LOGS), []
-    for name, record in own.items():
-        folder = root / "runs" / name
-        if name in weights:
-            with atomic(target / "runs" / name / "weights.safetensors") as temporary:
-                shutil.copyfile(folder / "weights.safetensors", temporary)
-        if (target / "runs" / name / "record.json").exists():
-            continue
-        if log := read_log(folder / "log.jsonl"):
-            logs[name] = thinned(log)
-        write_text(target / "runs" / name / "record.json", (folder / "record.json").read_text(encoding="utf-8"))
-        brought.append(record.id)
-    write_packed(target / LOGS, logs)
-    return brought
+    source, committed = Store(root), Store(target)
+    for name in weights:
+        source.check_weights(own[name])
+        there = committed.record(own[name].recipe)
+        if there and there.provenance["weights_sha256"] != own[name].provenance["weights_sha256"]:
+            raise InputError(f"run {name} is committed with other weights, which other runs learned from; leave it as it is")
+    new = {name: record for name, record in own.items() if not source.is_stored(record) and committed.record(record.recipe) is None}
+    # Logs first: a run whose record is there is not looked at again.
+    logs = {name: thinned(log) for name in new if (log := read_log(root / "runs" / name / "log.jsonl"))}
+    write_packed(target / LOGS, read_packed(target / LOGS) | logs)
+    for name in weights:
+        with atomic(committed.weights(own[name].recipe)) as temporary:
+            shutil.copyfile(source.weights(own[name].recipe), temporary)
+    for record in new.values():
+        committed.write(record)
+    return list(new)
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit("usage: python -m detrdistill.runs.reference PRESET ROOT [RUN ...]")
     try:
         print("\n".join(bring(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])))
     except InputError as error:

@@ -12,7 +12,7 @@ from detrdistill.recipes.identity import run_id, same_run
 from detrdistill.recipes.recipe import CropRecipe, Folder, Recipe
 from detrdistill.records import Record, read_record, record_text
 
-STORED = "stored.txt"  # beside the record of a run that was not trained here
+MARK = "stored.txt"  # beside the record of a run that was not trained here
 
 
 class Store:
@@ -65,10 +65,10 @@ class Store:
 
     def is_stored(self, record: Record) -> bool:
         """Whether the run was taken from the committed reference instead of trained here."""
-        return (self.folder(record.recipe) / STORED).exists()
+        return (self.folder(record.recipe) / MARK).exists()
 
     def mark_stored(self, recipe: Recipe | CropRecipe, why: str) -> None:
-        write_text(self.folder(recipe) / STORED, f"{why}\n")
+        write_text(self.folder(recipe) / MARK, f"{why}\n")
 
     def check_weights(self, record: Record) -> Path:
         """Path of a record's weights, after comparing their hash.
@@ -113,6 +113,8 @@ class Store:
                 file.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             for unfinished in (*path.parent.glob(".*.part"), *path.parent.glob(".tmp*")):  # the latter are those of safetensors
                 unfinished.unlink()
+            if not (path.parent / "record.json").exists():
+                (path.parent / MARK).unlink(missing_ok=True)  # of a copy that was not finished
             yield
 
 

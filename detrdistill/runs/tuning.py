@@ -133,7 +133,7 @@ def next_trials(row: TunedRow, store: Store) -> list[tuple[float, int]]:
     return [(one.factor, SECOND_SEED) for one in _best_two(trials.values()) if one.second is None]
 
 
-def chosen(row: TunedRow, store: Store) -> Trial | None:
+def best_trial(row: TunedRow, store: Store) -> Trial | None:
     """The better of the best two over both seeds; None before the row is tuned."""
     trials = _trials(row, store)
     two = _best_two(trials.values()) if all(trials.values()) else []

@@ -14,9 +14,8 @@ from detrdistill.boxes import cxcywh_to_xyxy
 from detrdistill.criterion import matched_objects
 from detrdistill.data.coco import CocoDataset
 from detrdistill.errors import InputError, NonFiniteError
+from detrdistill.recipes.words import METRICS
 from detrdistill.training.batches import loading
-
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
 def detections(

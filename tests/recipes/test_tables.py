@@ -8,7 +8,7 @@ from detrdistill.recipes.identity import run_id
 from detrdistill.recipes.methods import METHODS, DETRDistill
 from detrdistill.recipes.presets import PRESETS, get_preset, get_presets
 from detrdistill.recipes.rows import GAP
-from detrdistill.recipes.tables import TABLES, make_table, usual_tables
+from detrdistill.recipes.tables import TABLES, make_table, only_parents, usual_tables
 
 every_table = pytest.mark.parametrize("name", TABLES)
 every_preset = pytest.mark.parametrize("preset", PRESETS)
@@ -140,3 +140,12 @@ def test_refusals():
 def methods(table) -> list[DETRDistill]:
     """Of the rows that have one."""
     return [row.recipes[0].methods[0] for row in table.rows if row.baseline]
+
+
+def test_a_run_that_is_a_row_of_its_own_is_no_parent_alone() -> None:
+    """The plain student that trains as long as the teacher also teaches, in self-distillation; it is measured all the same."""
+    tables = [make_table(name, get_presets("mini"), (0,)) for name in TABLES]
+    students = {run_id(recipe) for table in tables for row in table.rows if row.family == "student" for recipe in row.recipes.values()}
+    teachers = {run_id(recipe) for table in tables for row in table.rows if row.family == "teacher" for recipe in row.recipes.values()}
+    assert students & teachers and not students & only_parents(tables)
+    assert teachers - students <= only_parents(tables)

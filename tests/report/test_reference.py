@@ -11,6 +11,7 @@ from PIL import Image
 from detrdistill.recipes.presets import get_preset
 from detrdistill.recipes.tables import TABLES
 from detrdistill.report.write import write_report
+from detrdistill.runs.reference import LOGS
 from detrdistill.runs.store import Store
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -25,11 +26,12 @@ SEEDS = (0, 1, 2)
     ],
 )
 def test_the_committed_report_is_made_from_the_committed_records(preset: str, folder: Path, seeds: tuple[int, ...], tmp_path: Path) -> None:
-    for part in ("tables", "notebooks", "figures"):
+    for part in ("runs", "tables", "notebooks", "figures"):
         if (folder / part).is_dir():
             shutil.copytree(folder / part, tmp_path / part)
+    shutil.copyfile(folder / LOGS, tmp_path / LOGS)
     tables = [path.stem for path in (folder / "tables").glob("*.csv") if path.stem in TABLES]
-    for path in write_report(preset, seeds, tmp_path, tables, source=Store(folder), formats=["png"]):
+    for path in write_report(preset, seeds, tmp_path, tables, formats=["png"]):
         committed = folder / path.relative_to(tmp_path)
         assert committed.stat().st_size > 0
         if path.suffix in (".csv", ".md", ".tex", ".html"):

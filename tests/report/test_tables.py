@@ -251,3 +251,16 @@ def test_the_page_shows_what_makes_no_table(tmp_path: Path) -> None:
 def test_unknown_preset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown"):
         write_report("enormous", [0], tmp_path)
+
+
+def test_a_report_of_the_reference_says_so_and_unknown_formats_are_refused(tmp_path: Path) -> None:
+    source = Store(tmp_path / "reference")
+    fill(source)
+    with pytest.raises(InputError, match="format 'gif' of figures is unknown; known: png, pdf"):
+        write_report("quick", [0], tmp_path / "own", source=source, formats=["gif"])
+    assert not (tmp_path / "own").exists()
+    write_report("quick", [0], tmp_path / "own", source=source, formats=["png"])
+    said = "Nothing of it was run here"
+    assert said in (tmp_path / "own" / "index.html").read_text() and not list((tmp_path / "own").rglob("*.pdf"))
+    write_report("quick", [0], source.root, formats=["png"])
+    assert said not in (source.root / "index.html").read_text()

@@ -13,8 +13,11 @@ import pytest
 
 from detrdistill.data.layout import pinned
 from detrdistill.recipes.identity import parents, run_id
-from detrdistill.recipes.presets import coco, get_preset, smoke
+from detrdistill.recipes.presets import coco, get_preset, get_presets, smoke
 from detrdistill.recipes.recipe import Folder
+from detrdistill.recipes.tables import make_table
+from detrdistill.runs.plan import missing_runs, takable
+from detrdistill.runs.store import Store
 from tests.folders import write_folder
 from tests.warm import python_m
 
@@ -216,3 +219,15 @@ def test_the_batch_asks_for_a_run_with_the_seed_of_a_student_that_needs_it(folde
     preset = get_preset("mini", "adamixer")
     wanted = {run_id(preset.teacher_of(3)): 3, run_id(preset.teacher): 0, run_id(preset.recipe("fgd", 3)): 3}
     assert done.returncode == 0 and all(f"train mini {name} --seed {seed} " in told for name, seed in wanted.items())
+
+
+def test_a_fresh_clone_trains_what_the_plan_says(tmp_path: Path, environment: None) -> None:
+    """What the committed reference has is taken: its teacher's own backbone is not trained first."""
+    words = ["preset=quick" if word == "preset=smoke" else word for word in snakemake(workplace(tmp_path), "--dry-run")]
+    listed = python_m(*words, cwd=ROOT).stdout
+    batch = {run for run in re.findall(r"wildcards: run=(\S+)", listed)}
+    presets, store = get_presets("quick"), Store(tmp_path / "results" / "quick")
+    taken = takable(presets, (0,))
+    missing = set(missing_runs(make_table("main_results", presets, (0,)).recipes(), store, taken))
+    assert missing and missing <= batch and batch - missing <= taken
+    assert len(taken & batch) == 2, "the teacher and the students' backbone are copied, the teacher's own backbone is not wanted"

@@ -7,7 +7,7 @@ from detrdistill.recipes.identity import parents
 from detrdistill.recipes.presets import get_preset, get_presets
 from detrdistill.recipes.tables import make_table
 from detrdistill.runs import reference
-from detrdistill.runs.plan import duration, expected_seconds, missing_runs, plan_text
+from detrdistill.runs.plan import duration, expected_seconds, missing_runs, plan_text, takable
 from detrdistill.runs.store import Store
 from tests.report.test_tables import put
 
@@ -45,7 +45,8 @@ def test_time_is_judged_by_the_most_similar_runs(tmp_path):
 
 def test_parents_in_the_committed_reference_are_not_missing(tmp_path):
     """But a row is, whatever is committed: it is measured anew."""
-    missing = missing_runs(make_table("main_results", get_presets("quick"), [0]).recipes(), Store(tmp_path))
+    presets = get_presets("quick")
+    missing = missing_runs(make_table("main_results", presets, [0]).recipes(), Store(tmp_path), takable(presets, [0]))
     assert list(missing.values()) == [QUICK.student, QUICK.recipe("detrdistill")]
 
 

@@ -3,11 +3,14 @@
 import gzip
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from detrdistill.errors import InputError
+from detrdistill.files import file_hash
 from detrdistill.recipes.presets import smoke
 from detrdistill.recipes.tables import make_table
 from detrdistill.records import Record, read_record, record_text
@@ -47,6 +50,39 @@ def test_a_run_that_is_asked_for_itself_is_taken_only_where_that_is_said(committ
     for name, taken in (("anew", False), ("taken", True)):
         store = Store(tmp_path / name)
         assert store.is_stored(go(TEACHER, store, reference=taken)) == taken
+
+
+def test_it_waits_for_nobody_and_overwrites_nothing(committed: Store, tmp_path: Path) -> None:
+    """A run that another process trains is that process's; what an unfinished training left is not the stored run's."""
+    store = Store(tmp_path / "own")
+    script = f"""
+import sys
+from detrdistill.recipes.presets import smoke
+from detrdistill.runs.store import Store
+with Store({str(store.root)!r}).hold(smoke().recipe("teacher")):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(InputError, match="is being trained by process"):
+            reference.take(TEACHER, store)
+        holder.communicate("")
+    assert store.record(TEACHER) is None
+    for name in ("log.jsonl", "checkpoint.pt"):
+        (store.folder(TEACHER) / name).write_text("{}\n")
+    taken = reference.take(TEACHER, store)
+    assert reference.run_log(store, taken) == [] and not (store.folder(TEACHER) / "checkpoint.pt").exists()
+
+
+def test_a_copy_that_was_not_finished_leaves_no_mark(committed: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path / "own")
+    monkeypatch.setattr(Store, "write", lambda self, record: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        reference.take(TEACHER, store)
+    monkeypatch.undo()
+    monkeypatch.setattr(reference, "FOLDER", tmp_path / "nowhere")
+    assert not store.is_stored(go(TEACHER, store)), "trained here after all"
 
 
 def test_a_damaged_reference_is_refused_and_nothing_is_left(committed: Store, tmp_path: Path) -> None:
@@ -93,6 +129,32 @@ def test_finished_runs_are_brought_with_thinned_logs_and_without_weights(tmp_pat
 def test_refuses_what_it_does_not_know(tmp_path: Path, preset: str, weights: tuple[str, ...], message: str) -> None:
     with pytest.raises(InputError, match=message):
         reference.bring(preset, tmp_path, weights)
+
+
+def test_weights_are_brought_once_and_never_changed(tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "FOLDER", tmp_path / "reference")
+    own = Store(shutil.copytree(finished, tmp_path / "own"))
+    clean(own.root)
+    teacher = own.record(TEACHER)
+    own.weights(TEACHER).rename(tmp_path / "aside")
+    with pytest.raises(InputError, match=r"weights .* are missing"):
+        reference.bring("smoke", own.root, [teacher.id])
+    (tmp_path / "aside").rename(own.weights(TEACHER))
+    reference.bring("smoke", own.root, [teacher.id])
+    with own.weights(TEACHER).open("ab") as file:
+        file.write(b"x")
+    own.write(teacher.replace(provenance=teacher.provenance | {"weights_sha256": file_hash(own.weights(TEACHER))}))
+    with pytest.raises(InputError, match="is committed with other weights"):
+        reference.bring("smoke", own.root, [teacher.id])
+    target = Store(tmp_path / "reference" / "smoke")
+    assert target.check_weights(target.record(TEACHER))
+
+
+def test_what_was_taken_is_not_brought_as_measured(committed: Store, tmp_path: Path) -> None:
+    clean(committed.root)
+    store = Store(tmp_path / "own")
+    taken = reference.take(TEACHER, store)
+    assert taken.id not in reference.bring("mini", store.root)
 
 
 def test_refuses_runs_of_code_that_is_in_no_commit(tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from detrdistill.runs.tuning import (
     MOST,
     SEEDS,
     TunedRow,
-    chosen,
+    best_trial,
     find_row,
     next_trials,
     on_other_digits,
@@ -77,13 +77,13 @@ def test_tuning_has_digits_teacher_and_backbones_of_its_own() -> None:
 
 def test_all_multipliers_with_one_seed_and_the_best_two_again(tmp_path: Path) -> None:
     row, store = find_row(MINI, "fgd"), Store(tmp_path)
-    assert next_trials(row, store) == [(factor, SEEDS[0]) for factor in FIRST] and chosen(row, store) is None
+    assert next_trials(row, store) == [(factor, SEEDS[0]) for factor in FIRST] and best_trial(row, store) is None
     # With the first seed 1 is best; over both seeds it is 0.3.
     ran = fill(
         store, row, lambda factor, seed: {0.1: 20.0, 0.3: 24.0, 1.0: 25.0, 3.0: 21.0}[factor] + (4.0 if (factor, seed) == (0.3, 101) else 0)
     )
     assert sorted(ran) == [(0.1, 100), (0.3, 100), (0.3, 101), (1.0, 100), (1.0, 101), (3.0, 100)]
-    assert chosen(row, store).factor == 0.3 and chosen(row, store).mean == pytest.approx(26.0)
+    assert best_trial(row, store).factor == 0.3 and best_trial(row, store).mean == pytest.approx(26.0)
     methods = [row.trial(factor, 100).methods[0] for factor in (0.1, 1.0)]
     assert [method.foreground for method in methods] == [1e-4, 1e-3]
 
@@ -92,13 +92,13 @@ def test_all_multipliers_with_one_seed_and_the_best_two_again(tmp_path: Path) ->
 def test_further_steps_while_the_best_is_at_an_end(best: float, further: list[float], tmp_path: Path) -> None:
     row, store = find_row(MINI, "fitnet"), Store(tmp_path)
     fill(store, row, lambda factor, seed: 30.0 - abs(math.log(factor / best)))
-    assert {trial.factor for trial in tried(row, store)} == {*FIRST, *further} and chosen(row, store).factor == best
+    assert {trial.factor for trial in tried(row, store)} == {*FIRST, *further} and best_trial(row, store).factor == best
 
 
 def test_a_row_ends_even_if_more_is_always_better(tmp_path: Path) -> None:
     row, store = find_row(MINI, "mgd"), Store(tmp_path)
     fill(store, row, lambda factor, seed: math.log(factor) + 20)
-    assert len(tried(row, store)) == MOST and chosen(row, store).factor == 3000.0
+    assert len(tried(row, store)) == MOST and best_trial(row, store).factor == 3000.0
 
 
 def test_the_table_counts_trials(tmp_path: Path) -> None:
