@@ -23,6 +23,7 @@ from detrdistill.recipes.presets import smoke
 from detrdistill.records import read_record
 from detrdistill.runs.store import Store
 from tests.faults.killing import holder, steps, until
+from tests.warm import python_m
 
 ROOT = Path(__file__).parents[2]
 STUDENT = smoke().student
@@ -128,13 +129,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Pa
 def batch(place: Path, *words: str) -> list[str]:
     """The smallest table: a student beside a teacher, and what it learns from it."""
     return [
-        *(sys.executable, "-m", "snakemake", "--snakefile", "workflow/Snakefile", "--cores", "1", "--directory", str(place)),
+        *("snakemake", "--snakefile", "workflow/Snakefile", "--cores", "1", "--directory", str(place)),
         *("--config", "preset=smoke", "seeds=0", "tables=self_distillation", "detectors=deformable_detr", *words),
     ]
 
 
 def call(place: Path, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(batch(place, *words), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    return python_m(*batch(place, *words), cwd=ROOT, timeout=280)
 
 
 def check_left(place: Path, wanted: dict[str, bytes]) -> int:
@@ -164,7 +165,11 @@ def test_the_batch_at_any_moment(finished: Path, place: Callable[[str], Path], t
             alone = moments.random() < 0.5
             with tries("kill -9 of Snakemake alone" if alone else "kill -9 of the whole batch"):
                 process = subprocess.Popen(
-                    batch(folder), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+                    [sys.executable, "-m", *batch(folder)],
+                    cwd=ROOT,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,
                 )
                 try:
                     time.sleep(moments.uniform(0, 25))

@@ -12,6 +12,7 @@ from papermill.parameterize import parameterize_notebook
 
 from detrdistill.errors import InputError
 from detrdistill.notebooks import execute
+from tests import warm
 from tests.test_notebook_runner import notebook, outputs
 
 ROOT = Path(__file__).parents[2]
@@ -136,15 +137,15 @@ def test_running_twice_gives_the_same_files(tmp_path: Path, monkeypatch: pytest.
     if not times(name == "10_query_masks", True):
         pytest.skip("with --long")
     source = ROOT / "notebooks" / f"{name}.ipynb"
-    given = {"preset": "smoke", "progress": "False"}
-    given |= {"detectors": "['deformable_detr']"} if "detectors" in papermill.inspect_notebook(str(source)) else {}
+    given = {"preset": "smoke", "progress": False}
+    given |= {"detectors": ["deformable_detr"]} if "detectors" in papermill.inspect_notebook(str(source)) else {}
     one, other = tmp_path / "one", tmp_path / "other"
     with tries("running twice"):
         shown = []
         for root in (one, other, other)[: times(2, 3)]:
             before = {path: path.read_bytes() for path in root.rglob("record.json")}
             monkeypatch.setenv("DETRDISTILL_RESULTS", str(root))
-            execute(source, tmp_path / "executed.ipynb", given, 280)
+            warm.execute(source, tmp_path / "executed.ipynb", given, 280)
             shown.append(pictures(tmp_path / "executed.ipynb"))
             assert all(path.read_bytes() == record for path, record in before.items())
         found, again = files(one), files(other)
