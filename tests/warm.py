@@ -114,6 +114,7 @@ def _run(words: list[str], environment: dict[str, str], folder: str, out: str, e
     os.environ.update(environment, JPY_PARENT_PID=str(os.getppid()))
     os.chdir(folder)
     sys.argv = ["-m", *words[1:]]
+    multiprocessing.set_start_method(None, force=True)  # the system's own, for loaders of images
     logging.getLogger().handlers.clear()
     if "matplotlib" in sys.modules:  # it read the environment when it was imported, and a kernel sets this before
         sys.modules["matplotlib"].rcParams["backend"] = environment.get("MPLBACKEND") or "module://matplotlib_inline.backend_inline"

@@ -3,6 +3,7 @@
 Children are forked from a process that has imported the kit, since that takes longer than the run; what they do is `detrdistill train`.
 """
 
+import multiprocessing
 import os
 import resource
 import shutil
@@ -77,6 +78,7 @@ def _train(store: Store, death: Death | None, every_step: bool, workers: int) ->
     from detrdistill.training import checkpointing
 
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    multiprocessing.set_start_method(None, force=True)  # loaders of a server outlive a killed trainer for ever
     if every_step:
         checkpointing.CHECKPOINT_SECONDS = -1.0
     if death:
