@@ -7,7 +7,6 @@ comes before the first step (data, crop training, measuring the teacher) ends at
 
 import logging
 import os
-import re
 import sys
 import traceback
 from pathlib import Path
@@ -19,7 +18,7 @@ from detrdistill.errors import InputError, NonFiniteError, StoppedError
 from detrdistill.process import TERMINATED
 
 if TYPE_CHECKING:
-    from detrdistill.recipes.recipe import CropRecipe, Recipe
+    pass
 
 RowName = Annotated[str, tyro.conf.arg(help="teacher, student, a method such as detrdistill or fgd+mgd, or the id of a run")]
 
@@ -55,6 +54,7 @@ def train(
         device: auto, cpu or cuda.
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
     """
+    from detrdistill.parameters import named_run, on_other_data, shared_with_teacher, with_switches
     from detrdistill.recipes.presets import get_preset
     from detrdistill.runs.store import Store, open_store
 
@@ -71,64 +71,6 @@ def train(
     record = run(recipe, store, device=device, workers=workers, reference=reference and not set and data is None)
     shown = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items() if value is not None)
     print(f"{record.id}: {shown}" + " (stored: taken from results/reference, not trained here)" * store.is_stored(record))
-
-
-def named_run(preset: str, row: str, seed: int) -> "tuple[Recipe | CropRecipe, bool] | None":
-    """The run of a preset's tables that has this id, whichever detectors the tables are made for, and whether it is `only_parents`.
-
-    None if `row` is no id of one.
-    """
-    from detrdistill.data.layout import pinned_preset
-    from detrdistill.recipes.identity import all_runs
-    from detrdistill.recipes.presets import get_presets
-    from detrdistill.recipes.tables import TABLES, make_table, only_parents
-    from detrdistill.runs.tuning import runs_before_tuning
-
-    if not re.search("-[0-9a-f]{8}$", row):
-        return None
-    presets = get_presets(preset)
-    for chosen in (presets, *([one] for one in presets)):  # a table of one detector depends on which there are
-        for pin in (False, True):
-            tables = [make_table(name, [pinned_preset(one) if pin else one for one in chosen], (seed,)) for name in TABLES]
-            runs = all_runs(recipe for table in tables for recipe in table.recipes())
-            if row in runs:
-                return runs[row], row in only_parents(tables)
-    before = runs_before_tuning(presets)
-    return (before[row], True) if row in before else None
-
-
-def on_other_data(recipe: "Recipe", data: Path) -> "Recipe":
-    """The recipe and its teacher's on another data folder; a floor stated for the preset's data means nothing there."""
-    changes: dict[str, object] = {"data": {"name": "folder", "path": data}}
-    if getattr(recipe, "teacher", None) is not None:
-        changes |= {"teacher": on_other_data(recipe.teacher, data), "teacher_floor": min(recipe.teacher_floor, 0.0)}
-    return recipe.replace(**changes)
-
-
-def with_switches(recipe: "Recipe", changes: dict[str, str]) -> "Recipe":
-    """The recipe with the changes to its methods, which are taken out of `changes`.
-
-    Raises:
-        InputError: a change to a method that the recipe does not have, an unknown switch, or a wrong value.
-    """
-    from detrdistill.recipes.methods import METHODS
-
-    stated: dict[str, dict[str, str]] = {}
-    for name in [name for name in changes if name.split(".")[0] in METHODS]:
-        method, _, switch = name.partition(".")
-        stated.setdefault(method, {})[switch] = changes.pop(name)
-    held = {method.name: method for method in getattr(recipe, "methods", ())}
-    if strange := stated.keys() - held.keys():
-        raise InputError(f"'{min(strange)}' is no method of this row; its methods are: {', '.join(held) or 'none'}")
-    return recipe.replace(methods=[one.replace(**stated.get(name, {})) for name, one in held.items()]) if stated else recipe
-
-
-def shared_with_teacher(recipe: "Recipe", changes: dict[str, str]) -> dict[str, str]:
-    """The changes, and those that decide what images the detectors see and how they compute, for the teacher too."""
-    if getattr(recipe, "teacher", None) is None:
-        return changes
-    shared = {f"teacher.{name}": value for name, value in changes.items() if name.split(".")[0] in ("resize", "data", "precision")}
-    return shared | changes  # in this order: what is stated for the teacher holds
 
 
 def tune(

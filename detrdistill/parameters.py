@@ -1,4 +1,4 @@
-"""The parameters of notebooks, checked."""
+"""What people state, in a notebook or on a command line, checked and made into recipes. No torch here."""
 
 import re
 import sys
@@ -9,12 +9,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, field_validator
 
+from detrdistill.data.layout import pinned_preset
 from detrdistill.errors import InputError
+from detrdistill.recipes.identity import all_runs
 from detrdistill.recipes.methods import METHODS
-from detrdistill.recipes.presets import PRESETS, Preset, get_preset
-from detrdistill.recipes.recipe import Digits
+from detrdistill.recipes.presets import PRESETS, Preset, get_preset, get_presets
+from detrdistill.recipes.recipe import CropRecipe, Digits, Recipe
 from detrdistill.recipes.schema import Strict
+from detrdistill.recipes.tables import TABLES, make_table, only_parents
 from detrdistill.recipes.words import DEFORMABLE, DETECTORS
+from detrdistill.runs.tuning import runs_before_tuning
 
 SHARED = ("resize", "data", "precision")  # what images a detector sees and how it computes: a student's are its teacher's too
 
@@ -168,3 +172,53 @@ def require_images(read: Parameters, preset: Preset) -> None:
             raise InputError(
                 f"parameters: '{name}' = {value}: the validation images of preset {read.preset} are numbered 0 to {data.val - 1}"
             )
+
+
+def named_run(preset: str, row: str, seed: int) -> tuple[Recipe | CropRecipe, bool] | None:
+    """The run of a preset's tables that has this id, whichever detectors the tables are made for, and whether it is `only_parents`.
+
+    None if `row` is no id of one.
+    """
+    if not re.search("-[0-9a-f]{8}$", row):
+        return None
+    presets = get_presets(preset)
+    for chosen in (presets, *([one] for one in presets)):  # a table of one detector depends on which there are
+        for pin in (False, True):
+            tables = [make_table(name, [pinned_preset(one) if pin else one for one in chosen], (seed,)) for name in TABLES]
+            runs = all_runs(recipe for table in tables for recipe in table.recipes())
+            if row in runs:
+                return runs[row], row in only_parents(tables)
+    before = runs_before_tuning(presets)
+    return (before[row], True) if row in before else None
+
+
+def on_other_data(recipe: Recipe, data: Path) -> Recipe:
+    """The recipe and its teacher's on another data folder; a floor stated for the preset's data means nothing there."""
+    changes: dict[str, object] = {"data": {"name": "folder", "path": data}}
+    if getattr(recipe, "teacher", None) is not None:
+        changes |= {"teacher": on_other_data(recipe.teacher, data), "teacher_floor": min(recipe.teacher_floor, 0.0)}
+    return recipe.replace(**changes)
+
+
+def with_switches(recipe: Recipe, changes: dict[str, str]) -> Recipe:
+    """The recipe with the changes to its methods, which are taken out of `changes`.
+
+    Raises:
+        InputError: a change to a method that the recipe does not have, an unknown switch, or a wrong value.
+    """
+    stated: dict[str, dict[str, str]] = {}
+    for name in [name for name in changes if name.split(".")[0] in METHODS]:
+        method, _, switch = name.partition(".")
+        stated.setdefault(method, {})[switch] = changes.pop(name)
+    held = {method.name: method for method in getattr(recipe, "methods", ())}
+    if strange := stated.keys() - held.keys():
+        raise InputError(f"'{min(strange)}' is no method of this row; its methods are: {', '.join(held) or 'none'}")
+    return recipe.replace(methods=[one.replace(**stated.get(name, {})) for name, one in held.items()]) if stated else recipe
+
+
+def shared_with_teacher(recipe: Recipe, changes: dict[str, str]) -> dict[str, str]:
+    """The changes, and those that decide what images the detectors see and how they compute, for the teacher too."""
+    if getattr(recipe, "teacher", None) is None:
+        return changes
+    shared = {f"teacher.{name}": value for name, value in changes.items() if name.split(".")[0] in SHARED}
+    return shared | changes  # in this order: what is stated for the teacher holds

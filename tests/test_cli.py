@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from detrdistill import cli
+from detrdistill import cli, parameters
 from detrdistill.data.layout import pinned_preset
 from detrdistill.errors import InputError, NonFiniteError
 from detrdistill.recipes.identity import run_id
@@ -241,7 +241,7 @@ def test_parents_of_later_seeds_are_found_with_a_student_s_seed():
         runs = named_runs(TABLES, get_presets("mini"), (seed,))
         found |= {name: seed for name, recipe in runs.items() if not isinstance(recipe, Recipe) or recipe.schedule.steps == 4000}
     assert 1 < list(found.values()).count(3) < len(found), "of either seed"
-    assert all(run_id(cli.named_run("mini", name, seed)[0]) == name for name, seed in found.items())
+    assert all(run_id(parameters.named_run("mini", name, seed)[0]) == name for name, seed in found.items())
 
 
 def test_tune_runs_what_a_row_misses_and_says_what_was_best(monkeypatch, capsys, tmp_path, refused):
@@ -332,7 +332,7 @@ def test_wrong_switches_are_refused(monkeypatch, capsys, row, change, part):
 @pytest.mark.parametrize("detectors", [(), ("deformable_detr",), ("conditional_detr",), ("adamixer",)])
 def test_every_run_that_the_batch_names_is_known(detectors):
     """Whatever detectors it was asked for, and whatever seed."""
-    from detrdistill.cli import named_run
+    from detrdistill.parameters import named_run
     from detrdistill.recipes.presets import get_preset, get_presets
     from detrdistill.recipes.recipe import CropRecipe
     from detrdistill.recipes.tables import TABLES, named_runs

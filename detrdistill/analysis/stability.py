@@ -30,10 +30,7 @@ def instability(assigned: np.ndarray) -> dict[str, np.ndarray]:
     numbers = np.arange(assigned.max(initial=-1) + 1)[:, None, None, None]
     holds = assigned == numbers  # [N S B Q]
     holder = np.where(holds.any(-1), holds.argmax(-1), -1)
-    return {
-        "queries": (assigned[1:] != assigned[:-1]).sum(-1).T,
-        "objects": (holder[:, 1:] != holder[:, :-1]).sum(0).T,
-    }
+    return {"queries": (assigned[1:] != assigned[:-1]).sum(-1).T, "objects": (holder[:, 1:] != holder[:, :-1]).sum(0).T}
 
 
 def instability_table(

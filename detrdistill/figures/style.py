@@ -25,12 +25,7 @@ WIDTH = 7.2  # inches: two columns of a paper
 BLUE, AMBER, GREEN, RED, PINK, BROWN, ROSE, GREY, YELLOW, SKY = (
     "#0173b2", "#de8f05", "#029e73", "#d55e00", "#cc78bc", "#ca9161", "#fbafe4", "#949494", "#ece133", "#56b4e9"
 )  # fmt: skip
-COLOURS = {
-    "student": BLUE,
-    "detrdistill": RED,
-    "teacher": GREEN,
-    "ground truth": "#222222",
-}
+COLOURS = {"student": BLUE, "detrdistill": RED, "teacher": GREEN, "ground truth": "#222222"}
 OTHERS = (PINK, BROWN, SKY, "#7a5195", "#5d7a1f", GREY, ROSE, "#3b5b92")  # for settings without a colour of their own, in order
 TEXT, FAINT = "#222222", "#6f6f6f"
 

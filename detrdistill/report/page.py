@@ -18,15 +18,9 @@ from detrdistill.statistics import AGAINST, HOLDS, NO_EFFECT, NO_GAIN, ONE_SEED,
 # Words that may be said of a difference or a row, a sign for those who do not see colours, and what they mean.
 STATUSES = {
     "reproduced": ("✓", f"on COCO itself: AP within {REPRODUCED_WITHIN:g} of the published value"),
-    HOLDS: (
-        "▲",
-        "positive: the adjusted interval excludes 0. Of a row, by its own interval: above the plain student",
-    ),
+    HOLDS: ("▲", "positive: the adjusted interval excludes 0. Of a row, by its own interval: above the plain student"),
     HOLDS + SMALL: ("△", f"positive, but smaller than the margin of {MARGIN:g} AP"),
-    AGAINST: (
-        "▼",
-        "negative: the adjusted interval excludes 0. Of a row, by its own interval: below the plain student",
-    ),
+    AGAINST: ("▼", "negative: the adjusted interval excludes 0. Of a row, by its own interval: below the plain student"),
     AGAINST + SMALL: ("▽", f"negative, but smaller than the margin of {MARGIN:g} AP"),
     NO_EFFECT: ("≈", f"whatever the difference is, it is smaller than {MARGIN:g} AP: the 90 % interval lies within the margin"),
     NO_GAIN: ("≤", f"it may be harm, but no gain of {MARGIN:g} AP: the 90 % interval ends below the margin"),
@@ -40,62 +34,7 @@ STATUS = "Status"
 NUMBER = re.compile(r"[+-]?\d+(\.\d+)?( ± \d+(\.\d+)?)?( \(one seed\))?|\d+ of \d+")
 
 
-STYLE = """
-:root {
-  color-scheme: light dark;
-  --paper: #ffffff; --text: #222222; --faint: #6a6a6a; --line: #d9d9d9; --link: #0b5fa5;
-  --good: #0173b2; --fair: #8a5a00; --bad: #b04a00; --idle: #6a6a6a;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --paper: #16181b; --text: #e4e4e4; --faint: #a0a0a0; --line: #3a3d42; --link: #7fc1f5;
-    --good: #6db8ee; --fair: #e8b04a; --bad: #f39a5b; --idle: #a0a0a0;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 76rem; background: var(--paper); color: var(--text);
-  font: 1rem/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 0.5rem; }
-h2 { font-size: 1.25rem; line-height: 1.3; margin: 0 0 0.5rem; }
-p { margin: 0 0 0.6rem; max-width: 52rem; }
-a { color: var(--link); }
-section, nav { border-top: 1px solid var(--line); margin-top: 2rem; padding-top: 1.4rem; }
-nav ol { list-style: none; margin: 0; padding: 0; }
-nav li { padding: 0.2rem 0; display: flex; flex-wrap: wrap; gap: 0.2rem 1rem; align-items: baseline; }
-nav li > a { flex: 0 0 min(22rem, 100%); }
-.chips { display: inline-flex; flex-wrap: wrap; gap: 0.3rem; }
-.chip { display: inline-block; border: 1px solid currentColor; border-radius: 1rem; padding: 0 0.55rem; font-size: 0.8rem;
-  white-space: nowrap; color: var(--idle); }
-.good { color: var(--good); } .fair { color: var(--fair); } .bad { color: var(--bad); }
-.none { border-style: dashed; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.25rem 0.8rem; margin: 0.8rem 0 0; font-size: 0.9rem; }
-dd { margin: 0; color: var(--faint); }
-.table { overflow-x: auto; margin: 0.8rem 0; }
-table { border-collapse: collapse; font-size: 0.85rem; border-top: 2px solid var(--text); border-bottom: 2px solid var(--text); }
-th, td { padding: 0.25rem 0.4rem; text-align: left; vertical-align: top; }
-thead th { border-bottom: 1px solid var(--text); vertical-align: bottom; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
-td.number { white-space: nowrap; }
-tbody tr + tr > * { border-top: 1px solid var(--line); }
-tbody tr.group > * { border-top-color: var(--text); }
-.shared { width: 6rem; }
-.empty { color: var(--faint); font-style: italic; white-space: nowrap; }
-.note, .files, figcaption { font-size: 0.85rem; color: var(--faint); }
-figure { margin: 1.2rem 0; }
-figure img { display: block; width: 100%; max-width: 52rem; height: auto; background: #ffffff; border-radius: 4px; }
-@media print {
-  :root { --paper: #ffffff; --text: #000000; --faint: #444444; --line: #bbbbbb; --link: #000000;
-    --good: #01507c; --fair: #6b4600; --bad: #8a3a00; --idle: #444444; }
-  body { padding: 0; max-width: none; font-size: 9pt; }
-  .table { overflow: visible; }
-  .shared { width: auto; }
-  table { font-size: 6.5pt; }
-  th, td { padding: 1pt 3pt; }
-  .chip { font-size: 6.5pt; padding: 0 3pt; }
-  figure, tr, h2 { break-inside: avoid; }
-  h2 { break-after: avoid; }
-}
-"""
+STYLE = Path(__file__).with_name("page.css")
 
 LOOKS = {
     "reproduced": "good", HOLDS: "good", HOLDS + SMALL: "good", AGAINST: "bad", AGAINST + SMALL: "bad", UNDECIDED: "fair",
@@ -144,7 +83,7 @@ def write_page(folder: Path, title: str, about: str, sections: Sequence[Section]
         '<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title>",
-        f"<style>{STYLE}</style>",
+        f"<style>\n{STYLE.read_text(encoding='utf-8')}</style>",
         "</head>",
         "<body>",
         f"<header><h1>{escape(title)}</h1>{''.join(paragraphs)}</header>",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from detrdistill import cli
 from detrdistill.checkpoints.formats import read_detector_weights
 from detrdistill.checkpoints.hugging_face import export_hugging_face
-from detrdistill.checkpoints.names import ADAMIXER, COCO_91, rename
+from detrdistill.checkpoints.names import COCO_91, OFFICIAL_ADAMIXER, rename
 from detrdistill.checkpoints.pretrained import load_detector_weights, load_pretrained
 from detrdistill.errors import InputError
 from detrdistill.models import build_detector
@@ -44,7 +44,7 @@ def official_state(kind: str, detector: nn.Module) -> dict[str, Tensor]:
     """A detector's tensors as the official code would save them, repeated tensors included."""
     state = {name: value for name, value in detector.state_dict().items() if not name.endswith("num_batches_tracked")}
     if kind == "adamixer":
-        return {rename(name, [(ours, theirs) for theirs, ours in ADAMIXER]): value for name, value in state.items()}
+        return {rename(name, [(ours, theirs) for theirs, ours in OFFICIAL_ADAMIXER]): value for name, value in state.items()}
     inside = (
         r"(level_embed|reference_points|enc_output|pos_trans)" if kind.startswith("deformable") else r"(norm|query_scale|ref_point_head)\."
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from detrdistill import boxes, criterion
-from detrdistill.checkpoints.names import ADAMIXER, CONDITIONAL, DEFORMABLE, our_name, our_state
+from detrdistill.checkpoints.names import OFFICIAL_CONDITIONAL, OFFICIAL_DEFORMABLE, our_name, our_state
 from detrdistill.matching import Problem, match
 from detrdistill.models import adamixer, attention, conditional_detr
 from detrdistill.models.adamixer import AdaMixer, AdaptiveMixing, Neck, Stage
@@ -144,7 +144,8 @@ def deformable_model(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
         oracle.expect_gradient(f"feat{i}", feature.grad)
     if "grad.query_embed.weight" in oracle.tensors:
         oracle.expect_gradient("query_embed.weight", parameters["query_embed.weight"].grad)
-    oracle.expect_gradient_norms({name: parameters[our_name(name, DEFORMABLE, one_head(oracle))].grad for name in oracle.meta["grad_norm"]})
+    ours = {name: our_name(name, OFFICIAL_DEFORMABLE, one_head(oracle)) for name in oracle.meta["grad_norm"]}
+    oracle.expect_gradient_norms({name: parameters[own].grad for name, own in ours.items()})
     oracle.expect_all_compared()
 
 
@@ -260,7 +261,7 @@ def conditional_model(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = dict(model.named_parameters())
     oracle.expect_gradient("src", source.grad)
     oracle.expect_gradient("query_embed.weight", parameters["query_embed.weight"].grad)
-    oracle.expect_gradient_norms({name: parameters[our_name(name, CONDITIONAL)].grad for name in oracle.meta["grad_norm"]})
+    oracle.expect_gradient_norms({name: parameters[our_name(name, OFFICIAL_CONDITIONAL)].grad for name in oracle.meta["grad_norm"]})
     oracle.expect_all_compared()
 
 
@@ -296,13 +297,13 @@ def build_conditional(backbone: nn.Module, oracle: Oracle, **sizes: int) -> Cond
     """The detector of an oracle, in evaluation mode, loaded strictly from the official parameters."""
     config = oracle.config
     model = ConditionalDETR(backbone, classes=config["num_classes"], queries=config["num_queries"], dropout=0.0, **sizes)
-    model.load_state_dict(our_state(oracle.parameters(), CONDITIONAL))
+    model.load_state_dict(our_state(oracle.parameters(), OFFICIAL_CONDITIONAL))
     return model.to(oracle.dtype).eval()
 
 
 def our_part(oracle: Oracle, theirs: str, ours: str) -> dict[str, Tensor]:
     """Parameters of an AdaMixer's part alone, which lies under these names in the whole."""
-    whole = our_state({theirs + name: value for name, value in oracle.parameters().items()}, ADAMIXER)
+    whole = our_state({theirs + name: value for name, value in oracle.parameters().items()}, OFFICIAL_ADAMIXER)
     return {name.removeprefix(ours): value for name, value in whole.items()}
 
 
@@ -355,7 +356,7 @@ def adamixer_mixing(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
 
 def adamixer_model(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
     config = oracle.config
-    official = our_state(oracle.parameters(), ADAMIXER)
+    official = our_state(oracle.parameters(), OFFICIAL_ADAMIXER)
     model = AdaMixer(
         Channels([], config["strides"]), classes=config["num_classes"], dim=config["content_dim"], channels=config["feat_channels"],
         heads=config["num_heads"], ffn=config["feedforward_channels"], decoder_layers=config["num_stages"],
@@ -389,7 +390,7 @@ def adamixer_model(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
         oracle.expect_gradient(f"iof_tau.{stage}", parameters[f"stages.{stage}.iof_tau"].grad)
     # In the first stage all boxes are equal: nothing but rounding is left of the bias.
     assert parameters["stages.0.iof_tau"].grad.abs().max() < 1e-6
-    grads = {name: getattr(parameters.get(our_name(name, ADAMIXER)), "grad", None) for name in oracle.meta["grad_norm"]}
+    grads = {name: getattr(parameters.get(our_name(name, OFFICIAL_ADAMIXER)), "grad", None) for name in oracle.meta["grad_norm"]}
     oracle.expect_gradient_norms(grads)
     single_stage(oracle, model, [x.detach() for x in maps], monkeypatch)
     oracle.expect_all_compared(except_for=["grad.iof_tau.0"])
@@ -438,7 +439,7 @@ def full_adamixer(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
         ffn=stage["ffn.layers.0.0.bias"][0], decoder_layers=config["num_stages"], queries=config["num_queries"],
         in_points=all_points // groups, out_points=out_points, groups=groups,
     )  # fmt: skip
-    model.load_state_dict(our_state(oracle.parameters(), ADAMIXER))
+    model.load_state_dict(our_state(oracle.parameters(), OFFICIAL_ADAMIXER))
     model.to(oracle.dtype).eval()
     pixels, padding = formula_images(oracle, config["img_shape"], config["padded_hw"])
     with torch.no_grad():
@@ -568,7 +569,7 @@ def build(
         # No published detector has this, so recipes do not either; small oracles do.
         for layer in model.encoder:
             layer.self_attn = DeformableAttention(dim, heads, levels, encoder_points)
-    model.load_state_dict(our_state(oracle.parameters(), DEFORMABLE, one_head(oracle)))
+    model.load_state_dict(our_state(oracle.parameters(), OFFICIAL_DEFORMABLE, one_head(oracle)))
     return model.to(oracle.dtype).eval()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from detrdistill.checkpoints.names import ADAMIXER, CONDITIONAL, DEFORMABLE, Table, our_name
+from detrdistill.checkpoints.names import OFFICIAL_ADAMIXER, OFFICIAL_CONDITIONAL, OFFICIAL_DEFORMABLE, Table, our_name
 from detrdistill.models.adamixer import AdaMixer
 from detrdistill.models.conditional_detr import ConditionalDETR
 from detrdistill.models.deformable_detr import DeformableDETR
@@ -17,13 +17,13 @@ OFFICIAL = json.loads((SELECTION / "state_dict_keys.json").read_text(encoding="u
 # A ResNet-50 without its weights, from C2 and from C3 on.
 C2_TO_C5, C3_TO_C5 = Channels([256, 512, 1024, 2048], [4, 8, 16, 32]), Channels([512, 1024, 2048])
 MODELS = {
-    "conditional_detr_r50": (lambda: ConditionalDETR(C3_TO_C5, classes=91), CONDITIONAL),
-    "deformable_detr_r50": (lambda: DeformableDETR(C3_TO_C5, classes=91), DEFORMABLE),
-    "deformable_detr_r50_box_refine": (lambda: DeformableDETR(C3_TO_C5, classes=91, form="box_refine"), DEFORMABLE),
-    "deformable_detr_r50_two_stage": (lambda: DeformableDETR(C3_TO_C5, classes=91, form="two_stage"), DEFORMABLE),
-    "deformable_detr_r50_single_scale": (lambda: DeformableDETR(C3_TO_C5, classes=91, levels=1), DEFORMABLE),
+    "conditional_detr_r50": (lambda: ConditionalDETR(C3_TO_C5, classes=91), OFFICIAL_CONDITIONAL),
+    "deformable_detr_r50": (lambda: DeformableDETR(C3_TO_C5, classes=91), OFFICIAL_DEFORMABLE),
+    "deformable_detr_r50_box_refine": (lambda: DeformableDETR(C3_TO_C5, classes=91, form="box_refine"), OFFICIAL_DEFORMABLE),
+    "deformable_detr_r50_two_stage": (lambda: DeformableDETR(C3_TO_C5, classes=91, form="two_stage"), OFFICIAL_DEFORMABLE),
+    "deformable_detr_r50_single_scale": (lambda: DeformableDETR(C3_TO_C5, classes=91, levels=1), OFFICIAL_DEFORMABLE),
     # The table holds one of its equal stages.
-    "adamixer_r50": (lambda: AdaMixer(C2_TO_C5, classes=80, decoder_layers=1), ADAMIXER),
+    "adamixer_r50": (lambda: AdaMixer(C2_TO_C5, classes=80, decoder_layers=1), OFFICIAL_ADAMIXER),
 }
 
 

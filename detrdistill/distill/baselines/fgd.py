@@ -47,11 +47,7 @@ class FGDLoss(nn.Module):
         self.student_context, self.teacher_context = GlobalContext(teacher_dim), GlobalContext(teacher_dim)
 
     def forward(
-        self,
-        student: Float[Tensor, "B E H W"],
-        teacher: Float[Tensor, "B D H W"],
-        padding: Bool[Tensor, "B H W"],
-        targets: Targets,
+        self, student: Float[Tensor, "B E H W"], teacher: Float[Tensor, "B D H W"], padding: Bool[Tensor, "B H W"], targets: Targets
     ) -> dict[str, Float[Tensor, ""]]:
         student, valid = self.align(student), inside(padding, teacher)
         foreground, background = object_masks(targets, padding)

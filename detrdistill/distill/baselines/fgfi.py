@@ -79,10 +79,7 @@ def anchors(scales: Sequence[float], ratios: Sequence[float]) -> list[tuple[floa
 
 @torch.no_grad()
 def near_anchors(
-    targets: Targets,
-    padding: Sequence[Bool[Tensor, "B _ _"]],
-    anchors: Sequence[tuple[float, float, float, float]],
-    threshold: float,
+    targets: Targets, padding: Sequence[Bool[Tensor, "B _ _"]], anchors: Sequence[tuple[float, float, float, float]], threshold: float
 ) -> list[Int[Tensor, "B _ _"]]:
     """For each cell, a map a level, the number of pairs of an object and an anchor of the cell whose IoU is above the threshold."""
     shapes = constants(anchors, targets.boxes)

@@ -53,11 +53,7 @@ class FKDLoss(nn.Module):
         self.teacher_relation = NonLocal(teacher_dim, reduction, pool)
 
     def forward(
-        self,
-        student: Float[Tensor, "B E H W"],
-        teacher: Float[Tensor, "B D H W"],
-        padding: Bool[Tensor, "B H W"],
-        targets: Targets,
+        self, student: Float[Tensor, "B E H W"], teacher: Float[Tensor, "B D H W"], padding: Bool[Tensor, "B H W"], targets: Targets
     ) -> dict[str, Float[Tensor, ""]]:
         valid = inside(padding, student)
         mask = (spatial_attention(student, padding, self.temperature) + spatial_attention(teacher, padding, self.temperature)) / 2
