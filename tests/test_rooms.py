@@ -1,6 +1,10 @@
 """The house stays one that a stranger finds their way in: imports run one way, and no room or file grows out of hand."""
 
 import ast
+import json
+import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -108,3 +112,17 @@ def test_every_room_is_in_the_order() -> None:
 def test_no_lambda_is_given_a_name() -> None:
     for path in FILES:
         assert "E731" not in path.read_text(encoding="utf-8"), f"{path.relative_to(PACKAGE)}: a named lambda; write a function"
+
+
+def test_no_name_is_undefined() -> None:
+    """Ruff's rule for it is off, since it takes the letters of jaxtyping's shapes ("B Q 4") for names: those are left out here."""
+    words = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "json", "--no-cache"]
+    folders = ("detrdistill", "tests", "benchmarks")
+    listed = subprocess.run([*words, *folders], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
+    undefined = []
+    for one in json.loads(listed.stdout):
+        name = one["message"].split("`")[1]
+        line = Path(one["filename"]).read_text(encoding="utf-8").splitlines()[one["location"]["row"] - 1]
+        if not re.search(rf'"[^"]*\b{re.escape(name)}\b[^"]*"', line):
+            undefined.append(f"{one['filename']}:{one['location']['row']}: {name}")
+    assert not undefined

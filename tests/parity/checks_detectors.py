@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from detrdistill import boxes, criterion
-from detrdistill.checkpoints.names import OFFICIAL_CONDITIONAL, OFFICIAL_DEFORMABLE, our_name, our_state
+from detrdistill.checkpoints.names import OFFICIAL_ADAMIXER, OFFICIAL_CONDITIONAL, OFFICIAL_DEFORMABLE, our_name, our_state
 from detrdistill.matching import Problem, match
 from detrdistill.models import adamixer, attention, conditional_detr
 from detrdistill.models.adamixer import AdaMixer, AdaptiveMixing, Neck, Stage
