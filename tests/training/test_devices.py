@@ -74,11 +74,14 @@ def test_who_loads_images_if_nothing_is_said(monkeypatch, device, cores, process
 
 
 def recipes(detector: str) -> list[Recipe]:
-    """All students of all tables, and a two-stage one."""
+    """A student of each method and its switches, and a two-stage one; of other detectors one of each method: losses know no detector."""
     found = [one for one in named_runs(TABLES, [get_preset("smoke", detector)], [0]).values() if isinstance(one, Recipe)]
     if detector == "deformable_detr":
+        found = list({one.methods: one for one in found}.values())
         taught = next(one for one in found if one.methods)
         found.append(taught.replace(**{"form": "two_stage", "teacher.form": "two_stage"}))
+    else:
+        found = list({tuple(method.name for method in one.methods): one for one in found}.values())
     if detector == "adamixer":
         return found
     # Two layers of an encoder do what six do.
