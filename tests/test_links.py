@@ -17,6 +17,12 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+@pytest.mark.parametrize("page", sorted(ROOT.glob("results/reference/*/index.html")), ids=lambda page: page.parent.name)
+def test_pages_of_what_we_measured_lack_nothing(page: Path) -> None:
+    named = re.findall(r'(?:src|href)="([^"#:]+)"', page.read_text(encoding="utf-8"))
+    assert named and not [name for name in named if not (page.parent / unquote(name)).exists()]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(page: Path) -> None:
     dead = []

@@ -93,7 +93,7 @@ def test_a_room_has_no_circle_of_files() -> None:
 
 
 def test_sizes() -> None:
-    """docs/design.md says why: the core is to be read in an afternoon, and no room is the house."""
+    """The core is to be read in an afternoon, and no room is the house."""
     total, rooms = sum(map(lines, FILES)), Counter()
     for path in FILES:
         rooms[room(path)] += lines(path)

@@ -89,7 +89,7 @@ def write_report(
     store = open_store(preset_name) if store_root is None else Store(store_root)
     style.check_formats(formats)
     source, place = source or store, Place(store.root, tuple(formats))
-    made = [make_table(name, presets, seeds) for name in tables_of(preset_name, tables, store)]
+    made = [make_table(name, presets, seeds) for name in tables_of(preset_name, tables, store, source)]
     frames = [collect(table, source) for table in made]
     # Of all tables, whichever are shown: every run of a detector tells how large its noise is.
     everything = [make_table(name, presets, seeds) for name in TABLES]
@@ -131,9 +131,9 @@ def stored_seeds(
     return tuple(seed for seed in sorted(seeds) if has_student(seed)) or (0,)
 
 
-def tables_of(preset_name: str, tables: Sequence[str], store: Store) -> list[str]:
+def tables_of(preset_name: str, tables: Sequence[str], *stores: Store) -> list[str]:
     """Those named, or else the preset's usual ones, and those that are there already; in the paper's order. (Not `WEIGHTS`.)"""
-    there = {name for name in TABLES if (store.root / "tables" / f"{name}.csv").exists()}
+    there = {name for name in TABLES if any((store.root / "tables" / f"{name}.csv").exists() for store in stores)}
     names = (there | set(tables or usual_tables(preset_name))) - {WEIGHTS}
     return sorted(names, key=[*TABLES, *names].index)
 

@@ -61,7 +61,8 @@ class Store:
 
     @property
     def has_runs(self) -> bool:
-        return any((self.root / "runs").glob("*/record.json"))
+        """Whether a run is complete that was not taken from the committed reference."""
+        return any(not path.with_name(MARK).exists() for path in (self.root / "runs").glob("*/record.json"))
 
     def is_stored(self, record: Record) -> bool:
         """Whether the run was taken from the committed reference instead of trained here."""

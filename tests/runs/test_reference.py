@@ -96,7 +96,9 @@ def test_a_damaged_reference_is_refused_and_nothing_is_left(committed: Store, tm
 def test_what_is_shown_is_one_s_own_as_soon_as_there_is_a_run(committed: Store, tmp_path: Path) -> None:
     own = Store(tmp_path / "own")
     assert reference.to_show("smoke", own).root == committed.root
-    go(TEACHER, own)
+    go(TEACHER, own, reference=True)
+    assert reference.to_show("smoke", own).root == committed.root, "a teacher that was taken is no run of one's own"
+    go(STUDENT, own)
     assert reference.to_show("smoke", own) is own
     assert reference.to_show("quick", Store(tmp_path / "none")).root == tmp_path / "none", "nothing is committed for it"
 
