@@ -29,7 +29,8 @@ def weight_trials(frame: pd.DataFrame, note: str = "") -> Figure:
         for axes, ((detector, _), trials) in zip(panels, rows, strict=False):
             axes.set_title("\n".join([detector, *textwrap.wrap(trials["title"].iloc[0], 24)]), loc="left", fontsize=7.5)
             axes.set_xscale("log")
-            axes.set_xticks(trials["multiplier"].tolist(), minor=False)
+            factors = sorted(trials["multiplier"])
+            axes.set_xticks(factors[:: -(-len(factors) // 5)], minor=False)  # a panel has room for five numbers
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.tick_params(axis="x", labelsize=6.5)
