@@ -20,8 +20,8 @@ from benchmarks.measure import Table
 from detrdistill.distill.build import build_distiller
 from detrdistill.distill.distiller import Distiller
 from detrdistill.models.outputs import DetectorOutput
+from detrdistill.recipes.parts import BackboneRecipe
 from detrdistill.recipes.presets import get_preset
-from detrdistill.recipes.recipe import BackboneRecipe
 from detrdistill.training.fabric import make_fabric
 
 COLUMNS = ("check", "what", "value", "unit", "aim", "passed", "seconds", "note")

@@ -20,8 +20,8 @@ from benchmarks.distillation import CLASSES
 from benchmarks.gpu_report import Lesson, Report
 from detrdistill.models import attention
 from detrdistill.process import share_of_cores
+from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.presets import get_preset
-from detrdistill.recipes.recipe import Folder
 from detrdistill.runs.load import open_split
 from detrdistill.training.batches import Draws, micro_batches
 

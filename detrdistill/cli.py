@@ -111,7 +111,7 @@ def check(folder: tyro.conf.Positional[Path], /) -> None:
     """Validate a data folder of COCO json and images, and list every fault and what would be done about it."""
     from detrdistill.data.coco import open_dataset, require_same_categories
     from detrdistill.data.layout import data_cache
-    from detrdistill.recipes.recipe import Folder
+    from detrdistill.recipes.parts import Folder
 
     splits = {split: open_dataset(Folder(path=folder), split, data_cache(), None) for split in ("train", "val")}
     require_same_categories(*splits.values())

@@ -13,8 +13,9 @@ from detrdistill.data.layout import pinned_preset
 from detrdistill.errors import InputError
 from detrdistill.recipes.identity import all_runs
 from detrdistill.recipes.methods import METHODS
+from detrdistill.recipes.parts import Digits
 from detrdistill.recipes.presets import PRESETS, Preset, get_preset, get_presets
-from detrdistill.recipes.recipe import CropRecipe, Digits, Recipe
+from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.recipes.schema import Strict
 from detrdistill.recipes.tables import TABLES, make_table, only_parents
 from detrdistill.recipes.words import DEFORMABLE, DETECTORS

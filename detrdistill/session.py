@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Self
 
 from detrdistill.data.layout import data_cache, layout
 from detrdistill.parameters import make_presets, read_parameters, require_images
+from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.presets import Preset
-from detrdistill.recipes.recipe import Folder, Recipe
+from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.words import DETECTORS
 from detrdistill.records import Record, short_commit
 from detrdistill.runs.provenance import provenance

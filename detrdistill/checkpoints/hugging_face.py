@@ -19,7 +19,7 @@ from detrdistill.errors import InputError
 from detrdistill.files import atomic, write_text
 from detrdistill.models import ConditionalDETR, DeformableDETR
 from detrdistill.models.weights import named_tensors, read_json, read_pickle, read_weights
-from detrdistill.recipes.recipe import Resize
+from detrdistill.recipes.parts import Resize
 
 # Transformers' words for the ResNets.
 _RESNETS: dict[str, dict[str, Any]] = {

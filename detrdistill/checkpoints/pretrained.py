@@ -17,7 +17,8 @@ from detrdistill.checkpoints.sizes import recipe_fields
 from detrdistill.errors import InputError
 from detrdistill.models import build_detector
 from detrdistill.models.weights import few, fit
-from detrdistill.recipes.recipe import Recipe, Schedule
+from detrdistill.recipes.parts import Schedule
+from detrdistill.recipes.recipe import Recipe
 
 
 def load_pretrained(

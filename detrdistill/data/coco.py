@@ -24,7 +24,7 @@ from detrdistill.data.transforms import ImageTransform
 from detrdistill.data.validation import load_annotations
 from detrdistill.errors import InputError
 from detrdistill.models.outputs import Targets
-from detrdistill.recipes.recipe import Digits, Folder
+from detrdistill.recipes.parts import Digits, Folder
 
 Sample = tuple[Float[Tensor, "3 H W"], dict[str, Any]]
 Prepared = tuple[tv_tensors.Image, dict[str, Tensor]]

@@ -21,7 +21,7 @@ from PIL import Image
 
 from detrdistill.errors import InputError
 from detrdistill.files import file_hash, make_folder, writing
-from detrdistill.recipes.recipe import Digits
+from detrdistill.recipes.parts import Digits
 
 log = logging.getLogger(__name__)
 

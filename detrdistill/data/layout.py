@@ -9,8 +9,9 @@ from typing import Any, Literal, TypeVar
 from detrdistill.data.digits import write_digits
 from detrdistill.errors import InputError
 from detrdistill.files import nearby
+from detrdistill.recipes.parts import Digits, Folder
 from detrdistill.recipes.presets import Preset
-from detrdistill.recipes.recipe import CropRecipe, Digits, Folder, Recipe
+from detrdistill.recipes.recipe import CropRecipe, Recipe
 
 Split = Literal["train", "val"]
 R = TypeVar("R", Recipe, CropRecipe, Recipe | CropRecipe)

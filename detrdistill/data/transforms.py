@@ -13,7 +13,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from detrdistill.recipes.recipe import Resize
+from detrdistill.recipes.parts import Resize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which the backbones' weights expect
 GREY = {tv_tensors.Image: [round(255 * mean) for mean in MEAN], "others": 0}  # 0 after normalisation, as the padding of a batch is

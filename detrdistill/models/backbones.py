@@ -18,7 +18,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from detrdistill.errors import InputError
 from detrdistill.files import file_hash, nearby
 from detrdistill.models.weights import named_tensors, read_pickle
-from detrdistill.recipes.recipe import BackboneRecipe, WeightsFile
+from detrdistill.recipes.parts import BackboneRecipe, WeightsFile
 
 Norm = Callable[[int], nn.Module]
 

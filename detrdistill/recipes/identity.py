@@ -6,7 +6,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from detrdistill.recipes.recipe import CropRecipe, Folder, Recipe
+from detrdistill.recipes.parts import Folder
+from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.recipes.schema import Strict
 
 

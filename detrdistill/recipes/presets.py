@@ -9,7 +9,8 @@ from pathlib import Path
 
 from detrdistill.errors import InputError
 from detrdistill.recipes.methods import METHODS, DETRDistill, Method
-from detrdistill.recipes.recipe import BackboneRecipe, CropTraining, Digits, Folder, Recipe, Resize, Schedule, WeightsFile
+from detrdistill.recipes.parts import BackboneRecipe, CropTraining, Digits, Folder, Resize, Schedule, WeightsFile
+from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.words import ADAMIXER, CONDITIONAL, DEFORMABLE, DETECTORS
 
 DETECTORS_OF = {"quick": (DEFORMABLE,)}  # presets that have recipes for some detectors alone

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from detrdistill.recipes.methods import Method
+from detrdistill.recipes.parts import Digits
 from detrdistill.recipes.presets import Preset
-from detrdistill.recipes.recipe import Digits, Recipe
+from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.words import DETECTORS, TITLES
 
 

@@ -16,8 +16,9 @@ from detrdistill.figures.loss_parts import loss_parts
 from detrdistill.figures.residuals import residuals
 from detrdistill.figures.weights import weight_trials
 from detrdistill.published import in_words, published
+from detrdistill.recipes.parts import Digits
 from detrdistill.recipes.presets import Preset, get_presets
-from detrdistill.recipes.recipe import Digits, Recipe
+from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.rows import Row, Table
 from detrdistill.recipes.tables import TABLES, WEIGHTS, make_table, usual_tables
 from detrdistill.report.claims import NOTE, board, claim_cells, weigh, write_claims

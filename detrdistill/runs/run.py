@@ -23,7 +23,8 @@ from detrdistill.models.backbones import file_weights, imagenet_version
 from detrdistill.models.weights import classes_text, save_weights
 from detrdistill.process import keep_freed_memory
 from detrdistill.recipes.identity import parents, run_id
-from detrdistill.recipes.recipe import CropRecipe, Digits, Folder, Recipe, WeightsFile
+from detrdistill.recipes.parts import Digits, Folder, WeightsFile
+from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.records import Record
 from detrdistill.runs.load import load_detector, open_split, start_backbone
 from detrdistill.runs.provenance import code, provenance

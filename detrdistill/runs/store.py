@@ -9,7 +9,8 @@ from pathlib import Path
 from detrdistill.errors import InputError
 from detrdistill.files import file_hash, make_folder, write_text, writing
 from detrdistill.recipes.identity import run_id, same_run
-from detrdistill.recipes.recipe import CropRecipe, Folder, Recipe
+from detrdistill.recipes.parts import Folder
+from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.records import Record, read_record, record_text
 
 MARK = "stored.txt"  # beside the record of a run that was not trained here

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 
 from detrdistill.errors import InputError, NonFiniteError
 from detrdistill.recipes.identity import all_runs
+from detrdistill.recipes.parts import Digits
 from detrdistill.recipes.presets import Preset
-from detrdistill.recipes.recipe import CropRecipe, Digits, Recipe
+from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.recipes.rows import Presets
 from detrdistill.recipes.tables import components, feature_masks, follow_ups, logits, main_results, prior_methods
 from detrdistill.recipes.words import ADAMIXER, DETECTORS, TITLES

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from detrdistill.distill.distiller import Distiller
-from detrdistill.recipes.recipe import Schedule
+from detrdistill.recipes.parts import Schedule
 
 
 def make_optimizer(distiller: Distiller, schedule: Schedule) -> torch.optim.AdamW:

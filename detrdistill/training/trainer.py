@@ -16,7 +16,8 @@ from detrdistill.data.coco import Batch, CocoDataset
 from detrdistill.distill.distiller import Distiller
 from detrdistill.errors import NonFiniteError, StoppedError
 from detrdistill.process import on_sigterm
-from detrdistill.recipes.recipe import Recipe, Schedule
+from detrdistill.recipes.parts import Schedule
+from detrdistill.recipes.recipe import Recipe
 from detrdistill.training.batches import Draws, micro_batches, mix
 from detrdistill.training.checkpointing import Checkpoint, Stopwatch
 from detrdistill.training.evaluation import changes

@@ -17,8 +17,8 @@ from detrdistill.errors import InputError
 from detrdistill.figures.detections import Objects
 from detrdistill.matching import match
 from detrdistill.models import build_detector
+from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.presets import get_preset
-from detrdistill.recipes.recipe import Folder
 from detrdistill.recipes.words import DETECTORS
 from detrdistill.runs.load import load_detector, open_split
 from detrdistill.runs.store import Store

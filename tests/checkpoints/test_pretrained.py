@@ -20,7 +20,7 @@ from detrdistill.errors import InputError
 from detrdistill.models import build_detector
 from detrdistill.models.weights import classes_of, classes_text, save_weights
 from detrdistill.recipes.identity import run_id
-from detrdistill.recipes.recipe import BackboneRecipe, Schedule
+from detrdistill.recipes.parts import BackboneRecipe, Schedule
 from detrdistill.recipes.recipe import Recipe as FullRecipe
 from detrdistill.records import Record
 from detrdistill.runs.store import Store

@@ -13,7 +13,7 @@ from detrdistill.data.coco import Category, CocoDataset, collate, data_hash, ope
 from detrdistill.data.crops import object_crops
 from detrdistill.data.transforms import MEAN, STD, build_transform
 from detrdistill.errors import InputError
-from detrdistill.recipes.recipe import Digits, Folder, Resize
+from detrdistill.recipes.parts import Digits, Folder, Resize
 
 EVALUATION = build_transform(Resize(train="none", short=32, long=64), train=False)
 JITTER = build_transform(Resize(train="jitter", short=32, long=64), train=True)

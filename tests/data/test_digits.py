@@ -15,7 +15,7 @@ from PIL import Image
 from detrdistill.data import digits
 from detrdistill.data.digits import PHOTOS, SPLITS, VAL_DIGITS, damage, write_digits
 from detrdistill.errors import InputError
-from detrdistill.recipes.recipe import Digits
+from detrdistill.recipes.parts import Digits
 
 SPEC = Digits(size=64, train=24, val=12, seed=3)
 GOLDEN = (1, ["f210f01f38b2", "011b8b1823b9", "db8c9af59dfe", "da0f4b0b65fd", "f01465d6dbd4"])

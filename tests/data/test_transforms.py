@@ -6,7 +6,7 @@ from torchvision import tv_tensors
 from torchvision.ops import box_convert
 
 from detrdistill.data.transforms import MEAN, STD, RandomCropOfAnySize, build_transform, shorter_side
-from detrdistill.recipes.recipe import Resize
+from detrdistill.recipes.parts import Resize
 
 
 def scene(height=120, width=160):

@@ -21,7 +21,7 @@ from detrdistill.data.coco import CocoDataset, collate
 from detrdistill.data.crops import object_crops
 from detrdistill.data.transforms import build_transform
 from detrdistill.errors import InputError
-from detrdistill.recipes.recipe import Resize
+from detrdistill.recipes.parts import Resize
 from detrdistill.training.evaluation import coco_metrics
 
 SIZES = {1: (40, 30), 2: (30, 40), 3: (33, 33)}

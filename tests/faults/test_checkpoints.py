@@ -24,8 +24,9 @@ from detrdistill.errors import InputError
 from detrdistill.models import build_detector
 from detrdistill.models.backbones import Backbone, classifier, file_weights, imagenet_weights
 from detrdistill.recipes.identity import parents
+from detrdistill.recipes.parts import BackboneRecipe, Schedule
 from detrdistill.recipes.presets import smoke
-from detrdistill.recipes.recipe import BackboneRecipe, Recipe, Schedule
+from detrdistill.recipes.recipe import Recipe
 from detrdistill.runs.run import run
 from detrdistill.runs.store import Store
 from tests.models.small import CLASSES, small_detector, small_recipe

@@ -24,7 +24,7 @@ from detrdistill.data.transforms import build_transform
 from detrdistill.errors import InputError
 from detrdistill.matching import match
 from detrdistill.models.outputs import DetectorOutput, Targets
-from detrdistill.recipes.recipe import Resize
+from detrdistill.recipes.parts import Resize
 from detrdistill.report.page import Section, write_page
 from detrdistill.training.evaluation import evaluate
 from tests.folders import read_split, write_folder, write_split

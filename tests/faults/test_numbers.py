@@ -23,8 +23,9 @@ from detrdistill.files import file_hash
 from detrdistill.models import build_detector
 from detrdistill.models.weights import read_weights, save_weights
 from detrdistill.recipes.identity import parents
+from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.presets import get_preset, smoke
-from detrdistill.recipes.recipe import Folder, Recipe
+from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.words import DETECTORS
 from detrdistill.records import Record
 from detrdistill.runs import run as runs

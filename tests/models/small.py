@@ -4,7 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from detrdistill.models import build_detector
-from detrdistill.recipes.recipe import BackboneRecipe, Recipe, Schedule
+from detrdistill.recipes.parts import BackboneRecipe, Schedule
+from detrdistill.recipes.recipe import Recipe
 
 # What each detector needs beside the sizes they share.
 KINDS = {

@@ -11,7 +11,7 @@ from torchvision.ops import FrozenBatchNorm2d
 from detrdistill.errors import InputError
 from detrdistill.models import backbones
 from detrdistill.models.backbones import Backbone, NormedConv, PassedNorm, classifier, file_weights, imagenet_weights
-from detrdistill.recipes.recipe import BackboneRecipe, CropTraining
+from detrdistill.recipes.parts import BackboneRecipe, CropTraining
 
 THIN = {"name": "thin_resnet", "width": 8}
 CHANNELS = {

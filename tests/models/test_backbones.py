@@ -11,8 +11,8 @@ from torchvision import models
 
 from detrdistill.models.backbones import Backbone, Shortcut, classifier
 from detrdistill.recipes.identity import parents
+from detrdistill.recipes.parts import CropTraining, Digits, Schedule
 from detrdistill.recipes.recipe import BackboneRecipe as Recipe
-from detrdistill.recipes.recipe import CropTraining, Digits, Schedule
 from detrdistill.recipes.recipe import Recipe as RunRecipe
 from tests.models.small import randomise
 

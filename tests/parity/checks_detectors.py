@@ -21,7 +21,7 @@ from detrdistill.models.backbones import Backbone
 from detrdistill.models.conditional_detr import ConditionalDETR
 from detrdistill.models.deformable_detr import DeformableDETR, Memory, token_anchors
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
-from detrdistill.recipes.recipe import BackboneRecipe
+from detrdistill.recipes.parts import BackboneRecipe
 from detrdistill.training.evaluation import detections
 from tests.parity.oracle import PIXEL, SCALAR, Oracle, formula_weight
 

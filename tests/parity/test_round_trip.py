@@ -16,7 +16,8 @@ from detrdistill.checkpoints.pretrained import load_pretrained
 from detrdistill.data.transforms import build_transform, shorter_side
 from detrdistill.errors import InputError
 from detrdistill.models import build_detector
-from detrdistill.recipes.recipe import BackboneRecipe, Recipe, Resize, Schedule
+from detrdistill.recipes.parts import BackboneRecipe, Resize, Schedule
+from detrdistill.recipes.recipe import Recipe
 from detrdistill.training.evaluation import detections
 from tests.models.small import randomise, small_detector
 

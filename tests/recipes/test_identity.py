@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from detrdistill.recipes.identity import block, parents, run_id, same_run, treatment
+from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.presets import get_preset
-from detrdistill.recipes.recipe import CropRecipe, Folder, Recipe
+from detrdistill.recipes.recipe import CropRecipe, Recipe
 
 STUDENT = get_preset("coco").student
 

@@ -13,8 +13,9 @@ from detrdistill.files import file_hash
 from detrdistill.models.backbones import file_weights
 from detrdistill.recipes.identity import parents, run_id
 from detrdistill.recipes.methods import FGD, KDDETR, METHODS, DETRDistill
+from detrdistill.recipes.parts import BackboneRecipe, CropTraining, Digits, Folder, Resize, Schedule, WeightsFile
 from detrdistill.recipes.presets import PRESETS, get_preset, get_presets, smoke
-from detrdistill.recipes.recipe import BackboneRecipe, CropTraining, Digits, Folder, Recipe, Resize, Schedule, WeightsFile
+from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.tables import TABLES, named_runs
 from tests.folders import write_folder
 

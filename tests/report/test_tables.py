@@ -12,8 +12,9 @@ import pytest
 
 from detrdistill.errors import InputError
 from detrdistill.recipes.identity import run_id
+from detrdistill.recipes.parts import Digits, Folder
 from detrdistill.recipes.presets import get_preset
-from detrdistill.recipes.recipe import Digits, Folder, Recipe
+from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.rows import measured_on
 from detrdistill.recipes.tables import main_results, make_table
 from detrdistill.recipes.words import METRICS

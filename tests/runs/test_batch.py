@@ -13,8 +13,8 @@ import pytest
 
 from detrdistill.data.layout import pinned
 from detrdistill.recipes.identity import parents, run_id
+from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.presets import coco, get_preset, get_presets, smoke
-from detrdistill.recipes.recipe import Folder
 from detrdistill.recipes.tables import make_table
 from detrdistill.runs.plan import missing_runs, takable
 from detrdistill.runs.store import Store

@@ -19,8 +19,9 @@ from detrdistill.errors import InputError
 from detrdistill.files import file_hash
 from detrdistill.models.weights import read_weights
 from detrdistill.recipes.identity import parents, run_id
+from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.presets import smoke
-from detrdistill.recipes.recipe import Folder, Recipe
+from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.tables import named_runs
 from detrdistill.records import read_record
 from detrdistill.runs import load

@@ -22,8 +22,9 @@ from detrdistill.errors import InputError, NonFiniteError
 from detrdistill.models import build_detector
 from detrdistill.recipes.identity import parents
 from detrdistill.recipes.methods import DETRDistill
+from detrdistill.recipes.parts import BackboneRecipe, CropTraining, Schedule
 from detrdistill.recipes.presets import smoke
-from detrdistill.recipes.recipe import BackboneRecipe, CropRecipe, CropTraining, Recipe, Schedule
+from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.runs.load import open_split
 from detrdistill.runs.store import Store
 from detrdistill.training import checkpointing, trainer
