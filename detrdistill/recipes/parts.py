@@ -1,0 +1,137 @@
+"""What a recipe is made of: backbone, data, how images are prepared, schedule. No torch here."""
+
+from pathlib import Path
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from detrdistill.recipes.schema import Fraction, Strict
+
+
+class CropTraining(Strict):
+    """How a backbone learns to classify crops of the training objects before it detects: the stand-in for ImageNet."""
+
+    steps: PositiveInt = 600
+    batch: PositiveInt = 128
+    lr: PositiveFloat = 4e-3
+    weight_decay: NonNegativeFloat = 1e-2
+    size: PositiveInt = Field(32, description="crops are resized to this many pixels a side")
+    precision: Literal["fp32", "bf16"] = "bf16"
+    seed: NonNegativeInt = 0
+
+
+class WeightsFile(Strict):
+    """A state_dict file, known by its content; it lies in data/weights, beside the current folder or above, when a run needs it."""
+
+    name: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.sha256[:8]})"
+
+
+class BackboneRecipe(Strict):
+    """Convolutional backbone. Its BatchNorm is frozen when it starts from learned weights, trained when it starts from none."""
+
+    name: Literal["thin_resnet", "resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "resnet50"
+    width: PositiveInt = Field(16, description="channels of the first stage (thin_resnet only)")
+    blocks: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field((1, 1, 1, 1), description="blocks a stage (thin_resnet only)")
+    weights: Literal["none", "crops", "imagenet"] | WeightsFile | Path = Field(
+        "imagenet", description="none; crops: `crops` below; imagenet: torchvision's; a state_dict file by name and hash, or by its path"
+    )
+    crops: CropTraining | None = None
+    dilation: bool = Field(False, description="the last stage dilated instead of strided: DC5, stride 16")
+    stride_in_1x1: bool = Field(False, description="stride in a block's first 1x1 convolution, as MSRA's weights want it (ResNet-50, -101)")
+
+    @model_validator(mode="after")
+    def _weights_fit(self) -> Self:
+        if self.stride_in_1x1 and (self.name not in ("resnet50", "resnet101") or self.weights == "imagenet"):
+            raise ValueError(
+                "'stride_in_1x1' is for ResNet-50 and -101 with MSRA's weights from a file; torchvision's have their stride in the "
+                "3x3 convolution"
+            )
+        if self.name == "thin_resnet" and self.weights == "imagenet":
+            raise ValueError("no ImageNet weights exist for thin_resnet; use weights='crops' or 'none'")
+        defaults = {name: type(self).model_fields[name].default for name in ("width", "blocks")}
+        held = {name: getattr(self, name) for name in defaults}
+        if self.name != "thin_resnet" and held != defaults:
+            given, needed = (", ".join(f"{name} {value}" for name, value in one.items()) for one in (held, defaults))
+            raise ValueError(f"{self.name} has no width and no blocks to choose ({given}), thin_resnet has; set {needed}")
+        if self.weights == "crops" and self.crops is None:
+            raise ValueError("weights='crops' needs 'crops', the recipe of the crop training")
+        return self
+
+    @property
+    def frozen_norm(self) -> bool:
+        return self.weights != "none"
+
+    @property
+    def title(self) -> str:
+        dilated = "-dc5" if self.dilation else ""
+        if self.name != "thin_resnet":
+            return self.name + dilated
+        return f"thin{self.width}" + ("" if self.blocks == (1, 1, 1, 1) else "-" + "".join(map(str, self.blocks))) + dilated
+
+
+class Digits(Strict):
+    """The embedded data set: handwritten digits on photographs, a pure function of these numbers."""
+
+    name: Literal["digits"] = "digits"
+    size: Annotated[int, Field(ge=40, le=512)] = Field(
+        96, description="side of the square images in pixels; digits 4 pixels high lose their ink"
+    )
+    train: PositiveInt = 4000
+    val: PositiveInt = 400
+    seed: NonNegativeInt = 0
+
+
+class Folder(Strict):
+    """A user's COCO-style folder: instances_train.json, instances_val.json and images/ (or train2017/ and val2017/, as COCO has it)."""
+
+    name: Literal["folder"] = "folder"
+    path: Path
+    sha256: str | None = Field(
+        None, description="hash of the two annotation files; filled in when a run starts, so that a moved folder is the same data"
+    )
+
+
+class Resize(Strict):
+    """How images are resized and augmented."""
+
+    train: Literal["none", "jitter", "detr", "flip"] = Field(
+        "detr",
+        description="none: resize only; flip: and mirror; detr: multi-scale and crops of the DETR papers; "
+        "jitter: small zooms and shifts, colour, no mirror",
+    )
+    short: PositiveInt = Field(800, description="shorter side in pixels at evaluation (and the largest of training)")
+    long: PositiveInt = Field(1333, description="longer side at most")
+
+
+class Schedule(Strict):
+    """Optimisation: AdamW, warm-up, then step or cosine decay."""
+
+    steps: PositiveInt | None = Field(None, description="optimizer steps; give this or epochs")
+    epochs: PositiveFloat | None = None
+    batch: PositiveInt = Field(16, description="images an optimizer step, over all devices and micro-batches")
+    accumulate: PositiveInt = Field(1, description="micro-batches an optimizer step")
+    lr: PositiveFloat = 1e-4
+    backbone_lr: NonNegativeFloat = Field(0.1, description="factor on lr for the backbone")
+    sampling_lr: NonNegativeFloat = Field(1.0, description="factor on lr for sampling offsets and reference points")
+    weight_decay: NonNegativeFloat = 1e-4
+    clip_norm: NonNegativeFloat = Field(0.1, description="largest gradient norm; 0 for no clipping")
+    warmup: NonNegativeInt = Field(0, description="steps of linear warm-up")
+    decay: Literal["step", "cosine"] = "step"
+    drops: tuple[Fraction, ...] = Field((0.8,), description="parts of the schedule after which lr falls to a tenth (decay='step')")
+    evaluations: PositiveInt = Field(1, description="how often AP is measured on the way, the last step included; gives the curve")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Self:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either 'steps' or 'epochs', not both")
+        if self.batch % self.accumulate:
+            raise ValueError(f"'batch' {self.batch} is not a multiple of 'accumulate' {self.accumulate}")
+        return self
+
+    def total_steps(self, images: int) -> int:
+        """Optimizer steps for a training set of `images` images."""
+        return self.steps or max(1, round(self.epochs * images / self.batch))
