@@ -58,14 +58,18 @@ def line(
         ([line("against", "-3.4", than="Teacher")], "On AdaMixer, DETRDistill is 3.4 AP below its teacher (*against*, [-5.4, -1.4])."),
         ([line("against (small)", "-1.1")], "On AdaMixer, DETRDistill is 1.1 AP below FGD (*against (small)*, [-3.1, +0.9])."),
         (
-            [line("holds", "6.0"), line("holds", "2.5", than="FGFI, whole schedule"), line("undecided", "0.7", than="MGD", seeds=8)],
-            "On AdaMixer, DETRDistill is above FGD (+6.0 [+4.0, +8.0]) and FGFI (+2.5 [+0.5, +4.5]): *holds*; "
-            "*undecided* whether DETRDistill is above MGD (+0.7 [-1.3, +2.7]; about 8 seeds would decide).",
+            [line("undecided", "0.7", seeds=8)],
+            "On AdaMixer, *undecided* whether DETRDistill is above FGD (+0.7 [-1.3, +2.7], about 8 seeds).",
         ),
         (
-            [line("undecided", "3.0", "Logits", "Student", 8), line("undecided", "-1.2", "Features", "Student", 5)],
-            "On AdaMixer, *undecided* whether logits (+3.0 [+1.0, +5.0]; about 8 seeds would decide) and features (-1.2 [-3.2, +0.8]; "
-            "about 5 seeds would decide) are above the plain student.",
+            [line("holds", "6.0"), line("holds", "2.5", than="FGFI, whole schedule"), line("undecided", "0.7", than="MGD", seeds=8)],
+            "2 of 3 comparisons hold, 1 undecided. On AdaMixer, DETRDistill is above FGD (+6.0) and FGFI (+2.5): *holds*; "
+            "*undecided* whether DETRDistill is above MGD (+0.7, about 8 seeds).",
+        ),
+        (
+            [line("undecided", "3.0", "Logits", "Student", 8), line("against", "-3.2", "Features", "Student")],
+            "0 of 2 comparisons hold, 1 against, 1 undecided. On AdaMixer, its feature loss is 3.2 AP below the plain student (*against*, [-5.2, -1.2]); "
+            "*undecided* whether its logits loss is above the plain student (+3.0, about 8 seeds).",
         ),
         (
             [line("no gain above the margin", "-1.7")],
@@ -75,13 +79,26 @@ def line(
         ([line(NOT_RUN)], "Not run on AdaMixer."),
         (
             [line("holds", "6.0"), line(NOT_RUN, than="MGD"), line(NOT_RUN, detector="Conditional DETR")],
-            "On AdaMixer, DETRDistill is 6.0 AP above FGD (*holds*, [+4.0, +8.0]). Not run on AdaMixer (over MGD) and Conditional DETR.",
+            "1 of 3 comparisons hold, 2 not run. On AdaMixer, DETRDistill is 6.0 AP above FGD (*holds*, [+4.0, +8.0]). "
+            "Not run on AdaMixer (over MGD) and Conditional DETR.",
         ),
     ],
 )  # fmt: skip
 def test_findings_are_sentences(lines: list[dict[str, str]], said: str) -> None:
     """A harm is called one, and what is undecided says how many seeds would decide it."""
     assert " ".join(prose.answers(lines, ["C"])) == said
+
+
+def test_a_word_that_is_no_verdict_is_refused() -> None:
+    with pytest.raises(InputError, match=r"verdict 'perhaps' of claims\.csv is unknown; known: holds, "):
+        prose.answers([line("holds"), line("perhaps")], ["C"])
+
+
+def test_findings_say_whose_weights_were_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prose, "TUNED", {"deformable_detr": {}, "conditional_detr": {}, "adamixer": {"fgd": 3e-4}})
+    assert re.fullmatch("On AdaMixer, those of every row .* Not on Deformable DETR and Conditional DETR: .* published .*", prose.weights())
+    monkeypatch.setattr(prose, "TUNED", dict.fromkeys(prose.TUNED, {"fgd": 3e-4}))
+    assert "Not on" not in prose.weights()
 
 
 def test_a_finding_without_its_claim_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
