@@ -13,7 +13,7 @@ from tests.faults.conftest import is_whole
 from tests.faults.table import PAGE as TRUST
 from tests.faults.table import table_text, with_table
 from tests.test_rooms import ORDER
-from workflow import prose
+from workflow import findings, prose
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(ROOT.glob("docs/**/*.md"))
@@ -68,7 +68,8 @@ def line(
         ),
         (
             [line("undecided", "3.0", "Logits", "Student", 8), line("against", "-3.2", "Features", "Student")],
-            "0 of 2 comparisons hold, 1 against, 1 undecided. On AdaMixer, its feature loss is 3.2 AP below the plain student (*against*, [-5.2, -1.2]); "
+            "0 of 2 comparisons hold, 1 against, 1 undecided. "
+            "On AdaMixer, its feature loss is 3.2 AP below the plain student (*against*, [-5.2, -1.2]); "
             "*undecided* whether its logits loss is above the plain student (+3.0, about 8 seeds).",
         ),
         (
@@ -86,25 +87,27 @@ def line(
 )  # fmt: skip
 def test_findings_are_sentences(lines: list[dict[str, str]], said: str) -> None:
     """A harm is called one, and what is undecided says how many seeds would decide it."""
-    assert " ".join(prose.answers(lines, ["C"])) == said
+    assert " ".join(findings.answers(lines, ["C"])) == said
 
 
 def test_a_word_that_is_no_verdict_is_refused() -> None:
     with pytest.raises(InputError, match=r"verdict 'perhaps' of claims\.csv is unknown; known: holds, "):
-        prose.answers([line("holds"), line("perhaps")], ["C"])
+        findings.answers([line("holds"), line("perhaps")], ["C"])
 
 
 def test_findings_say_whose_weights_were_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prose, "TUNED", {"deformable_detr": {}, "conditional_detr": {}, "adamixer": {"fgd": 3e-4}})
-    assert re.fullmatch("On AdaMixer, those of every row .* Not on Deformable DETR and Conditional DETR: .* published .*", prose.weights())
-    monkeypatch.setattr(prose, "TUNED", dict.fromkeys(prose.TUNED, {"fgd": 3e-4}))
-    assert "Not on" not in prose.weights()
+    monkeypatch.setattr(findings, "TUNED", {"deformable_detr": {}, "conditional_detr": {}, "adamixer": {"fgd": 3e-4}})
+    assert re.fullmatch(
+        "On AdaMixer, those of every row .* Not on Deformable DETR and Conditional DETR: .* published .*", findings.weights()
+    )
+    monkeypatch.setattr(findings, "TUNED", {detector: {"fgd": 3e-4} for detector in findings.TUNED})
+    assert "Not on" not in findings.weights()
 
 
 def test_a_finding_without_its_claim_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prose, "QUESTIONS", [("Does it fly?", "mini", ["It flies"])])
+    monkeypatch.setattr(findings, "QUESTIONS", [("Does it fly?", "mini", ["It flies"])])
     with pytest.raises(InputError, match=r"claims\.csv of preset mini has no claim 'It flies'"):
-        prose.found()
+        findings.found()
 
 
 def test_numbers_of_the_reading_of_mini_stand_in_its_tables() -> None:
