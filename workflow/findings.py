@@ -60,9 +60,8 @@ def weights() -> str:
     if tuned[True]:
         said.append(f"On {listed(tuned[True])}, those of every row alike, on digits that no table reports.")
     if tuned[False]:
-        said.append(
-            f"Not on {listed(tuned[False])}: every method has the weights that it was published with, or those of a public port, and DETRDistill ours."
-        )
+        theirs = "every method has the weights that it was published with, or those of a public port, and DETRDistill ours"
+        said.append(f"Not on {listed(tuned[False])}: {theirs}.")
     return " ".join(said)
 
 
