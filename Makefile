@@ -19,13 +19,13 @@ DRY ?=
 JOBS ?= 2
 ARGS ?=
 
-.PHONY: help setup test test-fast faults reproduce report lab lint benchmark gpu-check clean constraints
+.PHONY: help setup test test-fast faults reproduce report prose lab lint benchmark gpu-check clean constraints
 
 help:
 	@echo "make setup        make .venv and install everything in the versions of constraints.txt (PYTHON=$(PYTHON))"
 	@echo "make test         run the tests (JOBS=$(JOBS) processes, ARGS=... for pytest)"
 	@echo "make test-fast    those of them that take a minute together: before each commit"
-	@echo "make faults       the fault tests with their long loops, and a table of what was tried, survived, lost"
+	@echo "make faults       the fault tests with their long loops, and a table of what was tried, survived, lost, into docs/trust.md"
 	@echo "make reproduce    run what is missing of a preset: runs, tables, figures, notebooks, report"
 	@echo "                  (PRESET=$(PRESET) SEEDS=\"$(SEEDS)\" TABLE=\"components logits\" DETECTORS=... CORES=$(CORES)"
 	@echo "                  GPUS=... a run; DRY=1 only lists it, with the time it is expected to take; ARGS=... for snakemake)"
@@ -34,6 +34,7 @@ help:
 	@echo "make lint         check style, and that source notebooks carry no outputs"
 	@echo "make benchmark    measure times and ratios, print them, write benchmarks/*.csv (an hour; ARGS=--quick: ten minutes)"
 	@echo "make gpu-check    what only a GPU can tell, in 8 minutes on one: numbers, memory, speed, resuming; writes benchmarks/gpu.csv"
+	@echo "make prose        for maintainers: write the numbers in README.md and docs/ again from committed results"
 	@echo "make constraints  write the versions installed in .venv into constraints.txt"
 	@echo "make clean        remove caches; results, data and .venv stay"
 
@@ -94,6 +95,9 @@ reproduce: setup
 
 report: setup
 	$(BIN)/detrdistill report $(REPORTED) $(ARGS)
+
+prose: setup
+	$(BIN)/python -m workflow.prose
 
 lab: setup
 	$(BIN)/jupyter lab notebooks

@@ -10,6 +10,7 @@ import io
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from time import perf_counter
 
@@ -44,7 +45,8 @@ class Table:
     columns: Sequence[str]
 
     def start(self, about: str) -> None:
-        """Write the heading, in place of an older table."""
+        """Write the heading and the day, in place of an older table."""
+        about = f"{about}; {date.today()}"
         print(about, flush=True)
         write_text(self.path, f"# {about}\n{line(self.columns)}")
 

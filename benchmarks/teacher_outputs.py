@@ -1,6 +1,6 @@
 """What keeping the teacher's outputs saves on preset bccd: `python -m benchmarks.teacher_outputs`.
 
-It needs data/bccd (README.md); without, it says so and measures nothing.
+It needs data/bccd (docs/real_photographs.md); without, it says so and measures nothing.
 
 A step is the trainer's, between batch and optimizer: the teacher, the losses, the backward pass. Five kinds in turn within one process:
 the student alone; the student alone, but decoding the teacher's queries as a second group, forward and backward, for nothing; and

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), *sorted(ROOT.glob("results/**/README.md"))]
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+NAMED = re.compile(r"\bdocs/[\w/]+\.md|\bresults/[\w/]+/README\.md")
 
 
 def anchors(page: Path) -> set[str]:
@@ -34,3 +35,10 @@ def test_links_lead_somewhere(page: Path) -> None:
         if not target.exists() or (anchor and target.suffix == ".md" and anchor not in anchors(target)):
             dead.append(link)
     assert not dead, f"{page.relative_to(ROOT)} links to what is not there: {', '.join(dead)}"
+
+
+@pytest.mark.parametrize("folder", ["detrdistill", "notebooks", "benchmarks", "workflow", "tests"])
+def test_pages_that_code_and_notebooks_name_are_there(folder: str) -> None:
+    files = [path for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".ipynb") and ".ipynb_checkpoints" not in path.parts]
+    named = {(path, name) for path in files for name in NAMED.findall(path.read_text(encoding="utf-8"))}
+    assert named and not [f"{path.relative_to(ROOT)}: {name}" for path, name in named if not (ROOT / name).is_file()]

@@ -14,7 +14,7 @@ from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.words import ADAMIXER, CONDITIONAL, DEFORMABLE, DETECTORS
 
 DETECTORS_OF = {"quick": (DEFORMABLE,)}  # presets that have recipes for some detectors alone
-# ImageNet weights that bccd's backbones start from; README says where they come from.
+# ImageNet weights that bccd's backbones start from; docs/real_photographs.md says where they come from.
 RESNET = WeightsFile(name="resnet50_msra.pth", sha256="c5689fab4fd32526a2f6b1340fcd7af8b0d77679f3f5e85ef47fe9f5fc2e6cfe")
 MOBILENET = WeightsFile(name="mobilenet_v2.pth", sha256="dfcc5335d1291d378552024779e55ea3e1d5c6d3d6a788a93ca66af63acd8349")
 RIVALS = ("fgd", "mgd", "fitnet")  # of Table 3
@@ -104,7 +104,7 @@ def thin(width: int, *blocks: int, steps: int) -> BackboneRecipe:
 def mini(detector: str = DEFORMABLE) -> Preset:
     """All tables on the embedded data: two to five minutes a student on one core, Conditional DETR 14 to 25, a teacher 10 to 60.
 
-    Detectors were tuned plain, the weight of the features with `quick`: results/reference/mini/README.md, "How it was tuned".
+    Detectors were tuned plain, the weight of the features with `quick`: docs/design.md, "How the presets were made".
     """
     own = {
         DEFORMABLE: {"form": "box_refine", "encoder_layers": 1, "levels": 3, "points": 4},
@@ -184,7 +184,7 @@ def smoke(detector: str = DEFORMABLE) -> Preset:
 
 
 def bccd(detector: str = DEFORMABLE) -> Preset:
-    """Real photographs: blood cells under a microscope, data/bccd (README), ResNet-50 to MobileNetV2, both on one schedule.
+    """Real photographs: blood cells under a microscope, ResNet-50 to MobileNetV2, both on one schedule. See docs/real_photographs.md.
 
     Plain students alone were tried, on the images that are reported. Deformable DETR was best at 400 to 600 steps of 1,000 and overfits
     then; AdaMixer reaches an AP of 50 in 600 steps. Conditional DETR takes off after 400 and has 9 then: 600 steps are too few for it,

@@ -1,17 +1,24 @@
-"""Fault tests. `make test` runs each fault a few times, `make faults` (`pytest tests/faults --long`) the long loops, and prints a table.
+"""Fault tests. `make test` runs each fault a few times. `make faults` (`pytest tests/faults --long`) runs the long loops.
+
+Then it prints a table of what was tried, and writes it into docs/trust.md.
 
 A fault counts as survived if nothing was lost, executed or believed that should not be; a test says how often it tried.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from datetime import date
+from pathlib import Path
+from time import monotonic
 
 import pytest
 
+from detrdistill.files import write_text
 from detrdistill.records import short_commit
 from detrdistill.runs.provenance import commit
+from tests.faults.table import PAGE, table_text, with_table
 
-TABLE = pytest.StashKey[dict[str, list[int]]]()
+STARTED = monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -53,7 +60,7 @@ class Tries:
         self.counts[self._open][1] += kind is None
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatus: int) -> None:
     if not terminalreporter.config.getoption("long", default=False):
         return
     table: dict[str, list[int]] = {}
@@ -65,11 +72,19 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                         row = table.setdefault(counts[0], [0, 0])
                         row[0] += counts[1]
                         row[1] += counts[2]
-    tried, survived = (sum(row[i] for row in table.values()) for i in (0, 1))
+    minutes, seconds = divmod(round(monotonic() - STARTED), 60)
+    skipped = len(terminalreporter.stats.get("skipped", []))
+    note = f"{minutes} min {seconds} s on {os.cpu_count()} cores; {skipped} test{'s' * (skipped != 1)} skipped"
+    text = table_text(f"{date.today()}, commit {short_commit(commit())}", table, note)
     terminalreporter.section("faults")
-    terminalreporter.write_line(
-        f"{date.today()}, commit {short_commit(commit())}: {tried} tried, {survived} survived, {tried - survived} lost\n"
-    )
-    terminalreporter.write_line("| fault | tried | survived | lost |\n|---|---|---|---|")
-    for fault, (tried, survived) in sorted(table.items()):
-        terminalreporter.write_line(f"| {fault} | {tried} | {survived} | {tried - survived} |")
+    terminalreporter.write_line(text)
+    if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and is_whole(terminalreporter.config):
+        write_text(PAGE, with_table(PAGE.read_text(encoding="utf-8"), text))
+        terminalreporter.write_line(f"\nwritten into {PAGE}")
+
+
+def is_whole(config: pytest.Config) -> bool:
+    """Whether all of this folder was asked for, and nothing else: a part must not stand in the place of the whole."""
+    asked = [Path(config.invocation_params.dir, name).resolve() for name in config.args]
+    part = [name for name in ("keyword", "markexpr", "maxfail", "lf", "deselect") if getattr(config.option, name, None)]
+    return asked == [Path(__file__).parent] and not part

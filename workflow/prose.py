@@ -1,0 +1,200 @@
+"""Fills the marked blocks of README.md, docs/ and the reading of preset mini from committed csv files: `make prose`.
+
+A block is what stands between `<!-- NAME ARGUMENTS -->` and `<!-- end -->`. Nobody writes a number there by hand; a test compares.
+The faults in docs/trust.md are not from here: `make faults` writes them.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+from detrdistill.files import write_text
+from detrdistill.recipes.words import DETECTORS, TITLES
+from workflow.findings import REFERENCE, found, listed, read
+
+ROOT = Path(__file__).resolve().parents[1]
+BENCHMARKS = ROOT / "benchmarks"
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), REFERENCE / "mini" / "README.md"]
+BLOCK = re.compile(r"<!-- (\w+)((?: [\w-]+)*) -->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+def rows(preset: str, table: str) -> list[dict[str, str]]:
+    """Rows of a table as its md file has them."""
+    lines = [
+        line for line in (REFERENCE / preset / "tables" / f"{table}.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")
+    ]
+    heading, _, *cells = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
+    return [dict(zip(heading, line, strict=True)) for line in cells]
+
+
+def as_table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    made = [heading, ["---"] * len(heading), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in made)
+
+
+def measured(method: str) -> str:
+    """A method's rows in the first table of preset mini that has any."""
+    for table in ("main_results", "prior_methods", "follow_ups"):
+        own = [row for row in rows("mini", table) if row["Setting"] in (TITLES[method], f"{TITLES[method]}, whole schedule")]
+        if own:
+            break
+    columns = ("Detector", "AP", "Gain", "Status", "Seeds", "Published gain")
+    link = f"../../results/reference/mini/tables/{table}.md"
+    text = "Preset `mini`: digits of 96 pixels, not COCO. The gain is over the plain student; "
+    text += f"[how to read it](../results.md), [whole table]({link}).\n\n"
+    heading = [*columns[:-1], "Gain in the paper (COCO)"]
+    return text + as_table(heading, [[row[column] for column in columns] for row in own])
+
+
+def results(preset: str, table: str) -> str:
+    """All rows of a table in few columns."""
+    columns = ("Detector", "Setting", "AP", "Gain", "Status", "Seeds")
+    return as_table(columns, [[row[column] for column in columns] for row in rows(preset, table)])
+
+
+def cost() -> str:
+    """What the two runs of `make reproduce` take."""
+    seconds = {line["what"]: float(line["value"]) for line in read(BENCHMARKS / "results.csv")}
+    plain, distilled = (seconds[f"quick {row}: training"] for row in ("student", "detrdistill"))
+    return (
+        f"Training takes {plain:.0f} s for the plain student and {distilled:.0f} s for the distilled one, on one core each "
+        "([measured](docs/speed.md)). Downloads, figures and notebooks come on top."
+    )
+
+
+def gpu_days() -> str:
+    """Days and memory of preset coco."""
+    lines = read(BENCHMARKS / "gpu_days.csv")
+    table = []
+    for detector, title in DETECTORS.items():
+        own = {line["setting"]: line for line in lines if line["detector"] == detector}
+        low, high = ({row: float(line[f"V100 days, {end}"]) for row, line in own.items()} for end in ("low", "high"))
+        days = [from_to(low[row], high[row]) for row in ("teacher", "student", "detrdistill")]
+        teacher = own["teacher"]
+        kept = from_to(float(teacher["GiB kept of 800 x 1333"]), float(teacher["GiB kept of 1333 x 1333"]))
+        epochs = f"{title}, {float(teacher['epochs']):.0f} epochs"
+        table.append([epochs, *days, from_to(sum(low.values()), sum(high.values())), teacher["images a GPU"], f"{kept} GiB"])
+    heading = [
+        "Days of one V100",
+        "Teacher, R101",
+        "Student, R50",
+        "DETRDistill",
+        "All six rows of Table 3",
+        "Images a GPU",
+        "Teacher keeps",
+    ]
+    return as_table(heading, table)
+
+
+def from_to(low: float, high: float) -> str:
+    first, last = (int(value + 0.5) for value in (low, high))
+    return f"{first}" if first == last else f"{first} to {last}"
+
+
+def ratios() -> str:
+    """Times and memory as ratios within one run, with what the kit aims at."""
+    plain = {line["what"]: line for line in read(BENCHMARKS / "results.csv")}
+    steps = {(line["detector"], line["size"].split(",")[0]): line for line in read(BENCHMARKS / "detectors.csv") if line["pass"] == "step"}
+    distilled = {(line["detector"], line["method"], line["against"]): line for line in read(BENCHMARKS / "distillation.csv")}
+    since = {(line["detector"], line["setting"]): line for line in read(BENCHMARKS / "since.csv")}
+    table = []
+    for detector in ("deformable_detr", "conditional_detr"):
+        for size, words in (("R50", "R50, 300 queries, 512 px"), ("R18", "R18, 20 queries, 96 px")):
+            line = steps[detector, size]
+            memory = " instead of ".join(f"{float(line[column]):.0f}" for column in ("peak MiB", "transformers' peak MiB"))
+            what = f"training step / transformers', {DETECTORS[detector]} ({words})"
+            table.append([what, f"{times(line['of transformers'])}, {memory} MiB", "0.9"])
+    for detector in DETECTORS:
+        both = listed(times(since[detector, row]["ratio"]) for row in ("student", "detrdistill"))
+        table.append(
+            [f"training step of preset `mini` / the same at commit de1601d, {DETECTORS[detector]}: student and DETRDistill", both, "0.8"]
+        )
+    aim = "student step + teacher forward"
+    for detector in DETECTORS:
+        line = distilled[detector, "detrdistill", aim]
+        table.append([f"DETRDistill's step / ({aim}), {DETECTORS[detector]} (R101 to R50, 512 px)", times(line["ratio"]), "1.15"])
+    table.append(["the same, preset `quick`", times(plain["distillation step / (student step + teacher forward), quick"]["value"]), "1.15"])
+    released = distilled["deformable_detr", "detrdistill_released", "released design: two passes, matching one by one"]
+    table.append(
+        ["the released form's step / the released design (two passes, matching one by one), Deformable DETR", times(released["ratio"]), "-"]
+    )
+    for against, words in (
+        ("one by one, cross-entropy expanded", "the released code's, one by one"),
+        ("one by one, our costs", "our own costs, one by one"),
+    ):
+        found = [float(line["ratio"]) for key, line in distilled.items() if "300 x 300" in key[1] and key[2] == against]
+        table.append(
+            [
+                f"matching 300 x 300 queries, 6 stages, 16 images / {words}, 1 and 2 threads",
+                f"{min(found):.2f} to {max(found):.2f} x",
+                "0.33",
+            ]
+        )
+    textbook = "matching / textbook matcher, 16 images, 6 stages, 300 queries"
+    table.append([textbook, times(plain[textbook]["value"]), "0.33"])
+    table.append(
+        [
+            "pycocotools / our COCO evaluation (400 images, 40,000 detections)",
+            f"{float(plain['pycocotools / our COCO evaluation']['value']):.1f} x",
+            "10",
+        ]
+    )
+    memory = max(float(line["value"]) for what, line in plain.items() if what.startswith("quick") and what.endswith("peak memory"))
+    table.append(["peak memory of preset `quick`", f"{memory:.2f} GiB", "4"])
+    table.append(["`import detrdistill`", f"{float(plain['import detrdistill, interpreter included']['value']):.2f} s", "2 s"])
+    table.append(["report from records", f"{float(plain['report of preset quick, interpreter included']['value']):.1f} s", "seconds"])
+    return as_table(["What", "Ours", "Aim"], table)
+
+
+def times(ratio: str) -> str:
+    return f"{float(ratio):.2f} x"
+
+
+def teacher_outputs() -> str:
+    """What kept outputs of the teacher save."""
+    lines = {(line["detector"], line["method"], line["step"]): line for line in read(BENCHMARKS / "teacher_outputs.csv")}
+    words = {"computed": "computed in every step", "disk": "kept, from disk", "memory": "kept, from memory"}
+    table = []
+    for step, said in words.items():
+        cells = [
+            ", ".join(times(lines[detector, row, step]["of student and decoding"]) for row in ("detrdistill", "fgd"))
+            for detector in DETECTORS
+        ]
+        table.append([said, *cells, "-" if step == "computed" else "1.15"])
+    return as_table(["Teacher's outputs", *(f"{title}: DETRDistill, FGD" for title in DETECTORS.values()), "Aim"], table)
+
+
+def commits() -> str:
+    """Where, and by which commit, each table of benchmarks/ was measured."""
+    table = []
+    for path in sorted(BENCHMARKS.glob("*.csv")):
+        about = path.read_text(encoding="utf-8").splitlines()[0].removeprefix("# ")
+        table.append([f"[`{path.name}`](../benchmarks/{path.name})", re.sub(r"\b([0-9a-f]{8})[0-9a-f]{32}\b", r"\1", about)])
+    return as_table(["Table", "Measured by"], table)
+
+
+BLOCKS: Mapping[str, Callable[..., str]] = {
+    one.__name__: one for one in (found, cost, measured, results, gpu_days, ratios, teacher_outputs, commits)
+}  # fmt: skip
+
+
+def filled(text: str) -> str:
+    """A page with its blocks as the csv files have them now; other marks (those of `make faults`) stay."""
+
+    def fill(block: re.Match[str]) -> str:
+        word, arguments = block[1], block[2].split()
+        return f"<!-- {word}{block[2]} -->\n\n{BLOCKS[word](*arguments)}\n\n<!-- end -->" if word in BLOCKS else block[0]
+
+    return BLOCK.sub(fill, text)
+
+
+def main() -> None:
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if filled(text) != text:
+            write_text(page, filled(text))
+            print(page.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    main()
