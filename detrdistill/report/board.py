@@ -24,7 +24,6 @@ OUTCOMES = {
     ONE_SEED: ("1 has one seed", "{} have one seed"),
     NOT_RUN: ("1 was not run", "{} were not run"),
 }
-Harms = Mapping[tuple[str, str, str], str]
 
 
 @dataclass(frozen=True)
@@ -48,37 +47,32 @@ class Verdict:
     harms: Sequence[str] = ()
 
 
-def verdicts(weighed: pd.DataFrame, harms: Harms) -> list[Verdict]:
-    """A claim each, of `claims.weigh`, or of those lines of it that belong to one table."""
-    return [] if weighed.empty else [_verdict(str(text), parts, harms) for text, parts in weighed.groupby("claim", sort=False)]
+def verdicts(weighed: pd.DataFrame, harms: Mapping[tuple[str, str, str], str]) -> list[Verdict]:
+    """A claim each, of `claims.weigh`, or of those lines of it that belong to one table.
 
-
-def _verdict(text: str, parts: pd.DataFrame, harms: Harms) -> Verdict:
-    where = {str(detector): _counts(lines["verdict"]) for detector, lines in parts.groupby("detector", sort=False)}
-    ahead = parts[parts["verdict"].isin([HOLDS, HOLDS + SMALL]) & (parts["measure"] == AP)]
-    than = ahead[["table", "detector", "than"]].itertuples(index=False, name=None)
-    return Verdict(
-        text, ", ".join(parts["source"].unique()), _counts(parts["verdict"]), where, sentence(parts), tuple(parts["table"].unique()),
-        tuple(harms[row] for row in than if row in harms),
-    )  # fmt: skip
+    Args:
+        harms: of `harms_of`, of all tables.
+    """
+    found = []
+    for text, parts in weighed.groupby("claim", sort=False) if len(weighed) else ():
+        where = {str(detector): _counts(lines["verdict"]) for detector, lines in parts.groupby("detector", sort=False)}
+        ahead = parts[parts["verdict"].isin([HOLDS, HOLDS + SMALL]) & (parts["measure"] == AP)]
+        led = [row for row in ahead[["table", "detector", "than"]].itertuples(index=False, name=None) if row in harms]
+        sources, tables = (list(parts[name].unique()) for name in ("source", "table"))
+        counts = _counts(parts["verdict"])
+        found.append(Verdict(str(text), ", ".join(sources), counts, where, sentence(parts), tables, [harms[row] for row in led]))
+    return found
 
 
 def _counts(words: pd.Series) -> dict[str, int]:
-    counted = Counter(words)
-    return {word: counted[word] for word in (*VERDICTS, NOT_RUN) if word in counted}
+    return {word: count for word in (*VERDICTS, NOT_RUN) if (count := int((words == word).sum()))}
 
 
 def harms_of(table: str, summary: pd.DataFrame) -> dict[tuple[str, str, str], str]:
     """The rows of a table that are below the plain student, by table, detector and title; in words "FGD on AdaMixer (-12.6 ± 2.8 AP)"."""
-    below = summary[summary["status"].isin([AGAINST, AGAINST + SMALL])]
-    return {
-        (
-            table,
-            line["detector"],
-            line["title"],
-        ): f"{line['title']} on {line['detector']} ({line['gain']:+.1f} ± {line['gain_half']:.1f} AP)"
-        for line in below.to_dict("records")
-    }
+    below = summary[summary["status"].isin([AGAINST, AGAINST + SMALL])].to_dict("records")
+    said = "{title} on {detector} ({gain:+.1f} ± {gain_half:.1f} AP)"
+    return {(table, line["detector"], line["title"]): said.format(**line) for line in below}
 
 
 def outcome(counts: Mapping[str, int]) -> str:

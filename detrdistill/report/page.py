@@ -4,11 +4,12 @@ What it looks like stands in `page.html`, `method.html` and `page.css`; what the
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import pandas as pd
@@ -84,27 +85,13 @@ def write_page(
     Raises:
         InputError: the folder cannot be written to.
     """
-    folder = Path(folder)
     jinja = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
     )
-    jinja.filters |= {"word": _word, "anchor": _anchor}
-    parts = [
-        {
-            "about": section,
-            "counts": count_statuses(section.table),
-            "columns": [] if section.table is None else _columns(section.table),
-            "rows": [] if section.table is None else _rows(section.table),
-            "figures": [_figure(folder, Path(path), section.title) for path in section.figures],
-            "notebooks": [_link(folder, path) for path in section.notebooks],
-            "files": [_link(folder, path) for path in section.files],
-        }
-        for section in sections
-    ]
-    known = {section.name: section.title for section in sections}
-    page = jinja.get_template("page.html").render(
-        title=title, lead=lead, verdicts=verdicts, sections=parts, notes=notes, statuses=STATUSES, titles=known, NOT_RUN=NOT_RUN
-    )
+    jinja.filters |= {"word": _word, "statuses": count_statuses, "rows": _rows}
+    jinja.tests |= {"numeric": _is_numeric, "missing": _is_missing}
+    jinja.globals |= {"link": partial(_link, folder), "STATUSES": STATUSES, "STATUS": STATUS, "NOT_RUN": NOT_RUN}
+    page = jinja.get_template("page.html").render(title=title, lead=lead, verdicts=verdicts, sections=sections, notes=notes)
     path = folder / "index.html"
     write_text(path, page)
     return path
@@ -123,59 +110,28 @@ def _word(status: str) -> str:
     return next((word for word in sorted(STATUSES, key=len, reverse=True) if status == word or status.startswith(f"{word} (")), status)
 
 
-def _columns(table: pd.DataFrame) -> dict[str, str]:
-    """Column to class: numbers stand right."""
-    return {str(column): "number" if column != STATUS and _is_numeric(table[column]) else "" for column in table}
-
-
-def _rows(table: pd.DataFrame) -> list[list[dict[str, Any]]]:
-    """The cells of each row. What is the same for many rows is written once: the detector, and a column that never changes."""
-    kinds = _columns(table)
-    merged = {
-        column: _spans(table[column])
-        for i, column in enumerate(table)
-        if column != STATUS and not kinds[str(column)] and (i == 0 or (len(table) > 1 and table[column].nunique() == 1))
-    }
-    rows = []
-    for i, values in enumerate(table.itertuples(index=False, name=None)):
-        cells = []
-        for column, value in zip(table, map(str, values), strict=True):
-            span = merged[column][i] if column in merged else 1
-            kind = "shared" if column in merged else kinds[str(column)]
-            cells += [{"text": value, "span": span, "kind": kind, "status": column == STATUS, "empty": _is_empty(value)}] if span else []
-        rows.append(cells)
-    return rows
-
-
-def _spans(values: Iterable[str]) -> list[int]:
-    """At the first of equal neighbours how many they are, 0 at the others."""
-    spans: list[int] = []
-    for _, equal in groupby(values):
-        count = len(list(equal))
-        spans += [count] + [0] * (count - 1)
-    return spans
+def _rows(table: pd.DataFrame) -> list[list[tuple[str, ...]]]:
+    """The cells of each row, in groups whose first cell, such as the detector, is the same and is written once."""
+    return [list(rows) for _, rows in groupby(table.astype(str).itertuples(index=False, name=None), key=itemgetter(0))]
 
 
 def _is_numeric(values: Iterable[str]) -> bool:
     """Numbers, or words in their stead; a column in which nothing was run yet counts as well."""
     return all(NUMBER.fullmatch(value) or not re.search(r"\d", value) for value in values) and any(
-        NUMBER.fullmatch(value) or _is_empty(value) for value in values
+        NUMBER.fullmatch(value) or _is_missing(value) for value in values
     )
 
 
-def _is_empty(value: str) -> bool:
+def _is_missing(value: str) -> bool:
     return value in ("-", "n/a", "not found") or value.endswith(NOT_RUN)
 
 
-def _figure(folder: Path, path: Path, title: str) -> dict[str, Any]:
-    name = re.sub(r"(?<=[a-z])(?=[0-9])", " ", path.stem.replace("_", " ")).capitalize()  # "figure1" becomes "Figure 1"
-    return {"picture": _link(folder, path), "pdf": _link(folder, path.with_suffix(".pdf")), "name": name, "of": title}
+def _link(folder: Path, path: str | Path, suffix: str = "") -> dict[str, str | bool]:
+    """A file's name, its name in words, its relative address as a browser wants it, and whether it is there.
 
-
-def _link(folder: Path, path: str | Path) -> Mapping[str, Any]:
-    """Name and relative address as a browser wants it, and whether the file is there."""
-    return {"name": Path(path).name, "address": quote(Path(path).as_posix()), "exists": (folder / path).is_file()}
-
-
-def _anchor(name: str) -> str:
-    return re.sub(r"\s+", "-", name)
+    Args:
+        suffix: of the file of the same name that is meant instead.
+    """
+    path = Path(path).with_suffix(suffix) if suffix else Path(path)
+    words = re.sub(r"(?<=[a-z])(?=[0-9])", " ", path.stem.replace("_", " ")).capitalize()  # "figure1" becomes "Figure 1"
+    return {"name": path.name, "words": words, "address": quote(path.as_posix()), "exists": (folder / path).is_file()}

@@ -111,9 +111,9 @@ def write_report(
     # Of all tables, which may differ in code and seeds; of weights alone there is none.
     about = f"Preset {preset_name}. {own}" + (provenance_line(pd.concat(frames)) if frames else "")
     about = about.strip()
-    written, forest_section, noise_section = write_all_claims(weighed, comparisons, about, place)
+    written, of_claims = write_all_claims(weighed, comparisons, about, place)
     paths += written
-    sections = forest_section + sections + noise_section
+    sections = of_claims + sections
     written, of_weights = write_weights(presets, place, source)
     paths += written
     sections += of_weights
@@ -173,24 +173,20 @@ def beside(sections: Sequence[Section], root: Path) -> list[Section]:
     return [Section("inside", "Inside the detectors", question, figures=inside[0], notebooks=inside[1])] if any(inside) else []
 
 
-def write_all_claims(
-    weighed: pd.DataFrame, comparisons: Comparisons, about: str, place: Place
-) -> tuple[list[Path], list[Section], list[Section]]:
-    """The claims with their figures, and two parts of the page: all differences, and the noise. Nothing where there are no claims."""
+def write_all_claims(weighed: pd.DataFrame, comparisons: Comparisons, about: str, place: Place) -> tuple[list[Path], list[Section]]:
+    """The claims with their figures, and all differences as a part of the page; nothing where there are none."""
     files = write_claims(weighed, f"{about} {NOTE}", place.tables)
     if not files:
-        return [], [], []
+        return [], []
     drawn = {"forest": forest(weighed, about)}
     if any(len(comparisons.fit(detector).residuals) for detector in comparisons.detectors):
         drawn["residuals"] = residuals({name: comparisons.fit(name).residuals for name in comparisons.detectors}, about)
     figures = place.save(drawn)
-    pictures = place.pictures(figures)  # in the order of `drawn`
-    differences = Section(
+    section = Section(
         "differences", "All differences", "How large is each difference, and how sure is it?", table=claim_cells(weighed), note=NOTE,
-        figures=pictures[:1], files=place.inside(files),
+        figures=place.pictures(figures), files=place.inside(files),
     )  # fmt: skip
-    noise = Section("noise", "Noise", "How much do runs differ that differ in nothing but their seed?", figures=pictures[1:])
-    return [*files, *figures], [differences], [noise] * (len(drawn) > 1)
+    return [*files, *figures], [section]
 
 
 def write_one(
