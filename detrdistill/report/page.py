@@ -85,9 +85,9 @@ def write_page(
     Raises:
         InputError: the folder cannot be written to.
     """
-    jinja = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
+    here = FileSystemLoader(Path(__file__).parent)
+    whitespace = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    jinja = Environment(loader=here, autoescape=True, undefined=StrictUndefined, **whitespace)
     jinja.filters |= {"word": _word, "statuses": count_statuses, "rows": _rows}
     jinja.tests |= {"numeric": _is_numeric, "missing": _is_missing}
     jinja.globals |= {"link": partial(_link, folder), "STATUSES": STATUSES, "STATUS": STATUS, "NOT_RUN": NOT_RUN}
