@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -106,6 +107,17 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A report without figures, which take longer than all else."""
+    for name, empty in {"Place.save": [], "comparison": None, "main_figures": {}, "forest": None, "residuals": None}.items():
+        monkeypatch.setattr(f"detrdistill.report.write.{name}", partial(_nothing, empty))
+
+
+def _nothing(empty: object, *_: object) -> object:
+    return empty
+
+
 def test_it_starts_with_what_was_found_and_ends_with_where_it_comes_from(folder: Path) -> None:
     (folder / "figures" / "masks.png").touch()
     _, text = read(folder, section())
@@ -200,7 +212,7 @@ def test_a_harm_does_not_look_like_a_success(folder: Path) -> None:
     assert harm.startswith('<p class="harm"><span class="chip bad"><span aria-hidden="true">✗</span> against</span>')
 
 
-def test_rows_that_harm_are_named_where_something_leads_over_them(tmp_path: Path) -> None:
+def test_rows_that_harm_are_named_where_something_leads_over_them(tmp_path: Path, undrawn: None) -> None:
     """FGD ends below the plain student: a lead over it is told apart from one over MGD."""
     store, presets = Store(tmp_path), get_presets("mini", ["adamixer"])
     for seed in (0, 1, 2):
@@ -323,8 +335,7 @@ def test_one_word_for_a_claim_of_several_parts() -> None:
     assert headline([]) == "No claim is asked of these tables"
 
 
-def test_every_table_has_its_question_and_its_own_claims(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("detrdistill.report.write.Place.save", lambda place, figures: [])  # drawing takes longer than all else
+def test_every_table_has_its_question_and_its_own_claims(tmp_path: Path, undrawn: None) -> None:
     assert QUESTIONS.keys() == {*TABLES, WEIGHTS} and all(text.endswith("?") for text in QUESTIONS.values())
     made = [make_table(name, get_presets("mini"), [0]) for name in TABLES]
     write_report("mini", [0], tmp_path, formats=["png"])
