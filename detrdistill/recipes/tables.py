@@ -218,6 +218,24 @@ TABLES: dict[str, Callable[[Presets, Seeds], Table]] = {
 }  # fmt: skip
 
 
+# What each answers, for who reads its page.
+QUESTIONS = {
+    "main_results": "Does DETRDistill help a small student, and more than older methods do?",
+    "prior_methods": "Do methods made for convolutional detectors help a DETR, early and late in training?",
+    "encoder_decoder": "Does DETRDistill help students of fewer layers, and which layers matter more?",
+    "stage_mapping": "Which decoder stages of the teacher should teach a student that has half as many?",
+    "self_distillation": "Does it help to learn from a teacher with the student's own backbone?",
+    "components": "What does each of the three losses add, alone and together?",
+    "logits": "Is it worth teaching boxes without an object, and every stage?",
+    "feature_masks": "Where on its map should the student follow the teacher?",
+    "light_backbones": "Does DETRDistill help students with lighter backbones?",
+    "discrepancies": "Paper and released code differ. Does it matter, switch by switch?",
+    "follow_ups": "Is DETRDistill ahead of methods that its paper does not compare with?",
+    "full_schedule": "Does DETRDistill help a student that trains as long as its teacher, and does that student pass the teacher?",
+    WEIGHTS: "How much should each loss weigh, when every row may try equally often?",
+}
+
+
 def make_table(name: str, presets: Presets, seeds: Seeds) -> Table:
     """The table called `name`.
 

@@ -20,8 +20,9 @@ from detrdistill.recipes.parts import Digits
 from detrdistill.recipes.presets import Preset, get_presets
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.rows import Row, Table
-from detrdistill.recipes.tables import TABLES, WEIGHTS, make_table, usual_tables
-from detrdistill.report.claims import NOTE, board, claim_cells, weigh, write_claims
+from detrdistill.recipes.tables import QUESTIONS, TABLES, WEIGHTS, make_table, usual_tables
+from detrdistill.report.board import Verdict, harms_of, headline, verdicts
+from detrdistill.report.claims import NOTE, claim_cells, weigh, write_claims
 from detrdistill.report.comparisons import Comparisons
 from detrdistill.report.formats import write_table
 from detrdistill.report.page import Section, write_page
@@ -98,9 +99,13 @@ def write_report(
     weighed = weigh(everything, comparisons, planned_seeds(everything))  # whose parts are tested together, whichever are shown
     if not weighed.empty:
         weighed = weighed[weighed["table"].isin([table.name for table in made])].reset_index(drop=True)
+    summaries = [summarise(table, frame, comparisons) for table, frame in zip(made, frames, strict=True)]
+    harms = {row: words for table, summary in zip(made, summaries, strict=True) for row, words in harms_of(table.name, summary).items()}
+    claims = verdicts(weighed, harms)
     paths, sections = [], []
-    for table, frame in zip(made, frames, strict=True):
-        written, section = write_one(table, frame, comparisons, place, source)
+    for table, frame, summary in zip(made, frames, summaries, strict=True):
+        own_claims = verdicts(weighed[weighed["table"] == table.name], harms) if claims else []
+        written, section = write_one(table, frame, summary, own_claims, place, source)
         paths += written
         sections.append(section)
     own = "" if source.root == store.root else "Nothing of it was run here: these are the committed results of results/reference. "
@@ -114,7 +119,9 @@ def write_report(
     paths += written
     sections += of_weights
     sections += beside(sections, store.root)
-    return [*paths, write_page(store.root, f"detrdistill: {preset_name}", f"{about} {NOTES}", sections)]
+    lead = [f"Preset {preset_name}, on {everything[0].measured_on}. {own}".strip()]
+    lead += [f"{claims[0].text}: {claims[0].sentence}."] if claims else []
+    return [*paths, write_page(store.root, headline(claims), lead, sections, claims, [about, NOTES])]
 
 
 def stored_seeds(
@@ -149,8 +156,9 @@ def write_weights(presets: Sequence[Preset], place: Place, source: Store) -> tup
     drawn = place.save({WEIGHTS: weight_trials(frame, NOTE_OF_WEIGHTS)})
     notebooks = [f"notebooks/{path.name}" for path in sorted(NOTEBOOKS.glob(f"[0-9]*_{WEIGHTS}.ipynb"))]
     section = Section(
-        WEIGHTS, "Weights that were tried", tuning_cells(frame), NOTE_OF_WEIGHTS, place.pictures(drawn), notebooks, place.inside(files)
-    )
+        WEIGHTS, "Weights that were tried", QUESTIONS[WEIGHTS], table=tuning_cells(frame), note=NOTE_OF_WEIGHTS,
+        figures=place.pictures(drawn), notebooks=notebooks, files=place.inside(files),
+    )  # fmt: skip
     return [*files, *drawn], [section]
 
 
@@ -162,11 +170,12 @@ def beside(sections: Sequence[Section], root: Path) -> list[Section]:
         path for path in sorted(root.glob("figures/*.png")) if not path.stem.startswith((*TABLES, WEIGHTS, *MAIN_FIGURES, *CLAIM_FIGURES))
     ]
     inside = [[path.relative_to(root).as_posix() for path in found] for found in (figures, notebooks)]
-    return [Section("inside", "Inside the detectors", figures=inside[0], notebooks=inside[1])] if any(inside) else []
+    question = "What does a detector do with its queries, and what changes when it was distilled?"
+    return [Section("inside", "Inside the detectors", question, figures=inside[0], notebooks=inside[1])] if any(inside) else []
 
 
 def write_all_claims(weighed: pd.DataFrame, comparisons: Comparisons, about: str, place: Place) -> tuple[list[Path], list[Section]]:
-    """The claims with their figures, and their part of the page; nothing where there are none."""
+    """The claims with their figures, and all differences as a part of the page; nothing where there are none."""
     files = write_claims(weighed, f"{about} {NOTE}", place.tables)
     if not files:
         return [], []
@@ -174,17 +183,18 @@ def write_all_claims(weighed: pd.DataFrame, comparisons: Comparisons, about: str
     if any(len(comparisons.fit(detector).residuals) for detector in comparisons.detectors):
         drawn["residuals"] = residuals({name: comparisons.fit(name).residuals for name in comparisons.detectors}, about)
     figures = place.save(drawn)
-    pictures = place.pictures(figures)  # in the order of `drawn`
-    sections = [
-        Section("claims", "Claims", board(weighed), NOTE, pictures[:1], files=place.inside(files)),
-        Section("comparisons", "Claims, part by part", claim_cells(weighed), figures=pictures[1:]),
-    ]
-    return [*files, *figures], sections
+    section = Section(
+        "differences", "All differences", "How large is each difference, and how sure is it?", table=claim_cells(weighed), note=NOTE,
+        figures=place.pictures(figures), files=place.inside(files),
+    )  # fmt: skip
+    return [*files, *figures], [section]
 
 
-def write_one(table: Table, frame: pd.DataFrame, comparisons: Comparisons, place: Place, source: Store) -> tuple[list[Path], Section]:
+def write_one(
+    table: Table, frame: pd.DataFrame, summary: pd.DataFrame, claims: Sequence[Verdict], place: Place, source: Store
+) -> tuple[list[Path], Section]:
     """One table with its figures, and its part of the page."""
-    summary, note = summarise(table, frame, comparisons), provenance_line(frame)
+    note = provenance_line(frame)
     files = write_table(table, frame, summary, place.tables)
     figures = {table.name: comparison(frame, summary, note)}
     if table.name == "main_results":
@@ -193,8 +203,12 @@ def write_one(table: Table, frame: pd.DataFrame, comparisons: Comparisons, place
     section = Section(
         name=table.name,
         title=f"{table.title} ({in_words(table.published)})" if table.published else table.title,
-        table=cells(summary),
-        note=f"{note} {NOTES}",
+        question=QUESTIONS[table.name],
+        verdicts=claims,
+        harms=list(harms_of(table.name, summary).values()),
+        table=cells(summary).drop(columns="Measured on"),
+        note=f"Measured on {table.measured_on}.",
+        provenance=note,
         figures=place.pictures(drawn),
         notebooks=[f"notebooks/{path.name}" for path in sorted(NOTEBOOKS.glob(f"[0-9]*_{table.name}.ipynb"))],
         files=place.inside(files),

@@ -231,7 +231,7 @@ def test_markup_in_category_names(root: Path, tmp_path: Path, tries, capsys: pyt
             cli.check(root)
             assert "3 classes" in capsys.readouterr().out
             names = [category.name for category in opened(root).categories]
-            page = write_page(tmp_path, name, name, [Section(name, name, pd.DataFrame({"Class": names, name: names}), note=name)])
+            page = write_page(tmp_path, name, [name], [Section(name, name, table=pd.DataFrame({"Class": names, name: names}), note=name)])
             text = page.read_text(encoding="utf-8")
             assert names[0] == name and "<script" not in text and "<img" not in text and "</td><" not in text.replace("</td></tr>", "")
 
