@@ -25,7 +25,7 @@ def bars(published: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Figu
     """
     with style.paper():
         ours = [name for name in IN_ORDER if name in set(summary["detector"])]
-        figure = style.Picture(figsize=(style.WIDTH, 3.3))
+        figure = style.Picture(figsize=(style.width(), 3.3))
         spans = [len(IN_ORDER) + 0.2, max(len(ours) + 0.2, 1.7)]
         left, right = figure.subplots(1, 2, width_ratios=spans)
         figure.get_layout_engine().set(wspace=0.08)
@@ -69,4 +69,4 @@ def _bar(axes: Axes, group: int, place: int, value: float, half: float = math.na
     if not math.isnan(half):
         axes.errorbar(x, value, half, color=style.TEXT, linewidth=1, capsize=2.5)
         top += half
-    axes.annotate(f"{value:.1f}", (x, top), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7.5)
+    axes.annotate(f"{value:.1f}", (x, top), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=style.points(7.5))

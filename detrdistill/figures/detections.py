@@ -55,10 +55,10 @@ def compare(images: Sequence[np.ndarray], columns: Mapping[str, Sequence[Objects
     with style.paper():
         # Laid out by hand: where labels find room depends on how large a pixel is printed, and that must be known beforehand.
         gap, top, bottom = 0.04, 0.22, 0.32
-        side = (style.WIDTH - gap * (len(columns) - 1)) / len(columns)
+        side = (style.width() - gap * (len(columns) - 1)) / len(columns)
         high = side * max(image.shape[0] / image.shape[1] for image in images)
         height = top + bottom + len(images) * high + (len(images) - 1) * gap
-        figure = style.Picture(figsize=(style.WIDTH, height), layout="none")
+        figure = style.Picture(figsize=(style.width(), height), layout="none")
         room = {"left": 0, "right": 1, "top": 1 - top / height, "bottom": bottom / height, "wspace": gap / side, "hspace": gap / high}
         panels = figure.subplots(len(images), len(columns), squeeze=False, gridspec_kw=room)
         truths = columns.get("ground truth", [None] * len(images))
@@ -74,7 +74,7 @@ def compare(images: Sequence[np.ndarray], columns: Mapping[str, Sequence[Objects
         how = f"Dashed: no such object there. Detections with a score of at least {least_score:g}."
         if crowded:
             how += f" Without a label: {common}."
-        figure.text(0, 0.05 / height, f"{how}\n{note}".strip(), va="bottom", fontsize=6.5, color=style.FAINT)
+        figure.text(0, 0.05 / height, f"{how}\n{note}".strip(), va="bottom", fontsize=style.points(6.5), color=style.FAINT)
     return figure
 
 

@@ -33,27 +33,36 @@ def forest(weighed: pd.DataFrame, note: str = "") -> Figure:
     is_ap = weighed["measure"].str.startswith("AP")
     panels = [(unit, part) for unit, part in (("AP points", weighed[is_ap]), ("changes an image", weighed[~is_ap])) if len(part)]
     heights = [sum(ROW + SECOND * (len(_names(name)) - 1) for name in part["part"]) + HEAD * part["claim"].nunique() for _, part in panels]
-    lines = style.wrapped(note, style.WIDTH)
+    lines = style.wrapped(note, style.width())
     height = TOP + sum(heights) + GAP * (len(panels) - 1) + 0.45 + FOOT + UNIT * len(lines)
     with style.paper():
-        figure = style.Picture(figsize=(style.WIDTH, height), layout=PlaceHolderLayoutEngine(True, True))
-        figure.text(0.012, 1 - 0.1 / height, "Every claim as a difference that should be positive", va="top", fontsize=10, weight="bold")
+        figure = style.Picture(figsize=(style.width(), height), layout=PlaceHolderLayoutEngine(True, True))
+        figure.text(
+            0.012,
+            1 - 0.1 / height,
+            "Every claim as a difference that should be positive",
+            va="top",
+            fontsize=style.points(10),
+            weight="bold",
+        )
         handles = [
             Line2D([], [], color=style.TEXT, linewidth=3, marker="o", markersize=4, label="95 % interval"),
             Line2D([], [], color=style.TEXT, linewidth=0.9, label="adjusted for the claim's other comparisons"),
             Patch(color="#e9e9e9", label="margin"),
         ]
-        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 1 - 0.27 / height), ncols=3, fontsize=7.5, handlelength=1.8)
+        figure.legend(
+            handles=handles, loc="upper left", bbox_to_anchor=(0, 1 - 0.27 / height), ncols=3, fontsize=style.points(7.5), handlelength=1.8
+        )
         top = TOP
         for (unit, part), tall in zip(panels, heights, strict=True):
-            width = (style.WIDTH - LEFT - RIGHT) / style.WIDTH
-            axes = figure.add_axes((LEFT / style.WIDTH, 1 - (top + tall) / height, width, tall / height), ylim=(tall, 0))
+            width = (style.width() - LEFT - RIGHT) / style.width()
+            axes = figure.add_axes((LEFT / style.width(), 1 - (top + tall) / height, width, tall / height), ylim=(tall, 0))
             axes.set(yticks=[], xlabel=f"difference in {unit}")
             axes.spines["left"].set_visible(False)
             axes.tick_params(axis="x", top=True, labeltop=True)
             _draw(axes, part)
             top += tall + GAP
-        figure.text(0.012, 0.06 / height, "\n".join(lines), va="bottom", fontsize=6.5, color=style.FAINT)
+        figure.text(0.012, 0.06 / height, "\n".join(lines), va="bottom", fontsize=style.points(6.5), color=style.FAINT)
     return figure
 
 
@@ -68,7 +77,7 @@ def _draw(axes: Axes, part: pd.DataFrame) -> None:
     axes.axvline(0, color="#888888", linewidth=0.9, zorder=1)
     y = 0.0
     for claim, lines in part.groupby("claim", sort=False):
-        axes.text(-LEFT + 0.08, y + HEAD * 0.6, claim, transform=_inches(axes), fontsize=7.5, weight="bold", va="center")
+        axes.text(-LEFT + 0.08, y + HEAD * 0.6, claim, transform=_inches(axes), fontsize=style.points(7.5), weight="bold", va="center")
         y, before = y + HEAD, ""
         order = list(lines["detector"].unique())
         for line in lines.sort_values("detector", key=lambda names: names.map(order.index), kind="stable").to_dict("records"):
@@ -83,7 +92,7 @@ def _comparison(axes: Axes, y: float, line: Mapping[str, Any], reach: float, det
     axes.text(0.12 - LEFT, y, detector, **small)
     for i, name in enumerate(names := _names(line["part"])):
         axes.text(INDENT - LEFT, y + SECOND * (i - (len(names) - 1) / 2), name, **small)
-    axes.text(style.WIDTH - LEFT - RIGHT + 0.06, y, line["status"], color=colour if colour in CLEAR.values() else style.TEXT, **small)
+    axes.text(style.width() - LEFT - RIGHT + 0.06, y, line["status"], color=colour if colour in CLEAR.values() else style.TEXT, **small)
     mean = line["difference"]
     if math.isnan(mean):
         return
@@ -108,5 +117,5 @@ def _names(part: str) -> list[str]:
 
 def _inches(axes: Axes) -> Transform:
     """x in inches from the panel's left edge, y as the panel's data, which are inches too."""
-    from_left = Affine2D().translate(axes.get_position().x0 * style.WIDTH, 0) + axes.figure.dpi_scale_trans
+    from_left = Affine2D().translate(axes.get_position().x0 * style.width(), 0) + axes.figure.dpi_scale_trans
     return blended_transform_factory(from_left, axes.transData)

@@ -31,7 +31,7 @@ def loss_parts(log: Sequence[Mapping[str, Any]], title: str = "", note: str = ""
         parts = [name for name in frame.columns if name not in NOT_PARTS]
         groups = list(dict.fromkeys(name.partition("/")[0] for name in parts)) or ["detection"]
         rows = -(-len(groups) // 2)
-        figure = style.Picture(figsize=(style.WIDTH, 0.6 + 2.2 * rows))
+        figure = style.Picture(figsize=(style.width(), 0.6 + 2.2 * rows))
         panels = figure.subplots(rows, min(2, len(groups)), squeeze=False, sharex=True).ravel()
         for axes, group in zip(panels, groups, strict=False):
             axes.set_title(GROUP_TITLES.get(group, group), loc="left")
@@ -59,8 +59,8 @@ def loss_parts(log: Sequence[Mapping[str, Any]], title: str = "", note: str = ""
         for axes in panels[max(0, len(groups) - 2) : len(groups)]:
             axes.set_xlabel("optimizer steps")
             axes.tick_params(labelbottom=True)
-        figure.supylabel("weighted loss", fontsize=8.5)
+        figure.supylabel("weighted loss", fontsize=style.points(8.5))
         if title:
-            figure.suptitle(title, fontsize=9, x=0.01, ha="left")
+            figure.suptitle(title, fontsize=style.points(9), x=0.01, ha="left")
         style.note(figure, note)
     return figure

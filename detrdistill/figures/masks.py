@@ -22,8 +22,8 @@ def query_masks(image: np.ndarray, masks: Sequence[np.ndarray], titles: Sequence
     """
     with style.paper():
         rows = -(-(len(masks) + 1) // columns)
-        side = (style.WIDTH - 0.6) / columns
-        figure = style.Picture(figsize=(style.WIDTH, rows * (side * image.shape[0] / image.shape[1] + 0.25) + 0.25))
+        side = (style.width() - 0.6) / columns
+        figure = style.Picture(figsize=(style.width(), rows * (side * image.shape[0] / image.shape[1] + 0.25) + 0.25))
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         show_image(panels[0], image)
         panels[0].set_title("image")

@@ -26,7 +26,7 @@ def instability(queries: Mapping[str, Runs], objects: Mapping[str, Runs], note: 
         objects: the same for objects.
     """
     with style.paper():
-        figure = style.Picture(figsize=(style.WIDTH, 2.9))
+        figure = style.Picture(figsize=(style.width(), 2.9))
         panels = figure.subplots(1, 2)
         figure.get_layout_engine().set(wspace=0.06)
         counts = {len(runs) for runs in queries.values()}
@@ -50,7 +50,7 @@ def instability_in_training(curves: Mapping[str, Sequence[Curve]], note: str = "
         curves: for every setting a list over seeds of `Record.curve`; runs that tell no changes are shown as "not recorded".
     """
     with style.paper():
-        figure = style.Picture(figsize=(style.WIDTH, 2.9))
+        figure = style.Picture(figsize=(style.width(), 2.9))
         panels = figure.subplots(1, 2)
         figure.get_layout_engine().set(wspace=0.06)
         drawn = {}
@@ -99,7 +99,9 @@ def _panel(axes: Axes, scores: Mapping[str, Runs]) -> None:
             axes.errorbar(x, means[0], half, fmt="none", color=style.TEXT, linewidth=1, capsize=2.5)
             tops = tops + half
         for at, mean, top in zip(x, means.mean(0), tops, strict=True):
-            axes.annotate(f"{mean:.2f}", (at, top), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7.5)
+            axes.annotate(
+                f"{mean:.2f}", (at, top), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=style.points(7.5)
+            )
     axes.set(xticks=range(steps), xticklabels=[f"stage {k + 1} to {k + 2}" for k in range(steps)])
     axes.margins(x=0.06, y=0.12)
     axes.set_ylim(0, None if axes.dataLim.y1 > 0 else 1)
