@@ -22,7 +22,7 @@ NEUTRAL, BAND = "#5a5a5a", "#f5f5f5"
 HEAD, SIZE, SMALL, TINY = 8.5, 8, 7.5, 6.5  # points: detectors, titles of rows, numbers, notes
 # Inches, like all lengths of the sheet; only what is drawn inside a panel has a scale of its own.
 ROW, LEADING, HEADING, MARGIN, GAP, INDENT, TITLES_AT_MOST = 0.235, 0.14, 0.25, 0.08, 0.15, 0.1, 1.7
-TITLES_IN_COLUMN = 1.0  # where the figure has one of a paper's columns
+TITLES_IN_COLUMN = 1.25  # where the figure has one of a paper's columns
 SPAN_AT_LEAST = 4.0  # AP: a panel does not blow up what little differs
 MINUS = "\N{MINUS SIGN}"
 PUBLISHED = "published, COCO val2017"
@@ -74,7 +74,7 @@ def comparison(frame: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Fi
     where = [("measured here: " + "; ".join(summary["measured_on"].unique()), 0, 1)]  # and the columns it stands over
     if narrow:
         columns = [Column("AP", "", "AP", _mean, 0), Column("gain", "AP points", "gain", gain, 1, _below if stated else None)]
-        where = [(f"{where[0][0]}{f'; in grey: {PUBLISHED}' if stated else ''}", 0, 1)]
+        where = [(f"{where[0][0]}{'; paper: COCO val2017' if stated else ''}", 0, 1)]
         note += " Without ±: one seed." if ((summary["seeds"] == 1) & summary["gain"].notna()).any() else ""
     else:
         columns = [Column("AP", "percent", "AP", _ap, 1.2), Column("gain over the baseline", "AP points", "gain", gain, 1.2)]
@@ -115,7 +115,7 @@ def comparison(frame: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Fi
             places.append(y + bands[-1][1] / 2)
             y += bands[-1][1]
         bottom = y + 0.04
-        below = bottom + (0.5 if summary[[column.value for column in columns]].notna().any(axis=None) else 0.15)
+        below = bottom + (0.5 if summary[[column.value for column in columns if column.share]].notna().any(axis=None) else 0.15)
         height = below + 0.115 * len(notes)
 
         figure = style.Picture(figsize=(style.width(), height * style.scale()), layout=PlaceHolderLayoutEngine(True, True))
@@ -219,7 +219,7 @@ def _published(line: Line) -> tuple[str, bool]:
 
 
 def _below(line: Line) -> tuple[str, bool]:
-    return ("", False) if math.isnan(line["published_gain"]) else _published(line)
+    return ("", False) if math.isnan(line["published_gain"]) else (f"paper {_published(line)[0]}", True)
 
 
 def _number(value: float, form: str, half: float = math.nan) -> str:

@@ -35,12 +35,12 @@ def convergence(curves: Mapping[str, Sequence[Curve]], note: str = "") -> Figure
     is_level = "teacher" in ran and bool(last) and ran["teacher"][0].index[-1] not in last
     with style.paper():
         draw_all = _together if len(ran) - is_level <= TOGETHER else _apart
-        figure = draw_all(ran, is_level, f"not run: {', '.join(missing)}" if missing else "")
-        style.note(figure, note)
+        figure = draw_all(ran, is_level)
+        style.note(figure, "\n".join([f"not run: {', '.join(missing)}"] * bool(missing) + [note]))
     return figure
 
 
-def _together(ran: Runs, is_level: bool, missing: str) -> Figure:
+def _together(ran: Runs, is_level: bool) -> Figure:
     """All in one panel, each named at its end."""
     figure = style.Picture(figsize=(style.width(), (2.8 if style.narrow() else 3.4) * style.scale()))
     axes, ends, colours = figure.subplots(), [], style.colours(list(ran))
@@ -55,8 +55,6 @@ def _together(ran: Runs, is_level: bool, missing: str) -> Figure:
         ends.append((_mean(runs), text, colour))
     if not ran:
         style.not_run(axes)
-    elif missing:
-        axes.text(0.02, 0.97, missing, transform=axes.transAxes, va="top", color=style.FAINT)
     axes.set(xlabel="optimizer steps", ylabel="AP (percent)", xlim=(0, None), ylim=(0, 1.06 * axes.get_ylim()[1]))
     axes.margins(x=0.02)
     _steps(axes)
@@ -64,7 +62,7 @@ def _together(ran: Runs, is_level: bool, missing: str) -> Figure:
     return figure
 
 
-def _apart(ran: Runs, is_level: bool, missing: str) -> Figure:
+def _apart(ran: Runs, is_level: bool) -> Figure:
     """A panel a setting, its final AP in the title, the plain student in grey in all of them; one scale for all.
 
     A teacher far above the others is named and not drawn: its level would press all curves to the ground.
@@ -83,6 +81,7 @@ def _apart(ran: Runs, is_level: bool, missing: str) -> Figure:
     if is_level:
         near = _mean(ran["teacher"]) <= 1.3 * highest
         text = f"Teacher {_final(ran['teacher'])} after {ran['teacher'][0].index[-1]:,} steps{'' if near else ', above the panels'}"
+        text = "\n".join(style.even(text, style.room() - 0.6, 8.5))
         keys.append(Line2D([], [], color=style.COLOURS["teacher"], label=text, **LEVEL if near else {"linestyle": "none"}))
         highest = max(highest, _mean(ran["teacher"]) if near else 0)
     for i, (axes, setting, title) in enumerate(zip(panels, settings, titles, strict=False)):
@@ -101,7 +100,6 @@ def _apart(ran: Runs, is_level: bool, missing: str) -> Figure:
     for axes in panels[max(0, len(settings) - columns) : len(settings)]:
         axes.set_xlabel("optimizer steps")
     figure.supylabel("AP (percent)", fontsize=style.points(8.5))
-    keys += [Line2D([], [], linestyle="none", label=missing)] if missing else []
     figure.legend(handles=keys, loc="outside upper left", ncols=1 if style.narrow() else max(1, len(keys)), handlelength=1.8)
     return figure
 
@@ -126,7 +124,7 @@ def _steps(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     wide = axes.get_position().width * style.room()
     if wide < 3.0:
-        axes.xaxis.set_major_locator(MaxNLocator(max(2, int(wide / 0.45)), steps=[1, 2, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(max(3, int(wide / 0.45)), steps=[1, 2, 3, 5, 10]))
 
 
 def series(curve: Curve, key: str) -> pd.Series:

@@ -90,7 +90,7 @@ class Look:
             raise InputError(f"size {self.size:g} of figures' text: must be from {SIZES[0]:g} to {SIZES[1]:g} points")
 
 
-_look = ContextVar("look", default=Look())
+_look = ContextVar("look", default=Look())  # noqa: B039 (Look is frozen)
 
 
 def read_width(text: str) -> float:
