@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D, Transform, blended_transform_factory
 
 from detrdistill.figures import style
+from detrdistill.recipes.words import NOT_RUN
 from detrdistill.statistics import AGAINST, HOLDS, SMALL
 
 ROW, SECOND, HEAD = 0.165, 0.1, 0.25  # inches: a comparison, a further line of its name, the title of a claim
@@ -84,16 +85,16 @@ def _lines(part: pd.DataFrame, widths: Widths) -> list[tuple[str | Mapping[str, 
     for claim, lines in part.groupby("claim", sort=False):
         titles = style.wrap(str(claim), style.room() - 0.16, 7.5, "bold")
         found.append(("\n".join(titles), HEAD + 0.12 * (len(titles) - 1)))
-        order, before = list(lines["detector"].unique()), ""
-        for line in lines.sort_values("detector", key=lambda names: names.map(order.index), kind="stable").to_dict("records"):
-            detector = "" if line["detector"] == before else line["detector"]
-            if detector and widths.own_line:
-                found.append((detector, ROW))
-            names = _names(line["part"], widths.names - widths.indent - 0.05)
-            words = style.wrap(line["verdict"] if widths.own_line and line["verdict"] else line["status"], widths.words - 0.08, TEXT)
-            about = dict(line) | {"names": names, "words": words, "shown": "" if widths.own_line else detector}
-            found.append((about, ROW + SECOND * (max(len(names), len(words)) - 1)))
-            before = line["detector"]
+        for detector, own in lines.groupby("detector", sort=False):
+            if widths.own_line and (own["status"] == NOT_RUN).all():  # a column has no room for each of them
+                found.append((own.iloc[0].to_dict() | {"names": [], "words": [NOT_RUN], "detector": detector}, ROW))
+                continue
+            found += [(str(detector), ROW)] * widths.own_line
+            for i, line in enumerate(own.to_dict("records")):
+                names = _names(line["part"], widths.names - widths.indent - 0.05)
+                words = style.wrap(line["verdict"] if widths.own_line and line["verdict"] else line["status"], widths.words - 0.08, TEXT)
+                shown = {"names": names, "words": words, "detector": "" if i or widths.own_line else detector}
+                found.append((line | shown, ROW + SECOND * (max(len(names), len(words)) - 1)))
     return found
 
 
@@ -128,7 +129,7 @@ def _write(axes: Axes, x: float, y: float, text: str, widths: Widths, **look: An
 
 def _comparison(axes: Axes, y: float, line: Mapping[str, Any], ends: tuple[float, float], widths: Widths) -> None:
     colour = CLEAR.get(line["verdict"], style.FAINT)
-    _write(axes, 0.12, y, line["shown"], widths)
+    _write(axes, 0.12, y, line["detector"], widths)
     for i, name in enumerate(line["names"]):
         _write(axes, widths.indent, y + SECOND * (i - (len(line["names"]) - 1) / 2), name, widths)
     for i, words in enumerate(line["words"]):
