@@ -22,7 +22,7 @@ NEUTRAL, BAND = "#5a5a5a", "#f5f5f5"
 HEAD, SIZE, SMALL, TINY = 8.5, 8, 7.5, 6.5  # points: detectors, titles of rows, numbers, notes
 # Inches, like all lengths of the sheet; only what is drawn inside a panel has a scale of its own.
 ROW, LEADING, HEADING, MARGIN, GAP, INDENT, TITLES_AT_MOST = 0.235, 0.14, 0.25, 0.08, 0.15, 0.1, 1.7
-TITLES_IN_COLUMN = 1.25  # where the figure has one of a paper's columns
+PANEL_AT_LEAST = 0.55  # where the figure has one of a paper's columns
 SPAN_AT_LEAST = 4.0  # AP: a panel does not blow up what little differs
 MINUS = "\N{MINUS SIGN}"
 PUBLISHED = "published, COCO val2017"
@@ -90,7 +90,9 @@ def comparison(frame: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Fi
     with style.paper():
         # Widths, from the left: titles of rows, counts of seeds, and for each column a panel with words right of it. All lengths are
         # those of text as large as on the screen, and so is the sheet's scale; the figure itself is `scale` times as large.
-        room, titles_at_most = style.room(), TITLES_IN_COLUMN if narrow else TITLES_AT_MOST
+        room, titles_at_most = style.room(), TITLES_AT_MOST
+        if narrow:
+            titles_at_most = room - 2 * MARGIN - INDENT - len(columns) * GAP - sum(_beside(columns, lines)) - PANEL_AT_LEAST
         titles = [style.even(str(line["title"]), titles_at_most, SIZE) for line in lines]
         counts = [f"{line['seeds']}/{line['seeds_wanted']}" for line in lines]
         left = MARGIN + INDENT + max(style.text_width(text, SIZE) for title in titles for text in title)
@@ -152,15 +154,19 @@ def comparison(frame: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Fi
     return figure
 
 
+def _beside(columns: Sequence[Column], lines: Sequence[Line]) -> list[float]:
+    """How wide the words of each column are, with the gap to its panel."""
+    wide = []
+    for column in columns:
+        texts = [text for text, number in map(column.words, lines) if number]
+        texts += [column.below(line)[0] for line in lines if column.below]
+        wide.append(max([style.text_width(text, SMALL) for text in texts] + [0.35]) + 0.1 * (column.share > 0))
+    return wide
+
+
 def _edges(columns: Sequence[Column], lines: Sequence[Line], left: float) -> list[tuple[float, float, float]]:
     """Of each column: where its panel starts and ends, and where its words end."""
-    numbers = [[text for text, number in map(column.words, lines) if number] for column in columns]
-    for column, texts in zip(columns, numbers, strict=True):
-        texts += [column.below(line)[0] for line in lines if column.below]
-    beside = [
-        max([style.text_width(text, SMALL) for text in texts] + [0.35]) + 0.1 * (column.share > 0)
-        for column, texts in zip(columns, numbers, strict=True)
-    ]
+    beside = _beside(columns, lines)
     room = style.room() - MARGIN - left - GAP * len(columns) - sum(beside)
     shares = np.array([column.share for column in columns])
     wide = room * shares / shares.sum()

@@ -35,18 +35,16 @@ def convergence(curves: Mapping[str, Sequence[Curve]], note: str = "") -> Figure
     is_level = "teacher" in ran and bool(last) and ran["teacher"][0].index[-1] not in last
     with style.paper():
         draw_all = _together if len(ran) - is_level <= TOGETHER else _apart
-        figure = draw_all(ran, is_level)
-        style.note(figure, "\n".join([f"not run: {', '.join(missing)}"] * bool(missing) + [note]))
-    return figure
+        return draw_all(ran, is_level, "\n".join([f"not run: {', '.join(missing)}"] * bool(missing) + [note]))
 
 
-def _together(ran: Runs, is_level: bool) -> Figure:
+def _together(ran: Runs, is_level: bool, note: str) -> Figure:
     """All in one panel, each named at its end."""
     figure = style.Picture(figsize=(style.width(), (2.8 if style.narrow() else 3.4) * style.scale()))
     axes, ends, colours = figure.subplots(), [], style.colours(list(ran))
     for setting, runs in ran.items():
         colour, final = colours[setting], _final(runs)
-        text = f"{_title(setting)}{NEXT[style.narrow()]}{final}"
+        text = "\n".join([*style.even(_title(setting), 0.3 * style.room(), 7.5), final]) if style.narrow() else f"{_title(setting)} {final}"
         if setting == "teacher" and is_level:
             axes.axhline(_mean(runs), color=colour, **LEVEL)
             text += f"\nafter {runs[0].index[-1]:,} steps"
@@ -57,12 +55,13 @@ def _together(ran: Runs, is_level: bool) -> Figure:
         style.not_run(axes)
     axes.set(xlabel="optimizer steps", ylabel="AP (percent)", xlim=(0, None), ylim=(0, 1.06 * axes.get_ylim()[1]))
     axes.margins(x=0.02)
-    _steps(axes)
+    _steps(axes, 3 if style.narrow() else 0)
+    style.note(figure, note)
     style.label_ends(axes, ends, 7.5 if style.narrow() else 8.5)
     return figure
 
 
-def _apart(ran: Runs, is_level: bool) -> Figure:
+def _apart(ran: Runs, is_level: bool, note: str) -> Figure:
     """A panel a setting, its final AP in the title, the plain student in grey in all of them; one scale for all.
 
     A teacher far above the others is named and not drawn: its level would press all curves to the ground.
@@ -94,17 +93,15 @@ def _apart(ran: Runs, is_level: bool) -> Figure:
         axes.set_title("\n".join(title), loc="left", fontsize=style.points(8), color=style.ink(colour))
         axes.set(xlim=(0, None), ylim=(0, 1.06 * highest))
         axes.tick_params(labelbottom=i + columns >= len(settings))  # also where none is below
-        _steps(axes)
+        _steps(axes, 3)
     for axes in panels[len(settings) :]:
         axes.set_visible(False)
     for axes in panels[max(0, len(settings) - columns) : len(settings)]:
         axes.set_xlabel("optimizer steps")
     figure.supylabel("AP (percent)", fontsize=style.points(8.5))
     figure.legend(handles=keys, loc="outside upper left", ncols=1 if style.narrow() else max(1, len(keys)), handlelength=1.8)
+    style.note(figure, note)
     return figure
-
-
-NEXT = (" ", "\n")  # between a setting and its AP: where there is room, and in a paper's column
 
 
 def _title(setting: str) -> str:
@@ -120,11 +117,11 @@ def _final(runs: Sequence[pd.Series]) -> str:
     return f"{final:.1f}" + ("" if math.isnan(half) else f" ± {half:.1f}")
 
 
-def _steps(axes: Axes) -> None:
+def _steps(axes: Axes, most: int) -> None:
+    """Write steps at as many places at most, where a panel is narrow."""
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    wide = axes.get_position().width * style.room()
-    if wide < 3.0:
-        axes.xaxis.set_major_locator(MaxNLocator(max(3, int(wide / 0.45)), steps=[1, 2, 3, 5, 10]))
+    if most:
+        axes.xaxis.set_major_locator(MaxNLocator(most, steps=[1, 2, 3, 5, 10]))
 
 
 def series(curve: Curve, key: str) -> pd.Series:

@@ -53,19 +53,19 @@ def forest(weighed: pd.DataFrame, note: str = "") -> Figure:
         room, widths = style.room(), COLUMN if style.narrow() else PAGE
         heights = [sum(tall for _, tall in _lines(part, widths)) for _, part in panels]
         lines = style.wrapped(note, style.width())
-        top = TOP + UNIT * 2 * widths.own_line
+        titles = style.wrap("Every claim as a difference that should be positive", room - 0.1, 10, "bold")
+        more = 0.16 * (len(titles) - 1)
+        top = TOP + more + UNIT * 2 * widths.own_line
         height = top + sum(heights) + GAP * (len(panels) - 1) + 0.45 + FOOT + UNIT * len(lines)
         figure = style.Picture(figsize=(style.width(), height * style.scale()), layout=PlaceHolderLayoutEngine(True, True))
-        title = "Every claim as a difference that should be positive"
-        size = style.points(8 if widths.own_line else 10)
-        figure.text(0.012, 1 - 0.1 / height, title, va="top", fontsize=size, weight="bold")
+        figure.text(0.012, 1 - 0.1 / height, "\n".join(titles), va="top", fontsize=style.points(10), weight="bold")
         handles = [
             Line2D([], [], color=style.TEXT, linewidth=3, marker="o", markersize=4, label="95 % interval"),
             Line2D([], [], color=style.TEXT, linewidth=0.9, label="adjusted for the claim's other comparisons"),
             Patch(color="#e9e9e9", label="margin"),
         ]
         look = {"fontsize": style.points(7.5), "handlelength": 1.8, "ncols": 1 if widths.own_line else 3}
-        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 1 - 0.27 / height), **look)
+        figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, 1 - (0.27 + more) / height), **look)
         for (unit, part), tall in zip(panels, heights, strict=True):
             wide = (room - widths.names - widths.words) / room
             axes = figure.add_axes((widths.names / room, 1 - (top + tall) / height, wide, tall / height), ylim=(tall, 0))

@@ -18,7 +18,8 @@ def gallery(images: Sequence[np.ndarray], truths: Sequence[Objects], note: str =
     """
     with style.paper():
         # Laid out by hand, as in `detections.compare`: labels are placed by the size of a pixel on paper.
-        gap, bottom = 0.06, 0.2 if note else 0.02
+        notes = style.wrapped(note, style.width())
+        gap, bottom = 0.06, (0.09 + 0.11 * len(notes)) * style.scale() if note else 0.02
         rows = -(-len(images) // columns)
         side = (style.width() - gap * (columns - 1)) / columns
         high = side * max((image.shape[0] / image.shape[1] for image in images), default=1)
@@ -30,5 +31,5 @@ def gallery(images: Sequence[np.ndarray], truths: Sequence[Objects], note: str =
             draw(axes, image, truth, "ground truth")
         for axes in grid[len(images) :]:
             axes.set_visible(False)
-        figure.text(0, 0.04 / height, note, va="bottom", fontsize=style.points(6.5), color=style.FAINT)
+        figure.text(0, 0.04 / height, "\n".join(notes), va="bottom", fontsize=style.points(6.5), color=style.FAINT)
     return figure

@@ -20,7 +20,11 @@ def residuals(of_detectors: Mapping[str, pd.DataFrame], note: str = "") -> Figur
     panels = {name: _titled(runs) for name, runs in of_detectors.items() if len(runs)}
     counts = [runs["row"].nunique() for runs in panels.values()]
     with style.paper():
-        figure = style.Picture(figsize=(style.width(), (ROW * sum(counts) + 0.75 * len(panels) + 0.6) * style.scale()))
+        label = style.even("AP of a run minus what its row and its seed explain", 0.5 * style.room(), 8.5)
+        title = "Noise by row; orange: the row's spread stands out, and its intervals are wider for it"
+        title = style.even(title, style.room() - 0.1, 9)
+        height = ROW * sum(counts) + 0.75 * len(panels) + 0.6 + 0.17 * (len(title) + len(label) - 2)
+        figure = style.Picture(figsize=(style.width(), height * style.scale()))
         figure.get_layout_engine().set(hspace=0.03)
         panes = figure.subplots(len(panels), 1, squeeze=False, height_ratios=counts)[:, 0]
         reach = 1.05 * max(runs["residual"].abs().max() for runs in panels.values())
@@ -36,11 +40,8 @@ def residuals(of_detectors: Mapping[str, pd.DataFrame], note: str = "") -> Figur
             axes.set(xlim=(-reach, reach), ylim=(-0.8, len(places) - 0.2))
             axes.set_title(name, loc="left", weight="bold")
             axes.tick_params(axis="y", length=0)
-        label = "AP of a run minus what its row and its seed explain"
-        panes[-1].set_xlabel("\n".join(style.even(label, 0.5 * style.room(), 8.5)))
-        title = "Noise by row; orange: the row's spread stands out, and its intervals are wider for it"
-        title = "\n".join(style.even(title, style.room() - 0.1, 9))
-        figure.suptitle(title, x=0.012, ha="left", fontsize=style.points(9))
+        panes[-1].set_xlabel("\n".join(label))
+        figure.suptitle("\n".join(title), x=0.012, ha="left", fontsize=style.points(9))
         style.note(figure, note)
     return figure
 

@@ -17,9 +17,9 @@ def stage_pairs(strategies: Mapping[str, StagePairs], student: int, teacher: int
         student, teacher: numbers of stages.
     """
     with style.paper():
-        columns = min(3, len(strategies))
+        columns = min(2 if style.narrow() else 3, len(strategies))
         rows = -(-len(strategies) // columns)
-        figure = style.Picture(figsize=(style.width(), 0.2 + 1.35 * rows))
+        figure = style.Picture(figsize=(style.width(), (0.2 + 1.35 * rows) * style.scale()))
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         widest = max(student, teacher)
 

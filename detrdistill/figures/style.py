@@ -27,6 +27,7 @@ WIDTHS, SIZES = (3.0, 14.0), (6.0, 12.0)  # inches and points that layouts are m
 # All come with matplotlib, so they are the same everywhere; the last of each is for programs that open an SVG without having them.
 FONTS = {"sans": ["DejaVu Sans", "sans-serif"], "serif": ["STIXGeneral", "DejaVu Serif", "serif"]}
 LEAST = 6.0  # points: no text is smaller
+LEAST_ROOM = 3.0  # what `room` must be at least
 
 # seaborn's colour-blind palette, spelled out because importing seaborn takes longer than the rest of a report.
 BLUE, AMBER, GREEN, RED, PINK, BROWN, ROSE, GREY, YELLOW, SKY = (
@@ -74,7 +75,7 @@ class Look:
         size: points of the axes' labels; all other text is in proportion to it, and none is smaller than `LEAST`.
 
     Raises:
-        InputError: a width, font or size that figures cannot be drawn in.
+        InputError: a width, font or size that figures cannot be drawn in, or text too large for the width.
     """
 
     width: float = 7.2
@@ -88,6 +89,10 @@ class Look:
             raise InputError(f"font '{self.font}' of figures is unknown; known: {', '.join(FONTS)}")
         if not SIZES[0] <= self.size <= SIZES[1]:
             raise InputError(f"size {self.size:g} of figures' text: must be from {SIZES[0]:g} to {SIZES[1]:g} points")
+        if self.size > (most := self.width / LEAST_ROOM * Look.size) + 1e-9:
+            raise InputError(
+                f"size {self.size:g} of figures' text: too large for {self.width:g} inches, where at most {most:.1f} points fit"
+            )
 
 
 _look = ContextVar("look", default=Look())  # noqa: B039 (Look is frozen)
@@ -128,6 +133,11 @@ def scale() -> float:
 def points(size: float) -> float:
     """The size of a text that has `size` points on the screen."""
     return max(size * scale(), min(size, LEAST))
+
+
+def leading() -> float:
+    """Height of a line, in lines of the font of the screen."""
+    return 1.35 if _look.get().font == "serif" else 1.0
 
 
 def room() -> float:
@@ -284,21 +294,17 @@ def spread(values: Sequence[float], heights: Sequence[float]) -> list[float]:
 
 
 def label_ends(axes: Axes, labels: Sequence[tuple[float, str, str]], size: float = 8.5) -> None:
-    """Write (height, text, colour) just right of the panel, at that height or as near as the others allow; set the limits first."""
-    size = points(size)
-    height = axes.get_position().height * axes.figure.get_figheight()
-    low, high = axes.get_ylim()
-    line = size * 1.25 / 72 / height * (high - low)
-    places = spread([label[0] for label in labels], [line * (1 + label[1].count("\n")) for label in labels])
-    for (_, text, colour), y in zip(labels, places, strict=True):
-        axes.annotate(
-            text,
-            (1, y),
-            xycoords=("axes fraction", "data"),
-            xytext=(5, 0),
-            textcoords="offset points",
-            va="center",
-            color=ink(colour),
-            fontsize=size,
-            annotation_clip=False,
-        )
+    """Write (height, text, colour) just right of the panel, at that height or as near as the others allow.
+
+    Set the limits first, and whatever stands above or below: how tall the panel is decides how far labels are apart.
+    """
+    look = {"xytext": (5, 0), "textcoords": "offset points", "va": "center", "fontsize": points(size), "annotation_clip": False}
+    where = ("axes fraction", "data")
+    texts = [axes.annotate(text, (1, y), xycoords=where, color=ink(colour), **look) for y, text, colour in labels]
+    figure, (low, high) = axes.figure, axes.get_ylim()
+    for _ in range(2):  # labels make room for themselves, and the panel smaller
+        figure.get_layout_engine().execute(figure)
+        inch = (high - low) / (axes.get_position().height * figure.get_figheight())
+        tall = [1.03 * text.get_window_extent().height / figure.dpi * inch for text in texts]
+        for text, y in zip(texts, spread([label[0] for label in labels], tall), strict=True):
+            text.xy = (1, y)

@@ -212,5 +212,5 @@ def test_intervals_of_ap_end_where_ap_does() -> None:
 
 def test_the_height_grows_with_the_rows_and_the_width_does_not() -> None:
     small, large = comparison(*CASES["one row"]()), comparison(*CASES["main"]())
-    assert small.get_figwidth() == large.get_figwidth() == style.WIDTH
+    assert small.get_figwidth() == large.get_figwidth() == style.width()
     assert large.get_figheight() > small.get_figheight() + 17 * 0.2

@@ -13,7 +13,7 @@ from matplotlib.patches import FancyArrowPatch
 from detrdistill.distill.stages import pair_stages
 from detrdistill.figures import style
 from detrdistill.figures.bars import bars
-from detrdistill.figures.convergence import convergence
+from detrdistill.figures.convergence import TOGETHER, convergence
 from detrdistill.figures.detections import Objects, compare, hits
 from detrdistill.figures.loss_parts import loss_parts
 from detrdistill.figures.masks import query_masks
@@ -98,7 +98,7 @@ def test_convergence_ends_at_the_mean_over_seeds() -> None:
     assert mean.get_color() == style.COLOURS["student"]
     level = [line for line in axes.lines if line.get_color() == style.COLOURS["teacher"]]
     assert len(level) == 1 and set(level[0].get_ydata()) == {57}
-    assert {"Student 16.0 ± 12.7", "Teacher 57.0\nafter 300 steps", "not run: DETRDistill"} <= texts(figure)
+    assert {"Student 16.0 ± 12.7", "Teacher 57.0\nafter 300 steps", "not run: DETRDistill\nnote"} <= texts(figure)
 
 
 def test_a_teacher_of_the_same_schedule_is_a_curve() -> None:
@@ -215,7 +215,7 @@ def test_stage_pairs_draw_an_arrow_a_pair(tmp_path: Path) -> None:
 
 
 def test_every_setting_has_a_colour_of_its_own() -> None:
-    names = ["Teacher", "student", "detrdistill", *(f"variant {i}" for i in range(8))]
+    names = ["Teacher", "student", "detrdistill", *(f"variant {i}" for i in range(TOGETHER))]
     colours = style.colours(names)
     assert sorted(colours) == sorted(names) and len(set(colours.values())) == len(names)
     assert colours["student"] == style.COLOURS["student"] and colours["Teacher"] == style.COLOURS["teacher"]
