@@ -63,7 +63,7 @@ def compare(images: Sequence[np.ndarray], columns: Mapping[str, Sequence[Objects
             how += f" Without a label: {common}."
         # Laid out by hand: where labels find room depends on how large a pixel is printed, and that must be known beforehand.
         notes = style.wrapped(f"{how}\n{note}", style.width())
-        gap, top, bottom = 0.04, 0.22 * style.scale(), (0.1 + 0.11 * len(notes)) * style.scale()
+        gap, top, bottom = 0.04, 0.22 * style.scale(), (0.1 + 0.11 * style.leading() * len(notes)) * style.scale()
         side = (style.width() - gap * (len(columns) - 1)) / len(columns)
         high = side * max(image.shape[0] / image.shape[1] for image in images)
         height = top + bottom + len(images) * high + (len(images) - 1) * gap

@@ -56,7 +56,7 @@ def forest(weighed: pd.DataFrame, note: str = "") -> Figure:
         titles = style.wrap("Every claim as a difference that should be positive", room - 0.1, 10, "bold")
         more = 0.16 * (len(titles) - 1)
         top = TOP + more + UNIT * 2 * widths.own_line
-        height = top + sum(heights) + GAP * (len(panels) - 1) + 0.45 + FOOT + UNIT * len(lines)
+        height = top + sum(heights) + GAP * (len(panels) - 1) + 0.45 + FOOT + UNIT * style.leading() * len(lines)
         figure = style.Picture(figsize=(style.width(), height * style.scale()), layout=PlaceHolderLayoutEngine(True, True))
         figure.text(0.012, 1 - 0.1 / height, "\n".join(titles), va="top", fontsize=style.points(10), weight="bold")
         handles = [
@@ -101,7 +101,8 @@ def _lines(part: pd.DataFrame, widths: Widths) -> list[tuple[str | Mapping[str, 
 def _draw(axes: Axes, part: pd.DataFrame, widths: Widths) -> None:
     known = part[part["difference"].notna()]
     # Wide enough for all means and the margin, and for intervals that would not squeeze the others.
-    halves = known["half"].fillna(0).clip(upper=3 * known["half"].median())
+    halves = known["adjusted_half"].fillna(known["half"])
+    halves = halves.fillna(0).clip(upper=3 * halves.median())
     margin = part["margin"].max()
     low = min([-margin, *(known["difference"] - halves)])
     high = max([margin, *(known["difference"] + halves)])

@@ -19,7 +19,7 @@ def gallery(images: Sequence[np.ndarray], truths: Sequence[Objects], note: str =
     with style.paper():
         # Laid out by hand, as in `detections.compare`: labels are placed by the size of a pixel on paper.
         notes = style.wrapped(note, style.width())
-        gap, bottom = 0.06, (0.09 + 0.11 * len(notes)) * style.scale() if note else 0.02
+        gap, bottom = 0.06, (0.09 + 0.11 * style.leading() * len(notes)) * style.scale() if note else 0.02
         rows = -(-len(images) // columns)
         side = (style.width() - gap * (columns - 1)) / columns
         high = side * max((image.shape[0] / image.shape[1] for image in images), default=1)

@@ -44,7 +44,7 @@ def masks(image: np.ndarray, panels: Sequence[Mask], note: str = "", *, columns:
     """
     with style.paper():
         panels = panels[:MOST_PANELS]
-        columns = min(columns, 2) if style.narrow() else columns
+        columns = min(columns, 2 if style.narrow() else columns, len(panels) + 1)
         rows = -(-(len(panels) + 1) // columns)
         side = (style.width() - 0.6) / columns
         lines = max((1 + panel.title.count("\n") for panel in panels), default=1)
@@ -76,6 +76,7 @@ def masks(image: np.ndarray, panels: Sequence[Mask], note: str = "", *, columns:
             if any(len(some) for some in boxes)
         ]
         style.note(figure, "\n".join(part for part in (" ".join(drawn), note) if part))
+        figure.draw_without_rendering()  # the layout learns where images end, and with that where their titles are
     return figure
 
 

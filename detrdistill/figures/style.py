@@ -137,7 +137,7 @@ def points(size: float) -> float:
 
 def leading() -> float:
     """Height of a line, in lines of the font of the screen."""
-    return 1.35 if _look.get().font == "serif" else 1.0
+    return 1.17 if _look.get().font == "serif" else 1.0
 
 
 def room() -> float:
