@@ -76,15 +76,23 @@ HEADERS = {"APs": r"AP$_S$", "APm": r"AP$_M$", "APl": r"AP$_L$", "Published AP":
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {character: f"${character}$" for character in "<>|"}
+    | {character: f"{{{character}}}" for character in "[*"}  # which after the end of a row are its options
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", '"': "''", "\N{MINUS SIGN}": "$-$"}
     | {"±": r"$\pm$", "\N{MULTIPLICATION SIGN}": r"$\times$", "→": r"$\to$", "≤": r"$\le$", "≥": r"$\ge$", "…": r"\dots{}"}
     | {letter: rf"$\{name}$" for letter, name in zip("Δαβγδλμσ", "Delta alpha beta gamma delta lambda mu sigma".split(), strict=True)}
 )
 
 
+ACCENTS = "\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327"  # that TeX's own fonts can set over or under a letter
+
+
 def latex_text(text: str) -> str:
     """Any text for pdflatex, in one line; letters that its fonts lack, such as Chinese ones, by their number: [U+4E2D]."""
-    text = "".join(
-        one if ord(one) < 0x17F or ord(one) in LATEX else f"[U+{ord(one):04X}]" for one in normalize("NFC", " ".join(text.split()))
-    )
-    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", text.translate(LATEX))
+    found = "".join(one if _has_latex(one) else f"[U+{ord(one):04X}]" for one in normalize("NFC", " ".join(text.split())))
+    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", found.translate(LATEX))
+
+
+def _has_latex(one: str) -> bool:
+    base, *marks = normalize("NFD", one)
+    accented = ord(one) < 0x17F and base.isascii() and len(marks) == 1 and marks[0] in ACCENTS
+    return (one.isascii() and one.isprintable()) or ord(one) in LATEX or one in "ßæœøłÆŒØŁ§¶£" or accented
