@@ -219,3 +219,28 @@ def test_every_setting_has_a_colour_of_its_own() -> None:
     colours = style.colours(names)
     assert sorted(colours) == sorted(names) and len(set(colours.values())) == len(names)
     assert colours["student"] == style.COLOURS["student"] and colours["Teacher"] == style.COLOURS["teacher"]
+
+
+def many(*others: str) -> Figure:
+    curves = {"teacher": [curve(20, 40, 57)], "student": [curve(5, 15), curve(7, 17)], "detrdistill": [curve(9, 20)]}
+    return convergence(curves | {name: [curve(4, 10 + i)] for i, name in enumerate(others)} | {"pkd": []}, "note")
+
+
+def test_curves_of_few_rows_share_a_panel_and_of_many_have_one_each() -> None:
+    assert len(many("fgd").axes) == 1
+    figure = many("fgd", "A row of a long title, stage by stage and more")
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    titles = [axes.get_title(loc="left").replace("\n", " ") for axes in panels]
+    assert titles == ["DETRDistill 20.0", "FGD 10.0", "A row of a long title, stage by stage and more 11.0"]
+    for axes, end in zip(panels, (20, 10, 11), strict=True):
+        thick = [line for line in axes.lines if line.get_linewidth() > 1]
+        assert [(line.get_ydata()[-1], line.get_color() == style.GREY) for line in thick] == [(16, True), (end, False)]
+        assert axes.get_ylim() == panels[0].get_ylim() and axes.get_xlim() == panels[0].get_xlim()
+    said = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert said == {"Student 16.0 ± 12.7", "Teacher 57.0 after 300 steps, above the panels"} and "not run: PKD\nnote" in texts(figure)
+
+
+def test_a_teacher_near_the_others_is_a_level_of_every_panel() -> None:
+    curves = {"teacher": [curve(20, 22, 23)], "student": [curve(5, 15)]} | {f"row {i}": [curve(9, 20)] for i in range(3)}
+    for axes in convergence(curves).axes:
+        assert [line.get_linestyle() for line in axes.lines if set(line.get_ydata()) == {23}] == ["--"]
