@@ -67,9 +67,9 @@ def _apart(ran: Runs, is_level: bool, note: str) -> Figure:
     A teacher far above the others is named and not drawn: its level would press all curves to the ground.
     """
     settings = [setting for setting in ran if setting != "student" and not (setting == "teacher" and is_level)]
-    columns = min(len(settings), max(1, int(style.room() / PANEL)))
+    rows = -(-len(settings) // max(1, int(style.room() / PANEL)))
+    columns = -(-len(settings) // rows)
     titles = [style.even(f"{_title(setting)} {_final(ran[setting])}", style.room() / columns - 0.35, 8) for setting in settings]
-    rows = -(-len(settings) // columns)
     tall = sum(1.25 + 0.13 * max(map(len, titles[row * columns : (row + 1) * columns])) for row in range(rows))
     figure = style.Picture(figsize=(style.width(), (tall + 0.85) * style.scale()))
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
