@@ -127,30 +127,47 @@ def report(
     seeds: tuple[int, ...] = (),
     tables: tuple[str, ...] = (),
     detectors: tuple[str, ...] = (),
+    figures: tuple[str, ...] = (),
+    width: str = "7.2",
+    font: str = "sans",
+    size: float = 8.5,
     formats: tuple[str, ...] = ("png", "pdf"),
+    out: Path | None = None,
     reference: bool = True,
 ) -> None:
     """Write tables, figures and the page of a preset again, from its stored records; nothing is trained.
+
+    Figures of another look, or some of them alone, are for a paper: they go with their tables to results/<preset>/paper, and the
+    report stays as it is.
 
     Args:
         preset: smoke, quick, mini, bccd or coco.
         seeds: of the students; without, all that have a record.
         tables: names of tables; without, those that are there already and the preset's usual ones.
         detectors: names of detectors; without, all that the preset has recipes for.
-        formats: of the figures: png, pdf.
+        figures: names of figures, such as forest or main_results; without, all.
+        width: of the figures: inches, or one-column (3.3) or two-column (7.0).
+        font: of the figures: sans or serif.
+        size: of the figures' text, in points, when they are included unscaled.
+        formats: of the figures: png, pdf, svg.
+        out: folder for tables and figures, without a page, instead of the preset's.
         reference: where no run is stored, report the committed ones of results/reference.
     """
+    from detrdistill.figures import style
     from detrdistill.report.write import stored_seeds, write_report
     from detrdistill.runs.reference import to_show
     from detrdistill.runs.store import open_store
 
-    store = open_store(preset)
+    look, store = style.Look(style.read_width(width), font, size), open_store(preset)
+    if figures or look != style.Look():
+        out = out or store.root / "paper"
     source = to_show(preset, store) if reference else store
     if source is not store:
         print(f"{store.root} has no complete run yet: this is a report of the committed reference, {source.root}", file=sys.stderr)
     seeds = seeds or stored_seeds(preset, tables, detectors, source)
-    for path in write_report(preset, seeds, store.root, tables, detectors, source, formats):
-        print(path)
+    with style.drawn_as(look):
+        paths = write_report(preset, seeds, store.root, tables, detectors, source, formats, figures, out)
+    print(*paths, sep="\n")
 
 
 def plan(preset: str = "quick", seeds: tuple[int, ...] = (0,), tables: tuple[str, ...] = (), detectors: tuple[str, ...] = ()) -> None:

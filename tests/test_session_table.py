@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from matplotlib import pyplot as plt
+from matplotlib.text import Text
 
 from detrdistill.errors import InputError
 from detrdistill.recipes.identity import run_id
@@ -102,7 +103,7 @@ def test_curves_know_methods_by_name_and_their_variants_by_title(trainer: Traine
     for name, wanted in names.items():
         table = table_of(name, trainer)
         table.run()
-        texts = [text.get_text() for axes in table.curves().axes for text in axes.texts]
+        texts = [text.get_text().replace("\n", " ") for text in table.curves().findobj(Text)]
         for title in wanted:
             assert any(text.startswith(f"{title} ") for text in texts), (name, title, texts)
 

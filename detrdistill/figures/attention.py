@@ -28,9 +28,11 @@ def active_regions(
     """
     with style.paper():
         columns = len(maps) + 1
-        side = (style.WIDTH - 0.6) / columns
+        side = (style.width() - 0.6) / columns
+        titles = [style.even(title, side / style.scale(), 8) for title in ("ground truth", *maps)]
+        most = max(map(len, titles))
         high = side * max(image.shape[0] / image.shape[1] for image in images)
-        figure = style.Picture(figsize=(style.WIDTH, len(images) * (high + 0.2) + 0.55))
+        figure = style.Picture(figsize=(style.width(), len(images) * (high + 0.2 * style.scale()) + (0.43 + 0.12 * most) * style.scale()))
         grid = figure.subplots(len(images), columns, squeeze=False)
         figure.get_layout_engine().set(wspace=0.02, hspace=0.01, w_pad=0.01, h_pad=0.02)
         heat = None
@@ -41,9 +43,9 @@ def active_regions(
                 heat = overlay(axes, image, shown[row])
                 outline(axes, truth.boxes, width=0.8)
                 share = inside[title][row]
-                axes.set_xlabel("no weight" if np.isnan(share) else f"{100 * share:.0f} % inside", labelpad=2, fontsize=7.5)
-        for axes, title in zip(grid[0], ("ground truth", *maps), strict=True):
-            axes.set_title(title, fontsize=8, fontweight="bold", pad=4)
+                axes.set_xlabel("no weight" if np.isnan(share) else f"{100 * share:.0f} % inside", labelpad=2, fontsize=style.points(7.5))
+        for axes, title in zip(grid[0], titles, strict=True):
+            axes.set_title("\n".join(title), fontsize=style.points(8), fontweight="bold", pad=4)
         if heat is not None:
             bar = figure.colorbar(heat, ax=grid.ravel().tolist(), fraction=0.015, pad=0.01, aspect=40, ticks=[0, 0.5, 1])
             bar.set_label("weight / its maximum")

@@ -25,9 +25,10 @@ def bars(published: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Figu
     """
     with style.paper():
         ours = [name for name in IN_ORDER if name in set(summary["detector"])]
-        figure = style.Picture(figsize=(style.WIDTH, 3.3))
+        stacked = style.narrow()
+        figure = style.Picture(figsize=(style.width(), (5.4 if stacked else 3.3) * style.scale()))
         spans = [len(IN_ORDER) + 0.2, max(len(ours) + 0.2, 1.7)]
-        left, right = figure.subplots(1, 2, width_ratios=spans)
+        left, right = figure.subplots(2, 1) if stacked else figure.subplots(1, 2, width_ratios=spans)
         figure.get_layout_engine().set(wspace=0.08)
         for x, detector in enumerate(IN_ORDER):
             for i, setting in enumerate(ORDER):
@@ -54,7 +55,7 @@ def bars(published: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Figu
             axes.grid(False, axis="x")
             axes.tick_params(axis="x", length=0)
         handles = [Patch(color=style.COLOURS[setting], label=TITLES[setting]) for setting in ORDER]
-        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), handlelength=1, columnspacing=1.5)
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), handlelength=1, columnspacing=1.2 if stacked else 1.5)
         style.note(figure, f"{note} Whiskers: 95 % t-interval over seeds." if summary["AP_half"].notna().any() else note)
     return figure
 
@@ -69,4 +70,12 @@ def _bar(axes: Axes, group: int, place: int, value: float, half: float = math.na
     if not math.isnan(half):
         axes.errorbar(x, value, half, color=style.TEXT, linewidth=1, capsize=2.5)
         top += half
-    axes.annotate(f"{value:.1f}", (x, top), xytext=(0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7.5)
+    axes.annotate(
+        f"{value:.1f}",
+        (x, top),
+        xytext=(0, 2),
+        textcoords="offset points",
+        ha="center",
+        va="bottom",
+        fontsize=style.points(6.5 if style.narrow() else 7.5),
+    )

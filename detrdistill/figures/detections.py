@@ -53,28 +53,29 @@ def compare(images: Sequence[np.ndarray], columns: Mapping[str, Sequence[Objects
         least_score: detections below are not drawn.
     """
     with style.paper():
-        # Laid out by hand: where labels find room depends on how large a pixel is printed, and that must be known beforehand.
-        gap, top, bottom = 0.04, 0.22, 0.32
-        side = (style.WIDTH - gap * (len(columns) - 1)) / len(columns)
-        high = side * max(image.shape[0] / image.shape[1] for image in images)
-        height = top + bottom + len(images) * high + (len(images) - 1) * gap
-        figure = style.Picture(figsize=(style.WIDTH, height), layout="none")
-        room = {"left": 0, "right": 1, "top": 1 - top / height, "bottom": bottom / height, "wspace": gap / side, "hspace": gap / high}
-        panels = figure.subplots(len(images), len(columns), squeeze=False, gridspec_kw=room)
         truths = columns.get("ground truth", [None] * len(images))
         columns = {setting: [one.above(least_score) for one in objects] for setting, objects in columns.items()}
         everything = [one for objects in columns.values() for one in objects]
         crowded = max(len(one.boxes) for one in everything) > CROWDED
         common = Counter(name for one in everything for name in one.names).most_common(1)[0][0] if crowded else None
+        how = f"Dashed: no such object there. Detections with a score of at least {least_score:g}."
+        if crowded:
+            how += f" Without a label: {common}."
+        # Laid out by hand: where labels find room depends on how large a pixel is printed, and that must be known beforehand.
+        notes = style.wrapped(f"{how}\n{note}", style.width())
+        gap, top, bottom = 0.04, 0.22 * style.scale(), (0.1 + 0.11 * style.leading() * len(notes)) * style.scale()
+        side = (style.width() - gap * (len(columns) - 1)) / len(columns)
+        high = side * max(image.shape[0] / image.shape[1] for image in images)
+        height = top + bottom + len(images) * high + (len(images) - 1) * gap
+        figure = style.Picture(figsize=(style.width(), height), layout="none")
+        room = {"left": 0, "right": 1, "top": 1 - top / height, "bottom": bottom / height, "wspace": gap / side, "hspace": gap / high}
+        panels = figure.subplots(len(images), len(columns), squeeze=False, gridspec_kw=room)
         for j, (setting, objects) in enumerate(columns.items()):
             title = TITLES.get(setting, setting.capitalize())
             panels[0, j].set_title(title, color=style.COLOURS.get(setting, style.TEXT), fontweight="bold", pad=4)
             for i, image in enumerate(images):
                 draw(panels[i, j], image, objects[i], setting, truths[i], common)
-        how = f"Dashed: no such object there. Detections with a score of at least {least_score:g}."
-        if crowded:
-            how += f" Without a label: {common}."
-        figure.text(0, 0.05 / height, f"{how}\n{note}".strip(), va="bottom", fontsize=6.5, color=style.FAINT)
+        figure.text(0, 0.05 / height, "\n".join(notes), va="bottom", fontsize=style.points(6.5), color=style.FAINT)
     return figure
 
 

@@ -30,9 +30,13 @@ def loss_parts(log: Sequence[Mapping[str, Any]], title: str = "", note: str = ""
         frame = pd.DataFrame(list(log))
         parts = [name for name in frame.columns if name not in NOT_PARTS]
         groups = list(dict.fromkeys(name.partition("/")[0] for name in parts)) or ["detection"]
-        rows = -(-len(groups) // 2)
-        figure = style.Picture(figsize=(style.WIDTH, 0.6 + 2.2 * rows))
-        panels = figure.subplots(rows, min(2, len(groups)), squeeze=False, sharex=True).ravel()
+        columns = 1 if style.narrow() else min(2, len(groups))
+        rows = -(-len(groups) // columns)
+        figure = style.Picture(figsize=(style.width(), (0.6 + (1.7 if style.narrow() else 2.2) * rows) * style.scale()))
+        panels = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+        for axes in panels[len(groups) :]:
+            axes.set_visible(False)
+        labels = []
         for axes, group in zip(panels, groups, strict=False):
             axes.set_title(GROUP_TITLES.get(group, group), loc="left")
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -51,16 +55,14 @@ def loss_parts(log: Sequence[Mapping[str, Any]], title: str = "", note: str = ""
                 # The first steps may be many times as high as all others; they would flatten what there is to see.
                 axes.set_ylim(0, 1.1 * frame[own].iloc[len(frame) // 50 :].quantile(0.995).max())
                 axes.margins(x=0.01)
-                style.label_ends(axes, ends, 7.5)
+                labels.append((axes, ends))
             else:
                 style.not_run(axes)
-        for axes in panels[len(groups) :]:
-            axes.set_visible(False)
-        for axes in panels[max(0, len(groups) - 2) : len(groups)]:
+        for axes in panels[max(0, len(groups) - columns) : len(groups)]:
             axes.set_xlabel("optimizer steps")
             axes.tick_params(labelbottom=True)
-        figure.supylabel("weighted loss", fontsize=8.5)
-        if title:
-            figure.suptitle(title, fontsize=9, x=0.01, ha="left")
-        style.note(figure, note)
+        figure.supylabel("weighted loss", fontsize=style.points(8.5))
+        style.note(figure, f"Run {title}. {note}" if title else note)
+        for axes, ends in labels:
+            style.label_ends(axes, ends, 7.5)
     return figure

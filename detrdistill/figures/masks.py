@@ -21,9 +21,11 @@ def query_masks(image: np.ndarray, masks: Sequence[np.ndarray], titles: Sequence
         titles: one a mask, such as "query 12: 7, q 0.81".
     """
     with style.paper():
+        columns = min(columns, 2) if style.narrow() else columns
         rows = -(-(len(masks) + 1) // columns)
-        side = (style.WIDTH - 0.6) / columns
-        figure = style.Picture(figsize=(style.WIDTH, rows * (side * image.shape[0] / image.shape[1] + 0.25) + 0.25))
+        side = (style.width() - 0.6) / columns
+        height = rows * (side * image.shape[0] / image.shape[1] + 0.25 * style.scale()) + 0.25 * style.scale()
+        figure = style.Picture(figsize=(style.width(), height))
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         show_image(panels[0], image)
         panels[0].set_title("image")

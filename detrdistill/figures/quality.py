@@ -44,10 +44,13 @@ def masks(image: np.ndarray, panels: Sequence[Mask], note: str = "", *, columns:
     """
     with style.paper():
         panels = panels[:MOST_PANELS]
+        columns = min(columns, 2 if style.narrow() else columns, len(panels) + 1)
         rows = -(-(len(panels) + 1) // columns)
-        side = (style.WIDTH - 0.6) / columns
+        side = (style.width() - 0.6) / columns
         lines = max((1 + panel.title.count("\n") for panel in panels), default=1)
-        figure = style.Picture(figsize=(style.WIDTH, rows * (side * image.shape[0] / image.shape[1] + 0.12 + 0.15 * lines) + 0.25))
+        text = (0.12 + 0.15 * style.leading() * lines) * style.scale()
+        height = rows * (side * image.shape[0] / image.shape[1] + text) + 0.25 * style.scale()
+        figure = style.Picture(figsize=(style.width(), height))
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
         show_image(grid[0], image)
         grid[0].set_title("image")
@@ -73,6 +76,7 @@ def masks(image: np.ndarray, panels: Sequence[Mask], note: str = "", *, columns:
             if any(len(some) for some in boxes)
         ]
         style.note(figure, "\n".join(part for part in (" ".join(drawn), note) if part))
+        figure.draw_without_rendering()  # the layout learns where images end, and with that where their titles are
     return figure
 
 
@@ -95,8 +99,8 @@ def quality(many: np.ndarray, one: Mapping[float, np.ndarray], gamma: float, not
         images: how many images `many` is from.
     """
     with style.paper():
-        figure = style.Picture(figsize=(style.WIDTH, 2.9))
-        left, right = figure.subplots(1, 2, width_ratios=[1, 1.35])
+        figure = style.Picture(figsize=(style.width(), (4.8 if style.narrow() else 2.9) * style.scale()))
+        left, right = figure.subplots(2, 1) if style.narrow() else figure.subplots(1, 2, width_ratios=[1, 1.35])
         counts, _, _ = left.hist(many, bins=np.linspace(0, 1, 21), color=style.GREEN, edgecolor="white", linewidth=0.5)
         left.set_title(f"{len(many):,} queries of {images} image{'s' * (images != 1)}, gamma {gamma:g}", loc="left")
         left.set(xlabel="quality score q", ylabel="queries", xlim=(0, 1), ylim=(0, 1.08 * max(float(counts.max()), 1)))
@@ -119,6 +123,6 @@ def quality(many: np.ndarray, one: Mapping[float, np.ndarray], gamma: float, not
         right.set_title("this image's queries", loc="left")
         right.set(xlabel=f"rank at gamma {gamma:g}", ylabel="quality score q", ylim=(0, 1.03))
         right.xaxis.get_major_locator().set_params(integer=True)
-        right.legend(title="gamma", fontsize=7.5, title_fontsize=7.5, loc="upper right")
+        right.legend(title="gamma", fontsize=style.points(7.5), title_fontsize=style.points(7.5), loc="upper right")
         style.note(figure, note)
     return figure

@@ -26,8 +26,7 @@ def instability(queries: Mapping[str, Runs], objects: Mapping[str, Runs], note: 
         objects: the same for objects.
     """
     with style.paper():
-        figure = style.Picture(figsize=(style.WIDTH, 2.9))
-        panels = figure.subplots(1, 2)
+        figure, panels = _two_panels()
         figure.get_layout_engine().set(wspace=0.06)
         counts = {len(runs) for runs in queries.values()}
         for axes, scores, title in zip(panels, (queries, objects), ("queries", "objects"), strict=True):
@@ -50,8 +49,7 @@ def instability_in_training(curves: Mapping[str, Sequence[Curve]], note: str = "
         curves: for every setting a list over seeds of `Record.curve`; runs that tell no changes are shown as "not recorded".
     """
     with style.paper():
-        figure = style.Picture(figsize=(style.WIDTH, 2.9))
-        panels = figure.subplots(1, 2)
+        figure, panels = _two_panels()
         figure.get_layout_engine().set(wspace=0.06)
         drawn = {}
         for axes, key, title in zip(panels, ("changes_between_stages", "changes_since_last"), WHEN, strict=True):
@@ -67,13 +65,19 @@ def instability_in_training(curves: Mapping[str, Sequence[Curve]], note: str = "
                     axes.axhline(told[0].iloc[-1], color=colour, linestyle=(0, (5, 3)), linewidth=1.4)
             if not axes.lines:
                 style.not_run(axes, "not recorded")
-            axes.set_title(title, loc="left")
+            axes.set_title("\n".join(style.even(title, style.room() - 0.7, 9)), loc="left")
             axes.set(xlabel="optimizer steps", ylabel="queries an image", xlim=(0, None), ylim=(0, None))
         handles = [Line2D([], [], color=colour, label=TITLES.get(name, name)) for name, colour in drawn.items()]
         figure.legend(handles=handles, loc="outside upper left", ncols=max(1, len(handles)), handlelength=1.5, columnspacing=1.5)
         missing = ", ".join(TITLES.get(name, name) for name in curves if name not in drawn)
         style.note(figure, (f"Not recorded: {missing}.\n" if missing else "") + note)
     return figure
+
+
+def _two_panels() -> tuple[Figure, Sequence[Axes]]:
+    """Beside each other, or below where there is no room."""
+    figure = style.Picture(figsize=(style.width(), (4.8 if style.narrow() else 2.9) * style.scale()))
+    return figure, figure.subplots(2, 1) if style.narrow() else figure.subplots(1, 2)
 
 
 def _panel(axes: Axes, scores: Mapping[str, Runs]) -> None:
@@ -99,7 +103,9 @@ def _panel(axes: Axes, scores: Mapping[str, Runs]) -> None:
             axes.errorbar(x, means[0], half, fmt="none", color=style.TEXT, linewidth=1, capsize=2.5)
             tops = tops + half
         for at, mean, top in zip(x, means.mean(0), tops, strict=True):
-            axes.annotate(f"{mean:.2f}", (at, top), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=7.5)
+            axes.annotate(
+                f"{mean:.2f}", (at, top), (0, 2), textcoords="offset points", ha="center", va="bottom", fontsize=style.points(7.5)
+            )
     axes.set(xticks=range(steps), xticklabels=[f"stage {k + 1} to {k + 2}" for k in range(steps)])
     axes.margins(x=0.06, y=0.12)
     axes.set_ylim(0, None if axes.dataLim.y1 > 0 else 1)

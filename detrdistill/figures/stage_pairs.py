@@ -17,9 +17,9 @@ def stage_pairs(strategies: Mapping[str, StagePairs], student: int, teacher: int
         student, teacher: numbers of stages.
     """
     with style.paper():
-        columns = min(3, len(strategies))
+        columns = min(2 if style.narrow() else 3, len(strategies))
         rows = -(-len(strategies) // columns)
-        figure = style.Picture(figsize=(style.WIDTH, 0.2 + 1.35 * rows))
+        figure = style.Picture(figsize=(style.width(), (0.2 + 1.35 * rows) * style.scale()))
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         widest = max(student, teacher)
 
@@ -36,8 +36,17 @@ def stage_pairs(strategies: Mapping[str, StagePairs], student: int, teacher: int
             for stages, y, setting in ((teacher, 1, "teacher"), (student, 0, "student")):
                 for stage in range(stages):
                     box = {"boxstyle": "round,pad=0.25", "facecolor": style.COLOURS[setting], "edgecolor": "none"}
-                    axes.text(centre(stage, stages), y, str(stage + 1), color="white", fontsize=7, ha="center", va="center", bbox=box)
-                axes.text(-0.08 * widest, y, setting[0].upper(), fontsize=7, ha="left", va="center", color=style.FAINT)
+                    axes.text(
+                        centre(stage, stages),
+                        y,
+                        str(stage + 1),
+                        color="white",
+                        fontsize=style.points(7),
+                        ha="center",
+                        va="center",
+                        bbox=box,
+                    )
+                axes.text(-0.08 * widest, y, setting[0].upper(), fontsize=style.points(7), ha="left", va="center", color=style.FAINT)
         for axes in panels[len(strategies) :]:
             axes.axis("off")
         style.note(figure, "T: the teacher's stages. S: the student's. Thin arrows share a student stage.")

@@ -1,14 +1,12 @@
 """What the weight of each row's loss does to AP, a panel a row."""
 
-import textwrap
-
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from detrdistill.figures import style
 
-COLUMNS = 4
+PANEL = 1.6  # inches: a panel
 
 
 def weight_trials(frame: pd.DataFrame, note: str = "") -> Figure:
@@ -23,17 +21,20 @@ def weight_trials(frame: pd.DataFrame, note: str = "") -> Figure:
         waiting = int(frame["multiplier"].isna().sum())
         frame = frame.dropna(subset="multiplier")
         rows = list(frame.groupby(["detector", "row"], sort=False))
-        lines = max(1, -(-len(rows) // COLUMNS))
-        figure = style.Picture(figsize=(style.WIDTH, 1.0 + 1.6 * lines))
-        panels = figure.subplots(lines, COLUMNS, squeeze=False, sharey=True).ravel()
+        columns = max(1, int(style.room() / PANEL))
+        lines = max(1, -(-len(rows) // columns))
+        figure = style.Picture(figsize=(style.width(), (1.0 + 1.6 * lines) * style.scale()))
+        panels = figure.subplots(lines, columns, squeeze=False, sharey=True).ravel()
         for axes, ((detector, _), trials) in zip(panels, rows, strict=False):
-            axes.set_title("\n".join([detector, *textwrap.wrap(trials["title"].iloc[0], 24)]), loc="left", fontsize=7.5)
+            axes.set_title(
+                "\n".join([detector, *style.even(trials["title"].iloc[0], PANEL - 0.25, 7.5)]), loc="left", fontsize=style.points(7.5)
+            )
             axes.set_xscale("log")
             factors = sorted(trials["multiplier"])
-            axes.set_xticks(factors[:: -(-len(factors) // 5)], minor=False)  # a panel has room for five numbers
+            axes.set_xticks(factors[:: -(-len(factors) // (4 if style.narrow() else 5))], minor=False)  # so many numbers fit
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.xaxis.set_minor_locator(NullLocator())
-            axes.tick_params(axis="x", labelsize=6.5)
+            axes.tick_params(axis="x", labelsize=style.points(6.5))
             axes.plot(trials["multiplier"], trials["AP_100"], color=style.BLUE, marker="o", markersize=3.5, linewidth=1)
             axes.plot(trials["multiplier"], trials["AP_101"], color=style.AMBER, marker="D", markersize=3.5, linestyle="none")
             chosen = trials[trials["chosen"]]
@@ -43,9 +44,10 @@ def weight_trials(frame: pd.DataFrame, note: str = "") -> Figure:
             axes.margins(y=0.15)
         for axes in panels[len(rows) :]:
             axes.set_visible(False)
-        figure.supylabel("AP", fontsize=8.5)
+        figure.supylabel("AP", fontsize=style.points(8.5))
         left = f"; {waiting} rows have no trials yet" if waiting else ""
         title = f"AP by the multiplier of the weights (blue: first seed, amber: second seed, ring: chosen){left}"
-        figure.suptitle(title, fontsize=8.5, x=0.01, ha="left")
+        title = "\n".join(style.even(title, style.room() - 0.1, 8.5))
+        figure.suptitle(title, fontsize=style.points(8.5), x=0.01, ha="left")
         style.note(figure, note)
     return figure

@@ -1,6 +1,8 @@
 """Tables as files: CSV, Markdown, LaTeX. No torch here."""
 
+import re
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pandas as pd
@@ -49,30 +51,48 @@ def to_markdown(text: pd.DataFrame, title: str, provenance: str) -> str:
 
 
 def to_latex(text: pd.DataFrame, title: str, provenance: str) -> str:
-    """A booktabs table with a caption, scaled to the line's width."""
+    """A booktabs table over both columns of a page, shrunk only if it is wider; detectors head their rows.
 
-    def line(values):
-        return "    " + " & ".join(map(_escape, values)) + r" \\" + "\n"
-
-    body, before = "", None
-    for values in text.itertuples(index=False):
-        body += "    \\midrule\n" if before not in (None, values[0]) else ""
-        body += line(values)
-        before = values[0]
+    Where it was measured stands in the caption alone.
+    """
+    detectors, shown = text["Detector"], text.drop(columns=["Detector", "Measured on"])
+    cells = shown.map(latex_text)
+    first = detectors.ne(detectors.shift())
+    heads = detectors.map(lambda name: rf"\multicolumn{{{len(shown.columns)}}}{{@{{}}l}}{{\textbf{{{latex_text(name)}}}}} \\" + "\n")
+    heads[1:] = "\\midrule\n" + heads[1:]
+    cells["Setting"] = heads.where(first, "") + cells["Setting"]
+    tabular = cells.to_latex(
+        index=False, escape=False, header=[HEADERS.get(name, name) for name in shown.columns], column_format="@{}l" + "r" * 7 + "ll@{}"
+    )
     return (
-        "% needs \\usepackage{booktabs,graphicx}\n\\begin{table}\n  \\centering\n"
-        f"  \\caption{{{_escape(f'{title}. {provenance}')}}}\n  \\resizebox{{\\linewidth}}{{!}}{{%\n"
-        f"  \\begin{{tabular}}{{{'l' * len(text.columns)}}}\n    \\toprule\n{line(text.columns)}    \\midrule\n{body}    \\bottomrule\n"
-        "  \\end{tabular}}\n\\end{table}\n"
+        "% needs \\usepackage{booktabs,graphicx}\n\\begin{table*}\n\\centering\\footnotesize\\setlength{\\tabcolsep}{4pt}\n"
+        f"\\caption{{{latex_text(f'{title}. {provenance}')}}}\n"
+        "\\smallskip\n\\resizebox{\\ifdim\\width>\\linewidth \\linewidth\\else\\width\\fi}{!}{%\n"
+        f"{tabular.strip()}}}\n\\end{{table*}}\n"
     )
 
 
-LATEX = {"±": r"$\pm$", "APs": r"AP$_S$", "APm": r"AP$_M$", "APl": r"AP$_L$"}
+HEADERS = {"APs": r"AP$_S$", "APm": r"AP$_M$", "APl": r"AP$_L$", "Published AP": "Publ. AP", "Published gain": "Publ. gain"}
+LATEX = str.maketrans(
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {character: f"${character}$" for character in "<>|"}
+    | {character: f"{{{character}}}" for character in "[*"}  # which after the end of a row are its options
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", '"': "''", "\N{MINUS SIGN}": "$-$"}
+    | {"±": r"$\pm$", "\N{MULTIPLICATION SIGN}": r"$\times$", "→": r"$\to$", "≤": r"$\le$", "≥": r"$\ge$", "…": r"\dots{}"}
+    | {letter: rf"$\{name}$" for letter, name in zip("Δαβγδλμσ", "Delta alpha beta gamma delta lambda mu sigma".split(), strict=True)}
+)
 
 
-def _escape(text: str) -> str:
-    for character in "%&_#":
-        text = text.replace(character, f"\\{character}")
-    for plain, latex in LATEX.items():
-        text = text.replace(plain, latex)
-    return text
+ACCENTS = "\u0300\u0301\u0302\u0303\u0304\u0306\u0307\u0308\u030a\u030b\u030c\u0327"  # that TeX's own fonts can set over or under a letter
+
+
+def latex_text(text: str) -> str:
+    """Any text for pdflatex, in one line; letters that its fonts lack, such as Chinese ones, by their number: [U+4E2D]."""
+    found = "".join(one if _has_latex(one) else f"[U+{ord(one):04X}]" for one in normalize("NFC", " ".join(text.split())))
+    return re.sub(r"(?<![\w-])-(?=\d)", "$-$", found.translate(LATEX))
+
+
+def _has_latex(one: str) -> bool:
+    base, *marks = normalize("NFD", one)
+    accented = ord(one) < 0x17F and base.isascii() and len(marks) == 1 and marks[0] in ACCENTS
+    return (one.isascii() and one.isprintable()) or ord(one) in LATEX or one in "ßæœøłÆŒØŁ§¶£" or accented

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from detrdistill.errors import InputError
 from detrdistill.figures import style
 from detrdistill.figures.bars import bars
 from detrdistill.figures.comparison import comparison
@@ -21,6 +22,7 @@ from detrdistill.recipes.presets import Preset, get_presets
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.rows import Row, Table
 from detrdistill.recipes.tables import QUESTIONS, TABLES, WEIGHTS, make_table, usual_tables
+from detrdistill.recipes.words import DETECTORS
 from detrdistill.report.board import Verdict, harms_of, headline, verdicts
 from detrdistill.report.claims import NOTE, claim_cells, weigh, write_claims
 from detrdistill.report.comparisons import Comparisons
@@ -41,10 +43,11 @@ NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
 
 @dataclass(frozen=True)
 class Place:
-    """Where a report goes."""
+    """Where a report goes, and which figures: all, or those named; "convergence" is that of every detector."""
 
     root: Path
     formats: tuple[str, ...]
+    figures: tuple[str, ...] = ()
 
     @property
     def tables(self) -> Path:
@@ -52,7 +55,8 @@ class Place:
 
     def save(self, figures: Mapping[str, Figure]) -> list[Path]:
         """Write each figure in all formats, one figure after the other."""
-        return [path for name, figure in figures.items() for path in style.save(figure, self.root / "figures" / name, self.formats)]
+        wanted = {name: figure for name, figure in figures.items() if not self.figures or {name, _family(name)} & set(self.figures)}
+        return [path for name, figure in wanted.items() for path in style.save(figure, self.root / "figures" / name, self.formats)]
 
     def inside(self, paths: Iterable[Path]) -> list[str]:
         """The paths as links of the page."""
@@ -70,9 +74,13 @@ def write_report(
     tables: Sequence[str] = (),
     detectors: Sequence[str] = (),
     source: Store | None = None,
-    formats: Sequence[str] = tuple(style.FORMATS),
+    formats: Sequence[str] = style.USUAL,
+    figures: Sequence[str] = (),
+    out: Path | None = None,
 ) -> list[Path]:
     """Write tables to `tables/`, figures to `figures/` and a page with everything, `index.html`; what is missing is "not run".
+
+    Figures are drawn in the look of `figures.style.drawn_as`.
 
     Args:
         store_root: the preset's results folder; by default that of `store.open_store`.
@@ -80,18 +88,23 @@ def write_report(
         detectors: those to compare; by default all that the preset has.
         source: where the records lie; by default in the folder that is written to.
         formats: of the figures; the page shows the PNG files.
+        figures: names of those to write; by default all.
+        out: another folder, for tables and figures without a page: of those tables alone that are named, if any are.
 
     Returns:
         The files written, the same bytes for the same records.
 
     Raises:
-        InputError: an unknown preset or table, no seeds, or records that were edited or do not belong together.
+        InputError: an unknown preset, table or figure, no seeds, a figure that has nothing to show, or records that were edited or do not
+            belong together.
     """
     presets = get_presets(preset_name, detectors)
     store = open_store(preset_name) if store_root is None else Store(store_root)
     style.check_formats(formats)
-    source, place = source or store, Place(store.root, tuple(formats))
-    made = [make_table(name, presets, seeds) for name in tables_of(preset_name, tables, store, source)]
+    source, place = source or store, Place(out or store.root, tuple(formats), tuple(figures))
+    names = tables if out and tables else tables_of(preset_name, tables, store, source)
+    made = [make_table(name, presets, seeds) for name in names]
+    check_figures(figures, made)
     frames = [collect(table, source) for table in made]
     # Of all tables, whichever are shown: every run of a detector tells how large its noise is.
     everything = [make_table(name, presets, seeds) for name in TABLES]
@@ -118,6 +131,11 @@ def write_report(
     written, of_weights = write_weights(presets, place, source)
     paths += written
     sections += of_weights
+    drawn = {name for path in paths if path.parent.name == "figures" for name in (path.stem, _family(path.stem))}
+    if absent := [name for name in figures if name not in drawn]:
+        raise InputError(f"figure '{absent[0]}' has nothing to show: no run that it needs is stored; the others are written")
+    if out:
+        return paths
     sections += beside(sections, store.root)
     lead = [f"Preset {preset_name}, on {everything[0].measured_on}. {own}".strip()]
     lead += [f"{claims[0].text}: {claims[0].sentence}."] if claims else []
@@ -144,6 +162,20 @@ def tables_of(preset_name: str, tables: Sequence[str], *stores: Store) -> list[s
     there = {name for name in TABLES if any((store.root / "tables" / f"{name}.csv").exists() for store in stores)}
     names = (there | set(tables or usual_tables(preset_name))) - {WEIGHTS}
     return sorted(names, key=[*TABLES, *names].index)
+
+
+def check_figures(names: Sequence[str], tables: Sequence[Table]) -> None:
+    """Raise InputError where the report of these tables has no figure of a name."""
+    known = [*CLAIM_FIGURES, *(table.name for table in tables), WEIGHTS]
+    known += MAIN_FIGURES if any(table.name == "main_results" for table in tables) else ()
+    known += [f"{name}_{detector}" for name in MAIN_FIGURES[1:] if name in known for detector in DETECTORS]
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(f"figure '{unknown[0]}' is unknown; known: {', '.join(known)}")
+
+
+def _family(name: str) -> str:
+    """The figure of the main results that this one is of one detector; else the name itself."""
+    return next((one for one in MAIN_FIGURES if name.startswith(f"{one}_")), name)
 
 
 def write_weights(presets: Sequence[Preset], place: Place, source: Store) -> tuple[list[Path], list[Section]]:

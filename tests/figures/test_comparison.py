@@ -212,5 +212,17 @@ def test_intervals_of_ap_end_where_ap_does() -> None:
 
 def test_the_height_grows_with_the_rows_and_the_width_does_not() -> None:
     small, large = comparison(*CASES["one row"]()), comparison(*CASES["main"]())
-    assert small.get_figwidth() == large.get_figwidth() == style.WIDTH
+    assert small.get_figwidth() == large.get_figwidth() == style.width()
     assert large.get_figheight() > small.get_figheight() + 17 * 0.2
+
+
+def test_a_column_of_a_paper_keeps_the_numbers() -> None:
+    frame, summary = both(main_rows(), missing=("mgd",))
+    with style.drawn_as(style.Look(3.3)):
+        figure = comparison(frame, summary, NOTE)
+    sheet, gains = figure.axes
+    words = [text.get_text() for text in sheet.texts]
+    line = summary[(summary["setting"] == "fitnet") & (summary["detector"] == "AdaMixer")].iloc[0]
+    assert f"{line['AP']:.1f}" in words and f"{line['gain']:+.1f} ± {line['gain_half']:.1f}".replace("-", "−") in words  # noqa: RUF001
+    assert words.count("paper +0.5") == 3 and words.count("not run") == 6 and words.count("baseline") == 3
+    assert len(drawn(gains, "mean")) == 9 and not drawn(gains, "published")

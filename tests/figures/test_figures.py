@@ -13,7 +13,7 @@ from matplotlib.patches import FancyArrowPatch
 from detrdistill.distill.stages import pair_stages
 from detrdistill.figures import style
 from detrdistill.figures.bars import bars
-from detrdistill.figures.convergence import convergence
+from detrdistill.figures.convergence import TOGETHER, convergence
 from detrdistill.figures.detections import Objects, compare, hits
 from detrdistill.figures.loss_parts import loss_parts
 from detrdistill.figures.masks import query_masks
@@ -98,7 +98,7 @@ def test_convergence_ends_at_the_mean_over_seeds() -> None:
     assert mean.get_color() == style.COLOURS["student"]
     level = [line for line in axes.lines if line.get_color() == style.COLOURS["teacher"]]
     assert len(level) == 1 and set(level[0].get_ydata()) == {57}
-    assert {"Student 16.0 ± 12.7", "Teacher 57.0\nafter 300 steps", "not run: DETRDistill"} <= texts(figure)
+    assert {"Student 16.0 ± 12.7", "Teacher 57.0\nafter 300 steps", "not run: DETRDistill\nnote"} <= texts(figure)
 
 
 def test_a_teacher_of_the_same_schedule_is_a_curve() -> None:
@@ -215,7 +215,32 @@ def test_stage_pairs_draw_an_arrow_a_pair(tmp_path: Path) -> None:
 
 
 def test_every_setting_has_a_colour_of_its_own() -> None:
-    names = ["Teacher", "student", "detrdistill", *(f"variant {i}" for i in range(8))]
+    names = ["Teacher", "student", "detrdistill", *(f"variant {i}" for i in range(TOGETHER))]
     colours = style.colours(names)
     assert sorted(colours) == sorted(names) and len(set(colours.values())) == len(names)
     assert colours["student"] == style.COLOURS["student"] and colours["Teacher"] == style.COLOURS["teacher"]
+
+
+def many(*others: str) -> Figure:
+    curves = {"teacher": [curve(20, 40, 57)], "student": [curve(5, 15), curve(7, 17)], "detrdistill": [curve(9, 20)]}
+    return convergence(curves | {name: [curve(4, 10 + i)] for i, name in enumerate(others)} | {"pkd": []}, "note")
+
+
+def test_curves_of_few_rows_share_a_panel_and_of_many_have_one_each() -> None:
+    assert len(many("fgd").axes) == 1
+    figure = many("fgd", "A row of a long title, stage by stage and more")
+    panels = [axes for axes in figure.axes if axes.get_visible()]
+    titles = [axes.get_title(loc="left").replace("\n", " ") for axes in panels]
+    assert titles == ["DETRDistill 20.0", "FGD 10.0", "A row of a long title, stage by stage and more 11.0"]
+    for axes, end in zip(panels, (20, 10, 11), strict=True):
+        thick = [line for line in axes.lines if line.get_linewidth() > 1]
+        assert [(line.get_ydata()[-1], line.get_color() == style.GREY) for line in thick] == [(16, True), (end, False)]
+        assert axes.get_ylim() == panels[0].get_ylim() and axes.get_xlim() == panels[0].get_xlim()
+    said = {text.get_text() for text in figure.legends[0].get_texts()}
+    assert said == {"Student 16.0 ± 12.7", "Teacher 57.0 after 300 steps, above the panels"} and "not run: PKD\nnote" in texts(figure)
+
+
+def test_a_teacher_near_the_others_is_a_level_of_every_panel() -> None:
+    curves = {"teacher": [curve(20, 22, 23)], "student": [curve(5, 15)]} | {f"row {i}": [curve(9, 20)] for i in range(3)}
+    for axes in convergence(curves).axes:
+        assert [line.get_linestyle() for line in axes.lines if set(line.get_ydata()) == {23}] == ["--"]
