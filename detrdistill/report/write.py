@@ -19,7 +19,7 @@ from detrdistill.published import in_words, published
 from detrdistill.recipes.presets import Preset, get_presets
 from detrdistill.recipes.recipe import Digits, Recipe
 from detrdistill.recipes.rows import Row, Table
-from detrdistill.recipes.tables import TABLES, WEIGHTS, make_table, usual_tables
+from detrdistill.recipes.tables import BESIDE, TABLES, WEIGHTS, all_compared, make_table, usual_tables
 from detrdistill.report.claims import NOTE, board, claim_cells, weigh, write_claims
 from detrdistill.report.comparisons import Comparisons
 from detrdistill.report.formats import write_table
@@ -92,11 +92,13 @@ def write_report(
     made = [make_table(name, presets, seeds) for name in tables_of(preset_name, tables, store, source)]
     frames = [collect(table, source) for table in made]
     # Of all tables, whichever are shown: every run of a detector tells how large its noise is.
-    everything = [make_table(name, presets, seeds) for name in TABLES]
+    everything = all_compared(presets, seeds)
     comparisons = Comparisons(everything, source)
     weighed = weigh(everything, comparisons, planned_seeds(everything))  # whose parts are tested together, whichever are shown
     if not weighed.empty:
-        weighed = weighed[weighed["table"].isin([table.name for table in made])].reset_index(drop=True)
+        shown = {table.name for table in made}
+        shown |= set(BESIDE) if "main_results" in shown else set()  # its teachers are theirs
+        weighed = weighed[weighed["table"].isin(shown)].reset_index(drop=True)
     paths, sections = [], []
     for table, frame in zip(made, frames, strict=True):
         written, section = write_one(table, frame, comparisons, place, source)
