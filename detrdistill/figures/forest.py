@@ -13,6 +13,7 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import Affine2D, Transform, blended_transform_factory
 
 from detrdistill.figures import style
+from detrdistill.recipes.claims import AP, CHANGES, HALFWAY, INSIDE
 from detrdistill.statistics import AGAINST, HOLDS, SMALL
 
 ROW, SECOND, HEAD = 0.165, 0.1, 0.25  # inches: a comparison, a second line of its name, the title of a claim
@@ -30,8 +31,8 @@ def forest(weighed: pd.DataFrame, note: str = "") -> Figure:
     Args:
         weighed: of `claims.weigh`: claim, part, detector, measure, difference, half, adjusted_half, margin, verdict, status.
     """
-    is_ap = weighed["measure"].str.startswith("AP")
-    panels = [(unit, part) for unit, part in (("AP points", weighed[is_ap]), ("changes an image", weighed[~is_ap])) if len(part)]
+    units = weighed["measure"].map({AP: "AP points", HALFWAY: "AP points", CHANGES: "changes an image", INSIDE: "points of weight"})
+    panels = [(unit, weighed[units == unit]) for unit in units.unique()]
     heights = [sum(ROW + SECOND * (len(_names(name)) - 1) for name in part["part"]) + HEAD * part["claim"].nunique() for _, part in panels]
     lines = style.wrapped(note, style.WIDTH)
     height = TOP + sum(heights) + GAP * (len(panels) - 1) + 0.45 + FOOT + UNIT * len(lines)

@@ -190,7 +190,7 @@ def _replicates(line: Mapping[str, Any]) -> str:
     counted = f"{line['seeds']} of {line['seeds_planned']}"
     if line["measure"] != INSIDE:
         return counted
-    return f"{counted} teachers, {line['images']} images"
+    return f"{counted} teachers" + (f", {line['images']} images" if line["images"] else "")
 
 
 def _listed(words: Iterable[str]) -> str:
