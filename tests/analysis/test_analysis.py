@@ -216,7 +216,8 @@ def test_sliders_show_what_they_are_set_to(teacher: nn.Module, val: CocoDataset,
     assert called["sliders"]["number"].max == 7 and called["sliders"]["stage"].max == 2 and called["sliders"]["rank"].max == 20
     called["show"](3, 2, 1, 0.25)
     query = query_masks.look(teacher, val, 3).queries(0.25, 0).best(2)[-1]
-    assert seen[0].axes[1].get_title().startswith(f"stage 1, query {query}:")
+    own, weight = (axes.get_title() for axes in seen[0].axes[1:3])
+    assert own.startswith(f"stage 1, query {query}:") and weight.startswith("Eq. 9, stage 1") and weight.endswith("% inside")
 
 
 @pytest.mark.parametrize(
