@@ -12,7 +12,7 @@ from detrdistill.analysis import where_to_look
 from detrdistill.errors import InputError
 from detrdistill.recipes.presets import Preset, get_preset, get_presets, smoke
 from detrdistill.recipes.tables import all_compared, make_table
-from detrdistill.records import InsideObjects, Record, record_text
+from detrdistill.records import InsideObjects, Record, read_record, record_text
 from detrdistill.report.claims import board, claim_cells, weigh, write_claims
 from detrdistill.report.comparisons import Comparisons
 from detrdistill.report.register import planned_seeds, register
@@ -153,3 +153,11 @@ def test_the_list_says_when_a_claim_was_listed() -> None:
     assert lines["mini", "where_to_look"].to_dict() == {"AdaMixer": "after", "Conditional DETR": "before", "Deformable DETR": "in part"}
     assert lines["mini", "full_schedule", "Deformable DETR"] == "after" and set(lines["bccd"]) == {"before"}
     assert lines["mini", "main_results"].to_dict() == {"AdaMixer": "in part", "Conditional DETR": "before", "Deformable DETR": "in part"}
+
+
+def test_committed_shares_were_measured_by_a_commit() -> None:
+    paths = sorted(reference.FOLDER.glob(f"*/runs/*/{SHARES}"))
+    assert {path.parts[-4] for path in paths} >= {"mini", "quick"}
+    for path in paths:
+        found = Store(path.parents[2]).inside_objects(read_record(path.with_name("record.json")))
+        assert found.gamma == GAMMA and found.provenance["commit"] and "+changes" not in found.provenance["commit"]
