@@ -29,29 +29,54 @@ class Record(Strict):
     provenance: dict[str, Any] = Field(description="data and weight hashes, commit, library versions, device")
 
 
+class InsideObjects(Strict):
+    """How much of a detector's maps lies inside objects, image by image (`analysis.where_to_look`); hashed as a record, and beside it."""
+
+    run: str
+    weights_sha256: str
+    data_sha256: str
+    gamma: float = Field(description="of Eq. 8")
+    images: list[int] = Field(description="numbers of the validation images, those with objects")
+    percent: dict[str, list[float | None]] = Field(description="by map, an image each (null: a map without weight)")
+    provenance: dict[str, Any] = Field(description="commit, library versions, machine")
+
+
 def read_record(path: Path) -> Record:
     """Read and check one record file.
 
     Raises:
         InputError: not JSON, unknown fields, or content that does not fit its hash.
     """
+    return Record.read(_read_hashed(path, "record", "delete its folder to run again"), where=f"record {path}")
+
+
+def read_inside(path: Path) -> InsideObjects:
+    """Read and check one file of shares.
+
+    Raises:
+        InputError: as `read_record`.
+    """
+    return InsideObjects.read(_read_hashed(path, "shares", "delete it to measure again (notebook 11)"), where=f"shares {path}")
+
+
+def _read_hashed(path: Path, what: str, remedy: str) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         body = None
     if not isinstance(body, dict):
-        raise InputError(f"record {path}: not a JSON object; delete its folder to run again")
+        raise InputError(f"{what} {path}: not a JSON object; {remedy}")
     stated, found = body.pop("sha256", "none"), _hash(body)
     if stated != found:
         raise InputError(
-            f"record {path}: its content (hash {found[:8]}) does not fit the hash in it ({str(stated)[:8]}), so it was edited or damaged; "
-            "restore the file, or delete its folder to run again"
+            f"{what} {path}: its content (hash {found[:8]}) does not fit the hash in it ({str(stated)[:8]}), so it was edited or damaged; "
+            f"restore the file, or {remedy}"
         )
-    return Record.read(body, where=f"record {path}")
+    return body
 
 
-def record_text(record: Record) -> str:
-    """As `read_record` reads it: JSON with a hash of all the rest."""
+def record_text(record: Record | InsideObjects) -> str:
+    """As it is read again: JSON with a hash of all the rest."""
     body = record.model_dump(mode="json")
     return json.dumps(body | {"sha256": _hash(body)}, indent=1) + "\n"
 

@@ -35,6 +35,7 @@ class Difference:
         spread: standard deviation of the difference of one run of each.
         seeds: runs of the row that has fewer.
         family: Holm's divisor of the level; 1 for a comparison that stands alone.
+        images: how many images it was taken over, one by one; 0 where it is taken over seeds.
     """
 
     mean: float = math.nan
@@ -43,6 +44,7 @@ class Difference:
     spread: float = math.nan
     seeds: int = 0
     family: int = 1
+    images: int = 0
 
     def half(self, level: float = LEVEL) -> float:
         """Half the width of the interval that misses with probability `level`."""
@@ -270,9 +272,9 @@ def seeds_to_decide(difference: Difference, margin: float | None) -> int:
     """With how many seeds of both rows the verdict would no longer be "undecided", if means and spreads stayed as they are.
 
     Returns:
-        0 where it is decided already or has no interval; `SEEDS_AT_MOST` + 1 where even that many would not do.
+        0 where it is decided already, has no interval, or none over seeds; `SEEDS_AT_MOST` + 1 where even that many would not do.
     """
-    if verdict(difference, margin) != UNDECIDED or math.isnan(difference.half()):
+    if verdict(difference, margin) != UNDECIDED or math.isnan(difference.half()) or difference.images:
         return 0
     for seeds in range(difference.seeds + 1, SEEDS_AT_MOST + 1):
         # Each further seed of a pair adds at least one degree of freedom.

@@ -10,6 +10,8 @@ from jaxtyping import install_import_hook
 # The dearest come first, since workers take files in this order: none is left with a long one at the end.
 SLOW = (
     "tests/test_notebooks.py",
+    "tests/test_sliders.py",
+    "tests/report/test_inside_objects.py::test_they_are_shown",
     "tests/runs/test_batch.py",
     "tests/faults/",
     "tests/training/test_devices.py::test_losses_wait_for_the_gpu_once_and_mix_no_devices",

@@ -246,18 +246,19 @@ def explore(detector: nn.Module, dataset: CocoDataset, image: int | Path, *, gam
         title = f"stage {stage}, query {query}: {seen.names[query]}\nc {seen.scores[query]:.2f}, q {seen.quality[query]:.2f}"
         panels = [
             Mask(seen.masks[query], title, scene.truth.boxes, seen.boxes[[query]]),
-            Mask(scene.weights(gamma)[stage - 1], "weight of Eq. 9,\nall queries of this stage", scene.truth.boxes),
+            _weight_panel(scene, scene.weights(gamma)[stage - 1], f"Eq. 9, stage {stage}, all queries"),
         ]
         display(masks(scene.image, panels, note, columns=3))
 
     lowest = -1 if isinstance(image, Path) else 0  # -1 is the user's own
     queries = first.output.logits.shape[2]
+    alike = {"continuous_update": False, "layout": {"width": "600px"}}  # wide enough to reach every image
     interact(
         show,
-        number=IntSlider(lowest if lowest else image, lowest, len(dataset) - 1, description="image", continuous_update=False),
-        rank=IntSlider(1, 1, queries, description="query, by q", continuous_update=False),
-        stage=IntSlider(first.stages, 1, first.stages, description="stage", continuous_update=False),
-        gamma=FloatSlider(gamma, min=0, max=1, step=0.05, description="gamma", continuous_update=False),
+        number=IntSlider(lowest if lowest else image, lowest, len(dataset) - 1, description="image", **alike),
+        rank=IntSlider(1, 1, queries, description="query, by q", **alike),
+        stage=IntSlider(first.stages, 1, first.stages, description="stage", **alike),
+        gamma=FloatSlider(gamma, min=0, max=1, step=0.05, description="gamma", **alike),
     )
 
 

@@ -1,10 +1,11 @@
-"""Figure 2: where on an image a detector and the methods put their weight, and how much of it lies inside boxes."""
+"""Figures 2 and 4: where on an image a detector and the methods put their weight, and how much of it lies inside boxes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,16 +13,24 @@ from torch import Tensor, nn
 from detrdistill.analysis.detections import ground_truth, pictures
 from detrdistill.criterion import SetCriterion
 from detrdistill.data.coco import CocoDataset, collate
+from detrdistill.data.layout import data_cache, data_hash
 from detrdistill.distill.baselines.fgd import object_masks
 from detrdistill.distill.baselines.fgfi import anchors, near_anchors
 from detrdistill.distill.baselines.fkd import spatial_attention
 from detrdistill.distill.features import quality_scores, quality_weights
+from detrdistill.errors import InputError
 from detrdistill.figures.detections import Objects
+from detrdistill.files import file_hash
 from detrdistill.matching import match
 from detrdistill.models.outputs import DetectorOutput, Targets
-from detrdistill.recipes.methods import FGD, FGFI
+from detrdistill.recipes.methods import FGD, FGFI, DETRDistill
+from detrdistill.records import InsideObjects, Record
+from detrdistill.runs.load import load_detector, open_split
+from detrdistill.runs.provenance import provenance
+from detrdistill.runs.store import Store
 
-# The maps of `where_to_look`, and what the figures call them.
+IMAGES, DIGITS = 400, 5  # how many validation images are looked at, at most, and digits of the shares that are kept
+# The maps of `where_to_look` that Figure 2 shows, and what it calls them.
 REGIONS = {
     "fgd": "FGD: objects\nx attention",
     "fgfi": "FGFI:\nnear anchors",
@@ -31,19 +40,15 @@ REGIONS = {
 }
 
 
-def plain_names() -> dict[str, str]:
-    """The same names for a table's columns, and that of `shares`' last."""
-    return {name: title.replace("-\n", "-").replace("\n", " ") for name, title in REGIONS.items()} | {"area": "area of the boxes"}
-
-
 def where_to_look(detector: nn.Module, dataset: CocoDataset, index: int, *, gamma: float) -> dict[str, np.ndarray]:
-    """Where on an image methods and detector put their weight: maps [h w] that sum to 1, by the names in `REGIONS`.
+    """Where on an image methods and detector put their weight: maps [h w] that sum to 1, by the names in `REGIONS` and "alike".
 
     - fgd: the foreground of FGD times the detector's attention over cells, on the maps before the encoder.
     - fgfi: the cells that FGFI imitates.
     - cross-attention: summed over queries and stages.
     - gradient: the norm over channels of dL_det / dF, F being what the decoder attends to.
     - queries: the weight of Eq. 9, summed over stages.
+    - alike: the same without quality scores, q = 1 for all queries: the masks of Eq. 7.
 
     The weight of coarser levels is spread over their cells' area and added to the finest's. A map without any weight stays 0.
     """
@@ -61,6 +66,7 @@ def where_to_look(detector: nn.Module, dataset: CocoDataset, index: int, *, gamm
         "cross-attention": across,
         "gradient": [gradient.norm(dim=1) for gradient in slopes],
         "queries": quality_weights(output.features, output.queries, quality),
+        "alike": quality_weights(output.features, output.queries, torch.ones_like(quality)),
     }
     shapes = [mask.shape[1:] for mask in padding]
     return {name: spread([x.detach().cpu() for x in levels], shapes) for name, levels in found.items()}
@@ -76,15 +82,54 @@ def regions(
     return by_title, {title: [share_inside(one[name], truth, image) for one, truth, image in seen] for name, title in REGIONS.items()}
 
 
-def shares(detector: nn.Module, dataset: CocoDataset, indices: Sequence[int], *, gamma: float) -> dict[str, float]:
-    """`share_inside` of every map, the mean over the images with objects; and of the boxes' own area, which weight without aim has."""
-    found = []
+def inside_objects(record: Record, store: Store, *, gamma: float) -> InsideObjects:
+    """`share_inside` of every map of a run's detector on the first `IMAGES` validation images; measured once, and then read.
+
+    It is kept beside the run's record, and decides the claims of Figure 4; with another gamma than DETRDistill's own it is not kept.
+
+    Raises:
+        InputError: weights or data are missing, or not those of the record.
+    """
+    found = store.inside_objects(record)
+    if found is not None and found.gamma == gamma:
+        return found
+    weights, about = store.check_weights(record), record.provenance
+    dataset = open_split(record.recipe, "val")
+    if (data := data_hash(record.recipe.data, data_cache())) != about["data_sha256"]:
+        raise InputError(f"run {record.id} was trained on other data ({about['data_sha256'][:8]}) than these ({data[:8]}); restore them")
+    detector = load_detector(record.recipe, store, dataset)
+    by_image = shares(detector, dataset, range(min(IMAGES, len(dataset))), gamma=gamma)
+    found = InsideObjects(
+        run=record.id,
+        weights_sha256=file_hash(weights),
+        data_sha256=data,
+        gamma=gamma,
+        images=list(by_image.index),
+        percent={name: [None if np.isnan(x) else float(f"{100 * x:.{DIGITS}g}") for x in by_image[name]] for name in by_image},
+        provenance=provenance(),
+    )
+    if gamma == DETRDistill().gamma:
+        store.write_inside(record.recipe, found)
+    return found
+
+
+def shares(detector: nn.Module, dataset: CocoDataset, indices: Sequence[int], *, gamma: float) -> pd.DataFrame:
+    """`share_inside` of every map, and the boxes' own area, which weight without aim has: a line an image that has objects."""
+    found = {}
     for index, truth in zip(indices, ground_truth(dataset, indices), strict=True):
         if len(truth.boxes):
-            (image,), regions = pictures(dataset, [index]), where_to_look(detector, dataset, index, gamma=gamma)
-            regions["area"] = np.ones_like(regions["queries"])
-            found.append({name: share_inside(region, truth, image) for name, region in regions.items()})
-    return {name: float(np.nanmean([one[name] for one in found])) if found else float("nan") for name in (*REGIONS, "area")}
+            (image,), maps = pictures(dataset, [index]), where_to_look(detector, dataset, index, gamma=gamma)
+            maps["area"] = np.ones_like(maps["queries"])
+            found[index] = {name: share_inside(one, truth, image) for name, one in maps.items()}
+    return pd.DataFrame.from_dict(found, orient="index", columns=[*REGIONS, "alike", "area"])
+
+
+def shares_table(measured: Mapping[str, InsideObjects]) -> pd.DataFrame:
+    """A line a detector: the means over its images, in percent."""
+    names = {name: title.replace("-\n", "-").replace("\n", " ") for name, title in REGIONS.items()}
+    names |= {"alike": "query masks, all queries alike", "area": "area of the boxes"}
+    means = {detector: pd.DataFrame(one.percent, dtype=float).mean() for detector, one in measured.items()}
+    return pd.DataFrame(means).T.rename(columns=names)
 
 
 def share_inside(region: np.ndarray, truth: Objects, image: np.ndarray) -> float:

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D, Transform, blended_transform_factory
 
 from detrdistill.figures import style
+from detrdistill.recipes.claims import AP, CHANGES, HALFWAY, INSIDE
 from detrdistill.recipes.words import NOT_RUN
 from detrdistill.statistics import AGAINST, HOLDS, SMALL
 
@@ -46,8 +47,8 @@ def forest(weighed: pd.DataFrame, note: str = "") -> Figure:
     Args:
         weighed: of `claims.weigh`: claim, part, detector, measure, difference, half, adjusted_half, margin, verdict, status.
     """
-    is_ap = weighed["measure"].str.startswith("AP")
-    panels = [(unit, part) for unit, part in (("AP points", weighed[is_ap]), ("changes an image", weighed[~is_ap])) if len(part)]
+    units = weighed["measure"].map({AP: "AP points", HALFWAY: "AP points", CHANGES: "changes an image", INSIDE: "points of weight"})
+    panels = [(unit, weighed[units == unit]) for unit in units.unique()]
     with style.paper():
         # As in `comparison`, all lengths are those of text as large as on the screen.
         room, widths = style.room(), COLUMN if style.narrow() else PAGE

@@ -100,15 +100,15 @@ def quality(many: np.ndarray, one: Mapping[float, np.ndarray], gamma: float, not
     """
     with style.paper():
         figure = style.Picture(figsize=(style.width(), (4.8 if style.narrow() else 2.9) * style.scale()))
-        left, right = figure.subplots(2, 1) if style.narrow() else figure.subplots(1, 2, width_ratios=[1, 1.35])
+        left, right = figure.subplots(2, 1) if style.narrow() else figure.subplots(1, 2, width_ratios=[1, 1.25])
         counts, _, _ = left.hist(many, bins=np.linspace(0, 1, 21), color=style.GREEN, edgecolor="white", linewidth=0.5)
-        left.set_title(f"{len(many):,} queries of {images} image{'s' * (images != 1)}, gamma {gamma:g}", loc="left")
-        left.set(xlabel="quality score q", ylabel="queries", xlim=(0, 1), ylim=(0, 1.08 * max(float(counts.max()), 1)))
+        left.set_title(f"{len(many):,} queries of {images} image{'s' * (images != 1)}", loc="left")
+        left.set(xlabel=f"quality score q, gamma {gamma:g}", ylabel="queries", xlim=(0, 1), ylim=(0, 1.08 * max(float(counts.max()), 1)))
         left.grid(False, axis="x")
         order, ranks = np.argsort(-one[gamma], kind="stable"), np.arange(1, len(one[gamma]) + 1)
         shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.85, len(one)))
         for (value, scores), shade in zip(sorted(one.items()), shades, strict=True):
-            word = {0.0: " (IoU alone)", 1.0: " (class score alone)"}.get(float(value), "")
+            word = {0.0: ": the box alone", 1.0: ": the class alone"}.get(float(value), "")
             kept = value == gamma
             right.plot(
                 ranks,
@@ -123,6 +123,8 @@ def quality(many: np.ndarray, one: Mapping[float, np.ndarray], gamma: float, not
         right.set_title("this image's queries", loc="left")
         right.set(xlabel=f"rank at gamma {gamma:g}", ylabel="quality score q", ylim=(0, 1.03))
         right.xaxis.get_major_locator().set_params(integer=True)
-        right.legend(title="gamma", fontsize=style.points(7.5), title_fontsize=style.points(7.5), loc="upper right")
+        # Beside the lines, which may be anywhere.
+        beside = {"loc": "upper left", "bbox_to_anchor": (1, 1.03), "alignment": "left"}
+        right.legend(title="gamma", fontsize=style.points(7.5), title_fontsize=style.points(7.5), **beside)
         style.note(figure, note)
     return figure

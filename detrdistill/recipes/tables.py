@@ -209,6 +209,13 @@ def full_schedule(presets: Presets, seeds: Seeds) -> Table:
     return table("full_schedule", [preset], "table3", "Students trained as long as the teacher", rows)
 
 
+def where_to_look(presets: Presets, seeds: Seeds) -> Table:
+    """Figure 4: maps of the teachers, whose weight lies inside objects or not. Claims compare them; they are no row with an AP."""
+    maps = {"queries": "Query masks by quality (Eq. 9)", "alike": "query masks, all queries alike", "area": "the boxes' part of the image"}
+    rows = [row(preset, seeds, "teacher", name, title) for preset in presets for name, title in maps.items()]
+    return table("where_to_look", presets, "", "Where to look", rows)
+
+
 TABLES: dict[str, Callable[[Presets, Seeds], Table]] = {
     make.__name__: make
     for make in (
@@ -216,6 +223,7 @@ TABLES: dict[str, Callable[[Presets, Seeds], Table]] = {
         light_backbones, discrepancies, follow_ups, full_schedule,
     )
 }  # fmt: skip
+BESIDE = {"where_to_look": where_to_look}  # what is compared beside the tables, and has a notebook alone
 
 
 # What each answers, for who reads its page.
@@ -242,11 +250,16 @@ def make_table(name: str, presets: Presets, seeds: Seeds) -> Table:
     Raises:
         InputError: there is none, or no seeds.
     """
-    if name not in TABLES:
+    if name not in TABLES | BESIDE:
         raise InputError(f"table '{name}' is unknown; known: {', '.join(TABLES)}, {WEIGHTS}")
     if not seeds:
         raise InputError("no seeds given; name at least one, such as 0")
-    return TABLES[name]([preset for preset in presets if name not in preset.left_out] or presets, seeds)
+    return (TABLES | BESIDE)[name]([preset for preset in presets if name not in preset.left_out] or presets, seeds)
+
+
+def all_compared(presets: Presets, seeds: Seeds) -> list[Table]:
+    """All that claims are about: the tables, and what is compared beside them."""
+    return [make_table(name, presets, seeds) for name in (*TABLES, *BESIDE)]
 
 
 def only_parents(tables: Iterable[Table]) -> set[str]:

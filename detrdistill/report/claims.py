@@ -12,7 +12,7 @@ import pandas as pd
 
 from detrdistill.files import write_text
 from detrdistill.published import published, published_value
-from detrdistill.recipes.claims import AP, MARGINS, claims_of
+from detrdistill.recipes.claims import AP, INSIDE, MARGINS, claims_of
 from detrdistill.recipes.rows import Row, Table
 from detrdistill.recipes.words import NOT_RUN
 from detrdistill.report.comparisons import Comparisons
@@ -39,7 +39,9 @@ NOTE = (
     "A difference of 2 AP is the smallest that matters: the margin. What no interval holds: that other validation images would give other "
     "numbers; and the teacher, where one run teaches all students of a detector. Where a row is compared with such a teacher, its spread "
     "is taken to be that of the other rows. Off COCO a difference says only whether an effect shows at that scale. Source: where the paper "
-    "shows it; second hand, as others report of it; or ours, a question of this kit. How to read it all: docs/results.md."
+    "shows it; second hand, as others report of it; or ours, a question of this kit. Claims of Figure 4 compare maps of the teachers, in "
+    "points of the weight that lies inside objects; the margin is 5. They are repeated over images and not over seeds, so that another "
+    "teacher may say otherwise, and were listed after a part of the images had been looked at. How to read it all: docs/results.md."
 )
 
 
@@ -62,7 +64,8 @@ def weigh(tables: Sequence[Table], comparisons: Comparisons, planned: Mapping[tu
                 line |= {"ahead_variant": ahead.variant, "than_variant": than.variant}
                 line |= {"published": published_difference(table, ahead, than) if claim.measure == AP else math.nan}
                 key = (table.preset, table.name, detector, claim.ahead, claim.than, claim.measure)
-                lines.append(line | {"seeds": differences[-1].seeds, "seeds_planned": (planned or {}).get(key) or len(ahead.recipes)})
+                line |= {"seeds": differences[-1].seeds, "seeds_planned": (planned or {}).get(key) or len(ahead.recipes)}
+                lines.append(line | {"images": differences[-1].images})
     frame = pd.DataFrame(lines)
     if frame.empty:
         return frame
@@ -110,7 +113,7 @@ def claim_cells(weighed: pd.DataFrame) -> pd.DataFrame:
                 "Difference": _signed(line["difference"], NOT_RUN) + raw,
                 "Adjusted": _adjusted(line) or "-",
                 "Published": _signed(line["published"], "-"),
-                "Seeds": f"{line['seeds']} of {line['seeds_planned']}",
+                "Seeds": _replicates(line),
                 "Status": line["status"],
             }
         )
@@ -175,10 +178,19 @@ def _numbers(line: Mapping[str, Any]) -> str:
         return ""
     against_margin = line["verdict"] in (NO_EFFECT, NO_GAIN)
     interval = _interval(line, "equivalence_half") + ", 90 %" if against_margin else _adjusted(line)
-    found = [" ".join(filter(None, [_signed(line["difference"], ""), interval]))]
+    unit = "points" if line.get("images") else ""
+    found = [" ".join(filter(None, [_signed(line["difference"], ""), unit, interval]))]
     if line["seeds_to_decide"]:
         found.append(seeds_words(line["seeds_to_decide"]))
     return f"({', '.join(found)})"
+
+
+def _replicates(line: Mapping[str, Any]) -> str:
+    """ "3 of 6" seeds; of what is taken over images "1 of 2 teachers, 400 images"."""
+    counted = f"{line['seeds']} of {line['seeds_planned']}"
+    if line["measure"] != INSIDE:
+        return counted
+    return f"{counted} teachers" + (f", {line['images']} images" if line["images"] else "")
 
 
 def _listed(words: Iterable[str]) -> str:
@@ -213,6 +225,7 @@ def write_claims(weighed: pd.DataFrame, provenance: str, folder: Path) -> list[P
     for column in numbers:
         empty = {"published": "unknown", "margin": "none"}.get(column, weighed["status"].where(weighed["status"] == NOT_RUN, "no interval"))
         written[column] = written[column].where(weighed[column].notna(), empty)
+    written["images"] = written["images"].where(weighed["images"] > 0, "none")
     preset = weighed["preset"].iloc[0]
     text = to_markdown(board(weighed), f"Claims, preset {preset}", "Each comparison:").rstrip()
     text += "\n\n" + to_markdown(claim_cells(weighed), f"Comparisons, preset {preset}", provenance)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import pandas as pd
 
-from detrdistill.recipes.claims import AP, CHANGES, HALFWAY
+from detrdistill.recipes.claims import AP, CHANGES, HALFWAY, INSIDE
 from detrdistill.recipes.identity import block, run_id, treatment
 from detrdistill.recipes.rows import Row, Table
 from detrdistill.records import Record, refuse_mixed
@@ -37,6 +37,7 @@ class Comparisons:
                     lines[name] |= {"title": row.title, "table": table.title, "record": record}
         refuse_mixed([line["record"] for line in lines.values()])
         self.runs = pd.DataFrame(lines.values(), columns=["detector", "treatment", "block", "title", "table", "record"])
+        self._store = store
         self._fits: dict[tuple[str, str, float], BlockFit] = {}
 
     @property
@@ -53,13 +54,33 @@ class Comparisons:
         return self._fits[key]
 
     def difference(self, ahead: Row, than: Row, measure: str = AP) -> Difference:
-        """One row of a table minus another of the same detector. An interval needs two runs of each; of a teacher, one."""
+        """One row of a table minus another of the same detector. An interval needs two runs of each; of a teacher, one.
+
+        Raises:
+            InputError: a file of shares was edited, or belongs to other weights than its run's.
+        """
+        if measure == INSIDE:
+            return self._inside(ahead, than)
         fit = self.fit(ahead.detector, measure, ahead.at)
         names = [treatment(next(iter(row.recipes.values()))) for row in (ahead, than)]
         found = fit.difference(*names)
         counts = [(fit.runs["treatment"] == name).sum() for name in names]
         once = any(count < 2 for row, count in zip((ahead, than), counts, strict=True) if row.family != "teacher")
         return Difference(found.mean, seeds=min(found.seeds, 1)) if once else found
+
+    def _inside(self, ahead: Row, than: Row) -> Difference:
+        """One map minus another of the same runs, with a t-interval over the images that all runs were measured on.
+
+        On each image the mean over runs counts; what sets these apart is not in the interval.
+        """
+        records = [record for recipe in ahead.recipes.values() if (record := self._store.record(recipe))]
+        measured = [found for record in records if (found := self._store.inside_objects(record))]
+        columns = [pd.DataFrame(found.percent, index=found.images, dtype=float) for found in measured]
+        if not columns:
+            return Difference()
+        values = pd.DataFrame({i: one[ahead.name] - one[than.name] for i, one in enumerate(columns)}).dropna().mean(axis=1)
+        count, spread = len(values), float(values.std(ddof=1))
+        return Difference(float(values.mean()), spread / math.sqrt(count or 1), count - 1, spread, len(columns), images=count)
 
 
 def value_of(record: Record, measure: str, at: float) -> float:

@@ -1,4 +1,6 @@
-"""The committed list of claims, with margins and planned seeds: `results/claims_register.csv`, written before the runs it judges.
+"""The committed list of claims, with margins and planned seeds: `results/claims_register.csv`.
+
+A line says when it was listed: before the runs that it judges; after a part of its planned seeds were stored ("in part"); or after all.
 
 To write it again from the code: `python -m detrdistill.report.register`. No torch here.
 """
@@ -15,13 +17,13 @@ from detrdistill.files import write_text
 from detrdistill.recipes.claims import CLAIMS, MARGINS, Claim, claims_of
 from detrdistill.recipes.presets import PRESETS, get_presets
 from detrdistill.recipes.rows import Table
-from detrdistill.recipes.tables import TABLES, make_table, usual_tables
+from detrdistill.recipes.tables import BESIDE, TABLES, make_table, usual_tables
 from detrdistill.recipes.words import DETECTORS
 
 # In the repository and not in the package, as the published values are.
 PATH = Path(__file__).resolve().parents[2] / "results" / "claims_register.csv"
 REGISTERED = ("mini", "bccd")
-COLUMNS = ("preset", "table", "detector", "claim", "source", "ahead", "than", "measure", "margin", "seeds")
+COLUMNS = ("preset", "table", "detector", "claim", "source", "ahead", "than", "measure", "margin", "seeds", "listed")
 Key = tuple[str, str, str, str, str, str]  # preset, table, detector, ahead, than, measure
 # Seeds planned for the next runs; 0 for a table that is not planned for a detector.
 SIX = ("main_results", "prior_methods", "components", "logits", "feature_masks", "follow_ups", "discrepancies")
@@ -34,7 +36,18 @@ PLANNED = (
     | {("mini", "full_schedule", "deformable_detr"): 2}
     | {("bccd", "main_results", "deformable_detr"): 5}
     | {("bccd", "main_results", detector): 3 for detector in ("adamixer", "conditional_detr")}
+    | {(preset, "where_to_look", detector): count for preset, count in (("mini", 2), ("bccd", 1)) for detector in DETECTORS}  # teachers
 )
+BEFORE, IN_PART, AFTER = "before", "in part", "after"
+# Of history: of preset mini most runs of the first seeds were stored before there was a list, but for Conditional DETR's of one layer.
+ALL_STORED = (("mini", "full_schedule", "deformable_detr"), ("mini", "where_to_look", "adamixer"))
+
+
+def listed(preset: str, table: str, detector: str) -> str:
+    """When a line was listed."""
+    if (preset, table, detector) in ALL_STORED:
+        return AFTER
+    return IN_PART if preset == "mini" and detector != "conditional_detr" else BEFORE
 
 
 def register() -> pd.DataFrame:
@@ -47,13 +60,14 @@ def register() -> pd.DataFrame:
     names = {title: name for name, title in DETECTORS.items()}
     lines = []
     for preset in REGISTERED:
-        for table in usual_tables(preset):
+        for table in (*usual_tables(preset), *BESIDE):
             made = make_table(table, get_presets(preset), [0])
             for detector in dict.fromkeys(row.detector for row in made.rows):
                 for claim in claims_of(made, detector):
-                    margin, seeds = MARGINS[claim.measure], PLANNED.get((preset, table, names[detector]), 0)
+                    place = (preset, table, names[detector])
+                    margin, seeds = MARGINS[claim.measure], PLANNED.get(place, 0)
                     about = (claim.text, claim.source, claim.ahead, claim.than, claim.measure)
-                    lines.append((preset, table, detector, *about, "none" if margin is None else f"{margin:g}", str(seeds)))
+                    lines.append((preset, table, detector, *about, "none" if margin is None else f"{margin:g}", str(seeds), listed(*place)))
     return pd.DataFrame(lines, columns=COLUMNS)
 
 
@@ -87,7 +101,7 @@ def planned_seeds(tables: Iterable[Table], path: Path = PATH) -> dict[Key, int]:
         lines = list(reader)
     found: dict[Key, int] = {}
     for number, line in enumerate(lines, start=2):
-        known = {"preset": REGISTERED, "table": TABLES, "detector": DETECTORS.values()}
+        known = {"preset": REGISTERED, "table": TABLES | BESIDE, "detector": DETECTORS.values(), "listed": (BEFORE, IN_PART, AFTER)}
         for name in known:
             if line[name] not in known[name]:
                 raise InputError(f"{path.name}, line {number}: {name} '{line[name]}' is unknown; known: {', '.join(known[name])}")

@@ -21,7 +21,7 @@ from detrdistill.recipes.parts import Digits
 from detrdistill.recipes.presets import Preset, get_presets
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.rows import Row, Table
-from detrdistill.recipes.tables import QUESTIONS, TABLES, WEIGHTS, make_table, usual_tables
+from detrdistill.recipes.tables import BESIDE, QUESTIONS, TABLES, WEIGHTS, all_compared, make_table, usual_tables
 from detrdistill.recipes.words import DETECTORS
 from detrdistill.report.board import Verdict, harms_of, headline, verdicts
 from detrdistill.report.claims import NOTE, claim_cells, weigh, write_claims
@@ -107,11 +107,13 @@ def write_report(
     check_figures(figures, made)
     frames = [collect(table, source) for table in made]
     # Of all tables, whichever are shown: every run of a detector tells how large its noise is.
-    everything = [make_table(name, presets, seeds) for name in TABLES]
+    everything = all_compared(presets, seeds)
     comparisons = Comparisons(everything, source)
     weighed = weigh(everything, comparisons, planned_seeds(everything))  # whose parts are tested together, whichever are shown
     if not weighed.empty:
-        weighed = weighed[weighed["table"].isin([table.name for table in made])].reset_index(drop=True)
+        shown = {table.name for table in made}
+        shown |= set(BESIDE) if "main_results" in shown else set()  # its teachers are theirs
+        weighed = weighed[weighed["table"].isin(shown)].reset_index(drop=True)
     summaries = [summarise(table, frame, comparisons) for table, frame in zip(made, frames, strict=True)]
     harms = {row: words for table, summary in zip(made, summaries, strict=True) for row, words in harms_of(table.name, summary).items()}
     claims = verdicts(weighed, harms)

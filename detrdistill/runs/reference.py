@@ -2,7 +2,7 @@
 
 A user's own results take parents from it (teachers, backbones trained on crops), marked "stored", and measure everything else anew.
 `python -m detrdistill.runs.reference PRESET ROOT [RUN ...]` brings complete runs from the results folder ROOT into it; weights only of
-the runs that are named, since they are what makes a clone heavy.
+the runs that are named, since they are what makes a clone heavy. What `analysis.where_to_look` measured of a run goes with its record.
 """
 
 import gzip
@@ -54,6 +54,8 @@ def take(recipe: Recipe | CropRecipe, store: Store) -> Record | None:
                 (store.folder(recipe) / left).unlink(missing_ok=True)
             with atomic(store.weights(recipe)) as temporary:
                 shutil.copyfile(source.weights(recipe), temporary)
+            if (inside := source.inside_objects(record)) is not None:
+                store.write_inside(recipe, inside)
             store.mark_stored(recipe, f"taken from results/reference/{source.root.name}, not trained here")
             store.write(record)  # last: with it the run is complete
         return record
@@ -120,18 +122,20 @@ def bring(preset: str, root: Path, weights: Collection[str] = ()) -> list[str]:
         names of the runs that were copied.
 
     Raises:
-        InputError: an unknown preset or run, a record by code that differs from every commit, one that is damaged, or weights that are
-            missing or not those that are committed already.
+        InputError: an unknown preset or run, a record or shares by code that differs from every commit, one that is damaged, or weights
+            that are missing or not those that are committed already.
     """
     if preset not in PRESETS:
         raise InputError(f"preset '{preset}' is unknown; known: {', '.join(PRESETS)}")
     target, own = FOLDER / preset, {path.parent.name: read_record(path) for path in sorted((root / "runs").glob("*/record.json"))}
     if unknown := sorted(set(weights) - own.keys()):
         raise InputError(f"run '{unknown[0]}' is not complete in {root}; its complete runs are {', '.join(own) or 'none'}")
-    for name, record in own.items():
-        if not record.provenance["commit"] or "+changes" in record.provenance["commit"]:
-            raise InputError(f"run {name} was made by code that is in no commit ({record.provenance['commit']}); run it again from a clone")
     source, committed = Store(root), Store(target)
+    shares = {name: found for name, record in own.items() if (found := source.inside_objects(record))}
+    for what, made in (("run", own), ("shares of run", shares)):
+        for name, one in made.items():
+            if not (commit := one.provenance["commit"]) or "+changes" in commit:
+                raise InputError(f"{what} {name}: made by code that is in no commit ({commit}); make it again from a clone")
     for name in weights:
         source.check_weights(own[name])
         there = committed.record(own[name].recipe)
@@ -146,6 +150,10 @@ def bring(preset: str, root: Path, weights: Collection[str] = ()) -> list[str]:
             shutil.copyfile(source.weights(own[name].recipe), temporary)
     for record in new.values():
         committed.write(record)
+    for name, found in shares.items():
+        there = committed.record(own[name].recipe)
+        if there and there.provenance["weights_sha256"] == found.weights_sha256:
+            committed.write_inside(there.recipe, found)
     return list(new)
 
 

@@ -11,8 +11,9 @@ from detrdistill.files import file_hash, make_folder, write_text, writing
 from detrdistill.recipes.identity import run_id, same_run
 from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.recipe import CropRecipe, Recipe
-from detrdistill.records import Record, read_record, record_text
+from detrdistill.records import InsideObjects, Record, read_inside, read_record, record_text
 
+SHARES = "inside_objects.json"  # beside the record of a detector whose maps were measured
 MARK = "stored.txt"  # beside the record of a run that was not trained here
 
 
@@ -84,6 +85,27 @@ class Store:
         if file_hash(path) != record.provenance["weights_sha256"]:
             raise InputError(f"run {record.id}: weights {path} differ from its record; restore them, or delete the folder to train again")
         return path
+
+    def inside_objects(self, record: Record) -> InsideObjects | None:
+        """How much of the maps of a run's detector lies inside objects, None if that was not measured.
+
+        Raises:
+            InputError: the file was edited or damaged, or it was measured on other data or with other weights than the record's.
+        """
+        path = self.folder(record.recipe) / SHARES
+        if not path.exists():
+            return None
+        found, about = read_inside(path), record.provenance
+        stated = (found.run, found.weights_sha256, found.data_sha256)
+        if stated != (record.id, about["weights_sha256"], about["data_sha256"]):
+            raise InputError(
+                f"shares {path}: of run {stated[0]}, weights {stated[1][:8]}, data {stated[2][:8]}; the record beside it is of "
+                f"run {record.id}, weights {about['weights_sha256'][:8]}, data {about['data_sha256'][:8]}; delete it to measure again"
+            )
+        return found
+
+    def write_inside(self, recipe: Recipe, found: InsideObjects) -> None:
+        write_text(self.folder(recipe) / SHARES, record_text(found))
 
     def write(self, record: Record) -> None:
         write_text(self.folder(record.recipe) / "record.json", record_text(record))

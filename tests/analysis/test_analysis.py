@@ -148,10 +148,11 @@ def test_an_image_that_is_not_there_is_refused(teacher: nn.Module, val: CocoData
 
 def test_regions_sum_to_one(untrained: nn.Module, val: CocoDataset) -> None:
     maps = where_to_look.where_to_look(untrained, val, 2, gamma=0.5)
-    assert set(maps) == set(where_to_look.REGIONS) and len({one.shape for one in maps.values()}) == 1
+    assert set(maps) == {*where_to_look.REGIONS, "alike"} and len({one.shape for one in maps.values()}) == 1
     assert all(one.min() >= 0 and one.sum() == pytest.approx(1, abs=1e-5) for one in maps.values())
     measured = where_to_look.shares(untrained, val, [2, 3], gamma=0.5)
-    assert set(measured) == {*where_to_look.REGIONS, "area"} and all(0 <= value <= 1 for value in measured.values())
+    assert list(measured) == [*where_to_look.REGIONS, "alike", "area"] and list(measured.index) == [2, 3]
+    assert ((measured >= 0) & (measured <= 1)).all(axis=None)
     titled, inside = where_to_look.regions(untrained, val, [2], gamma=0.5)
     assert list(titled) == list(inside) == list(where_to_look.REGIONS.values())
     assert all(parameter.grad is None for parameter in untrained.parameters())
@@ -215,7 +216,8 @@ def test_sliders_show_what_they_are_set_to(teacher: nn.Module, val: CocoDataset,
     assert called["sliders"]["number"].max == 7 and called["sliders"]["stage"].max == 2 and called["sliders"]["rank"].max == 20
     called["show"](3, 2, 1, 0.25)
     query = query_masks.look(teacher, val, 3).queries(0.25, 0).best(2)[-1]
-    assert seen[0].axes[1].get_title().startswith(f"stage 1, query {query}:")
+    own, weight = (axes.get_title() for axes in seen[0].axes[1:3])
+    assert own.startswith(f"stage 1, query {query}:") and weight.startswith("Eq. 9, stage 1") and weight.endswith("% inside")
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from detrdistill.figures import style
 from detrdistill.figures.forest import forest
 from detrdistill.figures.residuals import residuals
+from detrdistill.recipes.claims import CHANGES, INSIDE
 
 NAN, LONG = math.nan, "Positives and negatives, stage by stage over Positives and negatives, last stage"
 
@@ -21,7 +22,8 @@ def weighed() -> pd.DataFrame:
         ("It helps", "AdaMixer", "DETRDistill over Student", "AP", NAN, NAN, NAN, 2.0, "not run"),
         ("Every stage helps", "AdaMixer", LONG, "AP", 2.0, 400.0, 500.0, 2.0, "undecided (over 99 seeds)"),
         ("It is faster", "AdaMixer", "DETRDistill over Student", "AP halfway", 1.0, NAN, NAN, 2.0, "one seed"),
-        ("It is steadier", "AdaMixer", "Student over DETRDistill", "changes", 0.8, 0.3, 0.3, NAN, "holds"),
+        ("It is steadier", "AdaMixer", "Student over DETRDistill", CHANGES, 0.8, 0.3, 0.3, NAN, "holds"),
+        ("It looks at objects", "AdaMixer", "queries over area", INSIDE, 31.0, 1.0, 1.0, 5.0, "holds"),
     ]
     columns = ["claim", "detector", "part", "measure", "difference", "half", "adjusted_half", "margin", "status"]
     frame = pd.DataFrame(lines, columns=columns)
@@ -36,7 +38,11 @@ def runs() -> pd.DataFrame:
 
 
 def test_the_forest_draws_means_and_both_intervals() -> None:
-    ap, changes = forest(weighed(), "A note.").axes
+    ap, changes, inside = forest(weighed(), "A note.").axes
+    assert [axes.get_xlabel() for axes in (ap, changes, inside)] == [
+        f"difference in {unit}" for unit in ("AP points", "changes an image", "points of weight")
+    ]
+    assert [patch.get_x() for patch in inside.patches] == [-5.0], "each measure has a margin of its own"
     means = [(line.get_xdata()[0], line.get_color()) for line in ap.lines if line.get_marker() == "o"]
     assert means == [(4.6, style.BLUE), (-8.8, style.RED), (2.0, style.FAINT), (1.0, style.FAINT)]
     ends = [tuple(line.get_xdata()) for line in ap.lines if len(line.get_xdata()) == 2 and line.get_marker() == "None"]

@@ -92,9 +92,12 @@ def test_masks_of_nothing_and_of_too_many(tmp_path: Path) -> None:
 
 def test_quality_counts_and_orders() -> None:
     left, right = FIGURES["quality"]().axes
-    assert sum(bar.get_height() for bar in left.patches) == 41 and left.get_title("left") == "41 queries of 3 images, gamma 0.5"
+    assert sum(bar.get_height() for bar in left.patches) == 41 and left.get_title("left") == "41 queries of 3 images"
     lines = {line.get_label(): line.get_ydata() for line in right.lines}
-    assert list(lines) == ["0 (IoU alone)", "0.5", "1 (class score alone)"]
+    assert list(lines) == ["0: the box alone", "0.5", "1: the class alone"]
+    with style.paper():
+        right.figure.draw_without_rendering()
+    assert not right.get_legend().get_window_extent().overlaps(right.get_window_extent()), "beside the lines and not over them"
     assert (np.diff(lines["0.5"]) <= 0).all() and lines["0.5"][0] == ONE[0.5].max()
 
 

@@ -11,8 +11,8 @@ from torchvision import models
 
 from detrdistill.models.backbones import Backbone, Shortcut, classifier
 from detrdistill.recipes.identity import parents
+from detrdistill.recipes.parts import BackboneRecipe as Recipe
 from detrdistill.recipes.parts import CropTraining, Digits, Schedule
-from detrdistill.recipes.recipe import BackboneRecipe as Recipe
 from detrdistill.recipes.recipe import Recipe as RunRecipe
 from tests.models.small import randomise
 
@@ -86,7 +86,7 @@ def test_freeze_after_spares_what_the_first_maps_need(name: str) -> None:
 
 TRAIN = """
 import sys, torch
-from detrdistill.recipes.recipe import BackboneRecipe as Recipe
+from detrdistill.recipes.parts import BackboneRecipe as Recipe
 from detrdistill.models.backbones import Backbone
 backbone = Backbone(Recipe(name="thin_resnet", width=int(sys.argv[1]), weights="none")).to(memory_format=torch.channels_last)
 for _ in range(3):
