@@ -23,6 +23,7 @@ SLOW = (
     "tests/report/test_claims.py",
     "tests/test_session_table.py",
     "tests/report/test_tables.py",
+    "tests/report/test_paper.py",
     "tests/training/test_teacher_outputs.py",
     "tests/models/test_backbones.py::test_few_channels_do_not_crash",
     "tests/test_cli.py::test_every_run_that_the_batch_names_is_known",
