@@ -178,7 +178,7 @@ def _numbers(line: Mapping[str, Any]) -> str:
         return ""
     against_margin = line["verdict"] in (NO_EFFECT, NO_GAIN)
     interval = _interval(line, "equivalence_half") + ", 90 %" if against_margin else _adjusted(line)
-    unit = "points" if line.get("images") else ""
+    unit = "points" if line.get("measure") == INSIDE else ""
     found = [" ".join(filter(None, [_signed(line["difference"], ""), unit, interval]))]
     if line["seeds_to_decide"]:
         found.append(seeds_words(line["seeds_to_decide"]))
