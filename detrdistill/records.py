@@ -27,6 +27,10 @@ class Record(Strict):
     )
     parents: dict[str, dict[str, str | float | None]] = Field(description="runs whose weights this run started or learned from")
     provenance: dict[str, Any] = Field(description="data and weight hashes, commit, library versions, device")
+    kept: dict[str, int | float | str | None] | None = Field(
+        None, description="where the best weights are kept: their step and AP, on which split, and of how many evaluations"
+    )
+    continued: dict[str, int | str] | None = Field(None, description="the shorter run that this one continued, and after which step")
 
 
 def read_record(path: Path) -> Record:
@@ -51,8 +55,8 @@ def read_record(path: Path) -> Record:
 
 
 def record_text(record: Record) -> str:
-    """As `read_record` reads it: JSON with a hash of all the rest."""
-    body = record.model_dump(mode="json")
+    """As `read_record` reads it: JSON with a hash of all the rest, without what is not stated."""
+    body = {name: value for name, value in record.model_dump(mode="json").items() if value is not None}
     return json.dumps(body | {"sha256": _hash(body)}, indent=1) + "\n"
 
 

@@ -18,8 +18,8 @@ def parents(recipe: Recipe | CropRecipe) -> dict[str, Recipe | CropRecipe]:
         if recipe.teacher is not None:
             found["teacher"] = recipe.teacher
         if recipe.backbone.weights == "crops":
-            # Like ImageNet's, these weights are learned with all strides.
-            found["backbone"] = CropRecipe(backbone=recipe.backbone.replace(dilation=False), data=recipe.data)
+            # Like ImageNet's, these weights are learned with all strides and all stages.
+            found["backbone"] = CropRecipe(backbone=recipe.backbone.replace(dilation=False, frozen_stages=None), data=recipe.data)
     return found
 
 
