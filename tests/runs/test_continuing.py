@@ -10,12 +10,13 @@ from detrdistill.recipes.identity import parents, run_id
 from detrdistill.recipes.presets import smoke
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.records import Record
+from detrdistill.runs import continuing
 from detrdistill.runs.continuing import continue_shorter, shorter_runs
 from detrdistill.runs.run import run
 from detrdistill.runs.store import Store
 from detrdistill.training import trainer
 from detrdistill.training.checkpointing import load_checkpoint
-from detrdistill.training.logging import is_logged
+from detrdistill.training.logging import is_logged, read_log
 
 OPEN = {"schedule.decay": "step", "schedule.drops": (), "schedule.warmup": 3, "schedule.batch": 4, "dropout": 0.1}
 FINE_TUNED = {"schedule.keep": "best", "schedule.ema": 0.9}
@@ -151,6 +152,17 @@ def test_only_runs_that_differ_in_length_alone_are_continued(short: Path, caplog
     assert not caplog.messages
     epochs = STUDENT.replace(**{"schedule.steps": None, "schedule.epochs": 1, "schedule.evaluations": 4})
     assert [record.cost["steps"] for record in shorter_runs(epochs, 8, store)] == [4]
+
+
+def test_of_the_shorter_run_s_log_it_takes_what_it_would_have_logged(short: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line of an evaluation that is none of its own is left out, as after thousands of steps, where only some have lines."""
+    shutil.copytree(short, tmp_path / "results")
+    store = Store(tmp_path / "results")
+    monkeypatch.setattr(continuing, "is_logged", lambda step, total, open_ended: step == 3)
+    for steps, evaluations, wanted in ((9, 1, [3]), (8, 4, [2, 3, 4])):
+        recipe = length(STUDENT, steps, evaluations)
+        assert begin(store, recipe)["state"]["curve"] == store.record(length(STUDENT, 4, 2)).curve * (evaluations > 1)
+        assert [entry["step"] for entry in read_log(store.folder(recipe) / "log.jsonl")] == wanted
 
 
 def test_a_run_that_has_begun_is_left_alone(short: Path, tmp_path: Path) -> None:
