@@ -144,8 +144,8 @@ class Backbone(nn.Module):
     configuration freezes no stage of it, here what comes before its stage of stride 8 is frozen as in a ResNet. A backbone without learned
     weights trains whole, since frozen statistics of random weights learn nothing.
 
-    `frozen_stages` counts as mmdetection's ResNet does. Stages 1 to 4 are those of stride 4, 8, 16 and 32, in MobileNetV2 too, whose 18
-    blocks mmdetection counts one by one.
+    `frozen_stages` counts as mmdetection's ResNet does. Stages 1 to 4 are those of stride 4, 8, 16 and 32, in MobileNetV2 too, where
+    mmdetection counts seven groups of blocks.
     """
 
     def __init__(self, recipe: BackboneRecipe, first_level: int = 3) -> None:
