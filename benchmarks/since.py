@@ -16,6 +16,7 @@ from pathlib import Path
 
 from benchmarks.measure import ROOT, Table, make_parser, spread, table_path
 from detrdistill.errors import InputError
+from detrdistill.recipes.identity import stated
 from detrdistill.recipes.presets import get_preset
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.words import ADAMIXER, CONDITIONAL, DEFORMABLE
@@ -63,7 +64,7 @@ def unpack(version: str, folder: Path) -> None:
 
 def milliseconds(tree: Path, recipe: Recipe) -> float:
     """Of a step, as the run records it."""
-    command = [sys.executable, "-W", "ignore", "-c", TRAIN, json.dumps(recipe.model_dump(mode="json"))]
+    command = [sys.executable, "-W", "ignore", "-c", TRAIN, json.dumps(stated(recipe))]  # fields that are at their default may be newer
     environment = os.environ | {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True, text=True)
     return 1000 * float(done.stdout)

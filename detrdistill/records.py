@@ -27,6 +27,10 @@ class Record(Strict):
     )
     parents: dict[str, dict[str, str | float | None]] = Field(description="runs whose weights this run started or learned from")
     provenance: dict[str, Any] = Field(description="data and weight hashes, commit, library versions, device")
+    kept: dict[str, int | float | str | None] | None = Field(
+        None, description="where the best weights are kept: their step and AP, on which split, and of how many evaluations"
+    )
+    continued: dict[str, int | str] | None = Field(None, description="the shorter run that this one continued, and after which step")
 
 
 class InsideObjects(Strict):
@@ -76,8 +80,8 @@ def _read_hashed(path: Path, what: str, remedy: str) -> dict[str, Any]:
 
 
 def record_text(record: Record | InsideObjects) -> str:
-    """As it is read again: JSON with a hash of all the rest."""
-    body = record.model_dump(mode="json")
+    """As it is read again: JSON with a hash of all the rest, without what is not stated."""
+    body = {name: value for name, value in record.model_dump(mode="json").items() if value is not None}
     return json.dumps(body | {"sha256": _hash(body)}, indent=1) + "\n"
 
 

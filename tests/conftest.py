@@ -25,6 +25,8 @@ SLOW = (
     "tests/report/test_tables.py",
     "tests/report/test_paper.py",
     "tests/training/test_teacher_outputs.py",
+    "tests/runs/test_continuing.py::test_more_steps",
+    "tests/training/test_keeping.py::test_resume_is_exact",
     "tests/models/test_backbones.py::test_few_channels_do_not_crash",
     "tests/test_cli.py::test_every_run_that_the_batch_names_is_known",
     "tests/figures/",

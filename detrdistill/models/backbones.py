@@ -139,10 +139,13 @@ class Backbone(nn.Module):
         channels: of the maps returned.
         strides: of the maps returned, in pixels.
 
-    With learned weights every BatchNorm is frozen (statistics and affine), and the stem and first stage of an ImageNet backbone
-    get no gradient, as in the official DETRs. These have no MobileNetV2; DETRDistill's released configuration freezes no stage of
-    it, here what comes before its stage of stride 8 is frozen as in a ResNet. A backbone without learned weights trains whole, since
-    frozen statistics of random weights learn nothing.
+    With learned weights every BatchNorm is frozen (statistics and affine), and unless `frozen_stages` says otherwise the stem and first
+    stage of an ImageNet backbone get no gradient, as in the official DETRs. These have no MobileNetV2; DETRDistill's released
+    configuration freezes no stage of it, here what comes before its stage of stride 8 is frozen as in a ResNet. A backbone without learned
+    weights trains whole, since frozen statistics of random weights learn nothing.
+
+    `frozen_stages` counts as mmdetection's ResNet does. Stages 1 to 4 are those of stride 4, 8, 16 and 32, in MobileNetV2 too, where
+    mmdetection counts seven groups of blocks.
     """
 
     def __init__(self, recipe: BackboneRecipe, first_level: int = 3) -> None:
@@ -156,13 +159,17 @@ class Backbone(nn.Module):
         self.body = IntermediateLayerGetter(whole.features if mobile else whole, {stage: stage for stage in stages})
         self.learned = recipe.weights != "none"
         fold(self.body)
-        if recipe.weights not in ("none", "crops"):
-            for name, parameter in self.body.named_parameters():
-                if name.startswith(("conv1", "layer1", "0.", "1.", "2.", "3.") if mobile else ("conv1", "bn1", "layer1")):
-                    parameter.requires_grad_(False)
+        for module in self._up_to(recipe.stages_frozen, mobile):
+            module.requires_grad_(False)
         with torch.no_grad():
             self.channels = [x.shape[1] for x in self.eval()(torch.zeros(1, 3, 64, 64))]
         self.train()
+
+    def _up_to(self, stage: int, mobile: bool) -> list[nn.Module]:
+        """The stem (stage 0) and the stages up to one; nothing for stage -1."""
+        ends = ("0", *_MOBILENET_STAGES) if mobile else ("maxpool", *_RESNET_STAGES)
+        names = list(self.body)
+        return [self.body[name] for name in names[: names.index(ends[stage]) + 1]] if stage >= 0 else []
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> list[Float[Tensor, "B _ _ _"]]:
         return list(self.body(images).values())

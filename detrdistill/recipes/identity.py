@@ -18,8 +18,8 @@ def parents(recipe: Recipe | CropRecipe) -> dict[str, Recipe | CropRecipe]:
         if recipe.teacher is not None:
             found["teacher"] = recipe.teacher
         if recipe.backbone.weights == "crops":
-            # Like ImageNet's, these weights are learned with all strides.
-            found["backbone"] = CropRecipe(backbone=recipe.backbone.replace(dilation=False), data=recipe.data)
+            # Like ImageNet's, these weights are learned with all strides and all stages.
+            found["backbone"] = CropRecipe(backbone=recipe.backbone.replace(dilation=False, frozen_stages=None), data=recipe.data)
     return found
 
 
@@ -69,18 +69,18 @@ def _seedless(recipe: Recipe) -> Recipe:
 
 
 def _named(recipe: Recipe | CropRecipe, content: bool) -> str:
-    return f"{recipe.title}-{sha256(json.dumps(_stated(recipe, content), sort_keys=True).encode()).hexdigest()[:8]}"
+    return f"{recipe.title}-{sha256(json.dumps(stated(recipe, content), sort_keys=True).encode()).hexdigest()[:8]}"
 
 
-def _stated(value: Any, content: bool) -> Any:
+def stated(value: Any, content: bool = True) -> Any:
     """All that is not at its default; of a data folder its content or, before that is known, its path."""
     if isinstance(value, tuple):
-        return [_stated(item, content) for item in value]
+        return [stated(item, content) for item in value]
     if not isinstance(value, Strict):
         return str(value) if isinstance(value, Path) else value
     left_out = _left_out(value, content)
     return {
-        name: _stated(getattr(value, name), content)
+        name: stated(getattr(value, name), content)
         for name, field in type(value).model_fields.items()
         # What kind of thing it is counts even where it is the default of its class.
         if name in ("name", "kind") or (getattr(value, name) != field.get_default() and name not in left_out)

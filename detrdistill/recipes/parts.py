@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from detrdistill.recipes.schema import Fraction, Strict
 
@@ -41,6 +41,11 @@ class BackboneRecipe(Strict):
     )
     crops: CropTraining | None = None
     dilation: bool = Field(False, description="the last stage dilated instead of strided: DC5, stride 16")
+    frozen_stages: Annotated[int, Field(ge=-1, le=4)] | None = Field(
+        None,
+        description="-1: all train; 0: all but the stem; 1: nor does the first stage, of stride 4; and so on to 4: none trains. If not "
+        "given, 1 for weights from a file or torchvision's, else -1",
+    )
     stride_in_1x1: bool = Field(False, description="stride in a block's first 1x1 convolution, as MSRA's weights want it (ResNet-50, -101)")
 
     @model_validator(mode="after")
@@ -59,7 +64,18 @@ class BackboneRecipe(Strict):
             raise ValueError(f"{self.name} has no width and no blocks to choose ({given}), thin_resnet has; set {needed}")
         if self.weights == "crops" and self.crops is None:
             raise ValueError("weights='crops' needs 'crops', the recipe of the crop training")
+        if self.weights == "none" and self.stages_frozen >= 0:
+            raise ValueError(
+                f"frozen_stages {self.frozen_stages} would freeze random weights (weights='none'); set it to -1, or start from weights"
+            )
         return self
+
+    @property
+    def stages_frozen(self) -> int:
+        """`frozen_stages`, or what it is where it is not stated."""
+        if self.frozen_stages is not None:
+            return self.frozen_stages
+        return -1 if self.weights in ("none", "crops") else 1
 
     @property
     def frozen_norm(self) -> bool:
@@ -123,6 +139,19 @@ class Schedule(Strict):
     decay: Literal["step", "cosine"] = "step"
     drops: tuple[Fraction, ...] = Field((0.8,), description="parts of the schedule after which lr falls to a tenth (decay='step')")
     evaluations: PositiveInt = Field(1, description="how often AP is measured on the way, the last step included; gives the curve")
+    keep: Literal["last", "best"] = Field(
+        "last",
+        description="weights that are saved and reported: of the last step, as in the paper, or of the evaluation with the highest AP. "
+        "That one is chosen on the split that is reported, so that its AP is optimistic",
+    )
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="decay of a moving average of the weights, which is evaluated and saved in their place; 0 for none"
+    )
+
+    @field_validator("drops", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return value.replace(",", " ").split() if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _one_length(self) -> Self:
@@ -130,7 +159,18 @@ class Schedule(Strict):
             raise ValueError("give either 'steps' or 'epochs', not both")
         if self.batch % self.accumulate:
             raise ValueError(f"'batch' {self.batch} is not a multiple of 'accumulate' {self.accumulate}")
+        if self.keep == "best" and self.evaluations == 1:
+            raise ValueError("keep='best' chooses among evaluations, and there is only one; set 'evaluations' to 2 or more")
         return self
+
+    @property
+    def open_ended(self) -> bool:
+        """Whether no step's learning rate depends on how many steps there are, so that more can follow a complete run."""
+        return self.decay == "step" and not self.drops
+
+    def evaluation_steps(self, total: int) -> set[int]:
+        """The steps of `total` after which AP is measured."""
+        return {round(total * (i + 1) / self.evaluations) for i in range(self.evaluations)}
 
     def total_steps(self, images: int) -> int:
         """Optimizer steps for a training set of `images` images."""

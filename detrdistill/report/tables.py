@@ -51,7 +51,9 @@ def collect(table: Table, store: Store) -> pd.DataFrame:
 def _status(record: Record | None, store: Store) -> str:
     if record is None:
         return NOT_RUN
-    return STORED if store.is_stored(record) else MEASURED
+    if store.is_stored(record):
+        return STORED
+    return MEASURED if record.kept is None else f"{MEASURED}, best of {record.kept['of']}"
 
 
 def metrics_at(record: Record | None, at: float) -> dict[str, float | None]:
@@ -177,6 +179,8 @@ def provenance_line(frame: pd.DataFrame) -> str:
     parts += [f"computed by {', '.join(machines)}"] if len(machines) > 1 else []
     seeds = ran.loc[ran["setting"] != "teacher", "seed"].nunique()
     parts += [f"{seeds} seed{'s' * (seeds != 1)}"] if seeds else []
+    if ran["status"].str.contains("best of").any():
+        parts.append("runs of their best evaluation, which was chosen on the same images, so that their numbers are optimistic")
     return "; ".join(parts) + "."
 
 

@@ -26,6 +26,7 @@ from detrdistill.recipes.identity import parents, run_id
 from detrdistill.recipes.parts import Digits, Folder, WeightsFile
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.records import Record
+from detrdistill.runs.continuing import continue_shorter
 from detrdistill.runs.load import load_detector, open_split, start_backbone
 from detrdistill.runs.provenance import code, provenance
 from detrdistill.runs.reference import take
@@ -204,6 +205,9 @@ def _run_detector(
             )
         teacher = Teacher(detector, distiller, kept)
     folder = store.folder(recipe)
+    if fabric.is_global_zero:
+        continue_shorter(recipe, len(train_set), store, lineage)
+    fabric.barrier()
     state = train(fabric, distiller, teacher, train_set, recipe, folder, measure, workers=workers, progress=progress, commit=code())
     if not fabric.is_global_zero:
         return None
@@ -218,9 +222,12 @@ def _run_detector(
         | {name: state[name] for name in ("teacher_images",) if name in state},
         parents=lineage,
         provenance=_provenance(fabric, recipe.data, store.weights(recipe)) | {"commit": ", ".join(state["commits"]) or None},
+        kept=state["kept"] | {"split": "val", "of": len(state["curve"])} if "kept" in state else None,
+        continued=state.get("continued"),
     )
     store.write(record)
-    (folder / "checkpoint.pt").unlink(missing_ok=True)
+    if not recipe.schedule.open_ended:  # else more steps may follow
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
     return record
 
 

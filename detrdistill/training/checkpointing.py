@@ -14,6 +14,7 @@ from torch import nn
 
 from detrdistill.errors import InputError
 from detrdistill.files import atomic
+from detrdistill.training.keeping import Kept
 
 CHECKPOINT_SECONDS = 30.0  # from one checkpoint to the next; longer where one takes more than a twentieth of it to write
 AFRESH = "delete it to start this run afresh"
@@ -23,21 +24,21 @@ class Checkpoint:
     """The checkpoint that all processes of a run continue from, rewritten as often as takes a twentieth of the time at most.
 
     Args:
-        model, optimizer: what it holds beside the state of the training loop.
+        model, optimizer, kept: what it holds beside the state of the training loop.
     """
 
-    def __init__(self, fabric: Fabric, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.fabric, self.path, self.model, self.optimizer = fabric, path, model, optimizer
+    def __init__(self, fabric: Fabric, path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, kept: Kept) -> None:
+        self.fabric, self.path, self.model, self.optimizer, self.kept = fabric, path, model, optimizer, kept
         self._saved_at, self._took = time.monotonic(), 0.0  # seconds
 
     def resume(self, steps: int) -> dict[str, Any]:
-        """Load model and optimizer, if there is a checkpoint; the state to continue from, before the first step where there is none.
+        """Load all it holds, if there is a checkpoint; the state to continue from, before the first step where there is none.
 
         Raises:
             InputError: the file cannot be read, is not a checkpoint of this run of `steps` steps or differs between processes, or the
                 disk has no room for the next one.
         """
-        state = resume(self.path, self.model, self.optimizer, steps) or {"step": 0, "curve": [], "seconds": 0.0, "resumed": 0}
+        state = resume(self.path, self.model, self.optimizer, self.kept, steps) or {"step": 0, "curve": [], "seconds": 0.0, "resumed": 0}
         fabric, first = self.fabric, self.fabric.broadcast(state["step"])
         if fabric.all_reduce(torch.tensor(float(state["step"] != first), device=fabric.device), reduce_op="sum") > 0:
             raise InputError(
@@ -45,7 +46,7 @@ class Checkpoint:
                 f"{first}, or another one differs; use a folder that all of them share"
             )
         # All processes refuse together: one that waits for another in a collective operation hears no signal.
-        if refused := fabric.broadcast(lack_of_space(self.path, self.model) if fabric.is_global_zero else ""):
+        if refused := fabric.broadcast(lack_of_space(self.path, self.model, self.kept) if fabric.is_global_zero else ""):
             raise InputError(refused)
         self._saved_at = time.monotonic()
         return state
@@ -56,14 +57,15 @@ class Checkpoint:
         return time.monotonic() - self._saved_at > CHECKPOINT_SECONDS * max(1.0, self._took / 1.5)
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write model, optimizer and `state`; of several processes, the first one does.
+        """Write model, optimizer, what is kept and `state`; of several processes, the first one does.
 
         Raises:
             InputError: the disk is full, or the folder cannot be written to.
         """
         start = time.monotonic()
         if self.fabric.is_global_zero:
-            save_checkpoint(self.path, {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "state": state})
+            parts = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), **self.kept.state_dict()}
+            save_checkpoint(self.path, parts | {"state": state})
         self._saved_at = time.monotonic()
         self._took = self._saved_at - start
 
@@ -101,10 +103,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         torch.save(state, file)
 
 
-def lack_of_space(path: Path, model: nn.Module) -> str:
+def lack_of_space(path: Path, model: nn.Module, kept: Kept) -> str:
     """Why the disk, or this process's limit on the size of files, has no room for `model`'s checkpoint; empty if it has."""
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    size = sum(value.nbytes for value in model.state_dict().values()) + 2 * trained  # AdamW keeps two moments
+    size = sum(value.nbytes for value in model.state_dict().values()) + 2 * trained + kept.nbytes  # AdamW has two moments
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY and limit < size:
         return f"checkpoint {path}: takes at least {mib(size)}, and files may have {mib(limit)} (ulimit -f); raise that limit"
@@ -122,8 +124,8 @@ def mib(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> dict[str, Any] | None:
-    """Continue from the run's last checkpoint: load `model` and `optimizer`, and give back the state; None if there is none yet.
+def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, kept: Kept, steps: int) -> dict[str, Any] | None:
+    """Continue from the run's last checkpoint: load `model`, `optimizer` and `kept`, and give back the state; None if there is none yet.
 
     Raises:
         InputError: the file cannot be read, or is not a checkpoint of this run of `steps` steps.
@@ -135,6 +137,7 @@ def resume(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, steps
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         state = dict(saved["state"])
+        kept.load_state_dict(saved)
         fits = 0 <= state["step"] <= steps and isinstance(state["curve"], list) and (state["step"] < steps or "metrics" in state)
         state |= {"resumed": state["resumed"] + 1, "seconds": float(state["seconds"])}
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:

@@ -22,7 +22,8 @@ from detrdistill.training.batches import Draws, micro_batches, mix
 from detrdistill.training.checkpointing import Checkpoint, Stopwatch
 from detrdistill.training.evaluation import changes
 from detrdistill.training.guards import TEACHER, images_of, kept_for_inspection, refuse_non_finite, teacher_zeros
-from detrdistill.training.logging import Log
+from detrdistill.training.keeping import Kept
+from detrdistill.training.logging import Log, is_logged
 from detrdistill.training.optimizer import make_optimizer, set_lr
 from detrdistill.training.teacher_outputs import Teacher
 
@@ -43,10 +44,12 @@ def train(
     """Train `distiller.student` as `recipe` says, continuing from `folder`'s checkpoint if there is one.
 
     Writes `checkpoint.pt` and `log.jsonl` into `folder`; the batch that a NaN stopped at, as `stopped-step<n>-process<rank>.pt`.
+    Afterwards the student has the weights that its schedule keeps (`keeping`).
 
     Returns:
-        `curve` (AP and `changes` by step), `metrics` (of the last evaluation), `seconds` (in training, over all sittings), `resumed`
-        (how often), `commits` (of the code of all sittings) and, with a teacher, `teacher_images` (that passed it in all sittings).
+        `curve` (AP and `changes` by step), `metrics` (of the weights that are kept), `seconds` (in training, over all sittings),
+        `resumed` (how often), `commits` (of the code of all sittings); with a teacher, `teacher_images` (that passed it in all
+        sittings); where the best weights are kept, `kept` (their step and AP).
 
     Raises:
         InputError: the checkpoint is damaged or not of this run, or `folder` has no space for it.
@@ -57,7 +60,8 @@ def train(
     schedule, total = recipe.schedule, recipe.schedule.total_steps(len(dataset))
     distiller.to(memory_format=torch.channels_last)
     module, optimizer = fabric.setup(distiller, make_optimizer(distiller, schedule))
-    checkpoint = Checkpoint(fabric, folder / "checkpoint.pt", distiller, optimizer)
+    kept = Kept(distiller.student, schedule)
+    checkpoint = Checkpoint(fabric, folder / "checkpoint.pt", distiller, optimizer, kept)
     state = checkpoint.resume(total)
     if teacher is not None:
         teacher.images = state.get("teacher_images", 0)
@@ -67,8 +71,7 @@ def train(
     draws = Draws(
         len(dataset), schedule.batch, recipe.seed, state["step"], total, schedule.accumulate, fabric.global_rank, fabric.world_size
     )
-    evaluations = {round(total * (i + 1) / schedule.evaluations) for i in range(schedule.evaluations)}
-    logged = max(1, total // 2000)  # every so many steps
+    evaluations = schedule.evaluation_steps(total)
     quiet = not progress or fabric.global_rank > 0
     stopwatch = Stopwatch(state["seconds"])
     signals: list[str] = []
@@ -95,6 +98,7 @@ def train(
                 refuse_non_finite(values, step, images_of(batches, fabric.world_size))
             optimizer.step()
             optimizer.zero_grad()
+            kept.stepped()
             state["step"] = step
             if teacher is not None:
                 state["teacher_images"] = teacher.images
@@ -103,12 +107,13 @@ def train(
             loss = sum(value for name, value in values.items() if name != "gradient norm")
             bar.set_postfix(loss=f"{loss:.3f}", lr=f"{rate:.1e}", refresh=False)
             bar.update()
-            if step % logged == 0 or step in evaluations:
+            if is_logged(step, total, schedule.open_ended) or step in evaluations:
                 log.write(step=step, lr=rate, loss=loss, **values)
             if step in evaluations:
                 with stopwatch.stopped():
-                    state["metrics"], held = evaluate(distiller.student)
-                point = {"step": step, "AP": state["metrics"]["AP"]} | changes(held, state.get("held"))
+                    metrics, held = evaluate(kept.model)
+                kept.evaluated(step, metrics, state)
+                point = {"step": step, "AP": metrics["AP"]} | changes(held, state.get("held"))
                 state["curve"], state["held"] = [*state["curve"], point], held[-1].clone()  # not the storage of all stages
             if step in evaluations or stopping or checkpoint.due:
                 state["seconds"] = stopwatch.seconds
@@ -117,6 +122,7 @@ def train(
             if stopping or (step == total and fabric.all_reduce(norm.new_full((), len(signals)), reduce_op="sum") > 0):
                 fabric.barrier()  # torchrun ends all processes as soon as one has ended
                 raise StoppedError(f"{recipe.title}: SIGTERM after step {step} of {total}; saved in {folder}, run it again to continue")
+    kept.give_to_student()
     return state
 
 

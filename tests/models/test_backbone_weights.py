@@ -170,3 +170,39 @@ def test_imagenet_weights_that_arrive_damaged(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.hub, "download_url_to_file", damaged)
     with pytest.raises(InputError, match=r"ImageNet weights of resnet50 .*invalid hash value"):
         backbones.imagenet_weights("resnet50")
+
+
+# Parameters of the stem, and of each stage after it, begin with these.
+PARTS = {
+    "resnet18": (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)),
+    "thin_resnet": (("conv1", "bn1"), ("layer1",), ("layer2",), ("layer3",), ("layer4",)),
+    "mobilenet_v2": tuple(tuple(f"{i}." for i in blocks) for blocks in ((0,), (1, 2, 3), (4, 5, 6), range(7, 14), range(14, 19))),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize("stages", [-1, 0, 1, 3, 4])
+def test_frozen_stages_are_the_first_ones(name: str, stages: int) -> None:
+    stated = {"weights": "crops", "crops": CropTraining()} if name == "thin_resnet" else {}
+    backbone = Backbone(BackboneRecipe(name=name, frozen_stages=stages, **stated))
+    frozen = {name for name, parameter in backbone.body.named_parameters() if not parameter.requires_grad}
+    first = tuple(begin for part in PARTS[name][: stages + 1] for begin in part)
+    assert frozen == {name for name, _ in backbone.body.named_parameters() if first and name.startswith(first)}
+
+
+@pytest.mark.parametrize(("stated", "stages"), [({"weights": "none"}, -1), ({"weights": "crops", "crops": CropTraining()}, -1), ({}, 1)])
+def test_what_is_frozen_where_nothing_is_said(stated: dict, stages: int) -> None:
+    name = "resnet18"
+    found, wanted = (Backbone(BackboneRecipe(name=name, **stated, **more)) for more in ({}, {"frozen_stages": stages}))
+    assert [p.requires_grad for p in found.parameters()] == [p.requires_grad for p in wanted.parameters()]
+
+
+@pytest.mark.parametrize("stages", [-2, 5, "stem"])
+def test_stages_that_no_backbone_has_are_refused(stages: object) -> None:
+    with pytest.raises(InputError, match="'frozen_stages' = "):
+        BackboneRecipe.read({"frozen_stages": stages})
+
+
+def test_random_weights_are_not_frozen() -> None:
+    with pytest.raises(InputError, match=r"frozen_stages 0 would freeze random weights \(weights='none'\); set it to -1, or start from"):
+        BackboneRecipe.read({"weights": "none", "frozen_stages": 0})

@@ -129,9 +129,10 @@ OTHER = {
     "data.seed": 1, "resize.train": "flip", "resize.short": 63, "resize.long": 65, "schedule.steps": 7, "schedule.batch": 8,
     "schedule.accumulate": 2, "schedule.lr": 2e-3, "schedule.backbone_lr": 0.1, "schedule.sampling_lr": 0.1, "schedule.weight_decay": 0.0,
     "schedule.clip_norm": 0.5, "schedule.warmup": 1, "schedule.decay": "step", "schedule.drops": (0.5,), "schedule.evaluations": 2,
+    "schedule.keep": "best", "schedule.ema": 0.9, "backbone.frozen_stages": 1,
     "precision": "bf16", "seed": 5,
 }  # fmt: skip
-BACKBONE = {name for name in OTHER if name.startswith(("backbone.", "data."))} - {"backbone.weights"}
+BACKBONE = {name for name in OTHER if name.startswith(("backbone.", "data."))} - {"backbone.weights", "backbone.frozen_stages"}
 
 
 def test_every_field_has_another_value_here():
@@ -315,3 +316,16 @@ def test_teachers_that_cannot_teach_are_refused(student, teacher, method, reason
         return
     with pytest.raises(InputError, match=reason):
         student.replace(methods=[method], teacher=teacher)
+
+
+def test_parts_of_a_schedule_can_be_written_as_text():
+    """As the command line hands them over; nothing: the learning rate never falls, so that more steps can follow."""
+    found = {text: Schedule.read({"steps": 1, "drops": text}) for text in ("", "0.5", "0.5, 0.75", "0.5 0.75")}
+    assert [one.drops for one in found.values()] == [(), (0.5,), (0.5, 0.75), (0.5, 0.75)]
+    assert [one.open_ended for one in found.values()] == [True, False, False, False]
+    assert not Schedule(steps=1, drops=(), decay="cosine").open_ended
+
+
+def test_the_best_of_one_evaluation_is_refused():
+    with pytest.raises(InputError, match="keep='best' chooses among evaluations, and there is only one; set 'evaluations' to 2 or more"):
+        Schedule.read({"steps": 1, "keep": "best"})

@@ -161,6 +161,17 @@ def test_missing_runs_are_said_to_be_missing(tmp_path: Path) -> None:
     assert back.loc[back["AP"].notna(), "commit"].tolist() == ["0123456789abcdef"] * 2
 
 
+def test_the_best_of_several_evaluations_is_called_that(tmp_path: Path) -> None:
+    store, table = Store(tmp_path), main_results([QUICK], (0, 1, 2))
+    fill(store)
+    assert "optimistic" not in provenance_line(collect(table, store))
+    record = store.record(QUICK.recipe("student", 1))
+    store.write(record.replace(kept={"step": 400, "AP": 15.0, "split": "val", "of": 6}))
+    frame = collect(table, store)
+    assert sorted(set(frame["status"])) == ["measured", "measured, best of 6"]
+    assert "runs of their best evaluation, which was chosen on the same images" in provenance_line(frame)
+
+
 def test_nothing_run_at_all(tmp_path: Path) -> None:
     table = main_results([QUICK], [0])
     frame = collect(table, Store(tmp_path))

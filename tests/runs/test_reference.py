@@ -169,7 +169,15 @@ def test_refuses_runs_of_code_that_is_in_no_commit(tmp_path: Path, finished: Pat
     assert not (tmp_path / "reference").exists()
 
 
-@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"no json\n"), gzip.compress(b'{"step": 1}\n'), gzip.compress(b"{}")[:-9]])
+DAMAGED = {
+    "no gzip": b"no gzip",
+    "no json": gzip.compress(b"no json\n"),
+    "no run": gzip.compress(b'{"step": 1}\n'),
+    "cut short": gzip.compress(b"{}")[:-9],
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)  # the bytes hold the time: processes would name the tests differently
 def test_damaged_logs_are_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / reference.LOGS).write_bytes(content)
     with pytest.raises(InputError, match=r"logs .*logs\.jsonl\.gz: damaged .*restore the file with git"):

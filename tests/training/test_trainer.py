@@ -238,19 +238,19 @@ def test_accumulating_run_ends_like_the_whole_batch(tmp_path):
 
 
 def test_two_processes_are_one(tmp_path, finished):
-    """torchrun with 2 gloo processes: the same losses as one process, and one record."""
-    recipe = smoke().recipe("detrdistill")
+    """torchrun with 2 gloo processes: the same losses as one process, and one record; a moving average as well."""
+    recipe = smoke().recipe("detrdistill").replace(**{"schedule.ema": 0.5})
     store, reference = Store(tmp_path), Store(finished)
     for parent in parents(recipe).values():
         shutil.copytree(reference.folder(parent), store.folder(parent))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "detrdistill", "train", "smoke", "detrdistill", "--results", str(tmp_path)]
+    command = [*launcher, "-m", "detrdistill", "train", "smoke", "detrdistill", "--results", str(tmp_path), "--set", "schedule.ema=0.5"]
     done = subprocess.run(
         [*command, "--device", "cpu"], capture_output=True, text=True, timeout=200, check=False, env=os.environ | {"OMP_NUM_THREADS": "1"}
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert store.record(recipe).provenance["processes"] == 2
-    one, two = (read_log(each.folder(recipe) / "log.jsonl") for each in (reference, store))
+    one, two = (read_log(each / "log.jsonl") for each in (reference.folder(smoke().recipe("detrdistill")), store.folder(recipe)))
     assert len(one) == 6
     for expected, found in zip(one, two, strict=True):
         assert found == {name: pytest.approx(value, rel=1e-3, abs=1e-4) for name, value in expected.items()}
