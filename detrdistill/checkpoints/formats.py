@@ -12,6 +12,7 @@ from torch import Tensor
 
 from detrdistill.checkpoints import names
 from detrdistill.checkpoints.hugging_face import equal, fields_of_config, form_of, positive, read_folder
+from detrdistill.checkpoints.preparation import resize_of
 from detrdistill.checkpoints.sizes import recipe_fields
 from detrdistill.errors import InputError
 from detrdistill.models import AdaMixer, ConditionalDETR, DeformableDETR
@@ -30,7 +31,7 @@ class About:
     Attributes:
         path: the file or folder.
         origin: whose format it is in: "kit", "official", "mmdetection" or "Hugging Face".
-        settings: a recipe's fields of this detector, as far as they are known.
+        settings: a recipe's fields of this detector, as far as they are known; "resize" says how it wants its images prepared.
         names: the class of each output of the head; None where an output stands for none, or nobody says.
         rows: for each class of the detector that was loaded, the output of the file that it got; None where it started afresh.
         left_out: beginnings of names of tensors that are not the detector's, in a file that holds more.
@@ -185,16 +186,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if path.is_dir():
         if (path / "weights.safetensors").is_file():
             return _read(path / "weights.safetensors")
-        return read_folder(path), fields_of_config(path / "config.json")
+        return read_folder(path), fields_of_config(path / "config.json") | {"resize": resize_of(path)}
     if path.suffix == ".safetensors":
         tensors, header = read_weights(path)
         stated: dict[str, Any] = {"names": names} if (names := classes_of(header)) is not None else {}
         if (path.parent / "record.json").is_file():
             recipe = read_record(path.parent / "record.json").recipe
             if isinstance(recipe, Recipe):
-                stated |= {name: getattr(recipe, name) for name in (*SHARED_FIELDS, *OWNERS)}
+                stated |= {name: getattr(recipe, name) for name in (*SHARED_FIELDS, *OWNERS, "resize")}
         elif (path.parent / "config.json").is_file():
-            stated |= fields_of_config(path.parent / "config.json")
+            stated |= fields_of_config(path.parent / "config.json") | {"resize": resize_of(path.parent)}
         return named_tensors(tensors, path), stated
     content = read_pickle(path)
     state = next((content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)), content)
