@@ -80,7 +80,7 @@ def official(kind: str = "adamixer") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("where", ["model", "args", "meta", "bare", "plain pickle", "old pickle", "folder", "shard", "backbone"])
-def test_code_is_refused_unread(where: str, folder: Path, tmp_path: Path, target: Path, tries) -> None:
+def test_code_is_refused_and_none_runs(where: str, folder: Path, tmp_path: Path, target: Path, tries) -> None:
     path, evil, content = tmp_path / "evil.pth", Attack(target), official()
     if where == "plain pickle":
         path.write_bytes(pickle.dumps({"model": evil}))
@@ -96,7 +96,7 @@ def test_code_is_refused_unread(where: str, folder: Path, tmp_path: Path, target
         spoilt |= {"meta": {"meta": {"CLASSES": evil}}, "bare": {"model": evil}, "backbone": {"conv1.weight": evil}}
         torch.save(content | spoilt[where], path)
     with tries("code in a pickle"):
-        with pytest.raises(InputError, match=r"weights .*: refused unread, since it holds code .*if you trust it, save its") as error:
+        with pytest.raises(InputError, match=r"weights .*: not read, since it holds .*none was run.*if you trust it, save its") as error:
             file_weights(path) if where == "backbone" else load_pretrained(path)
         assert "\n" not in str(error.value) and str(path) in str(error.value) and not target.exists()
 
