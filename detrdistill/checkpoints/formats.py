@@ -132,7 +132,11 @@ def _unwrapped(tensors: dict[str, Tensor], part: str | None, path: Path) -> tupl
 
     def bare(some):
         """Without the prefixes of DataParallel and Lightning, as long as nothing else gives the format away."""
-        while _layout(some) is None and (prefix := next((p for p in ("module.", "model.") if all(n.startswith(p) for n in some)), None)):
+        while (
+            some
+            and _layout(some) is None
+            and (prefix := next((p for p in ("module.", "model.") if all(n.startswith(p) for n in some)), None))
+        ):
             some = without(some, prefix)
         return some
 
@@ -238,7 +242,7 @@ def _read(path: Path, part: str | None) -> tuple[dict[str, Tensor], dict[str, An
 def _entry(content: dict[str, Any], part: str | None, path: Path) -> tuple[Any, dict[str, Any]]:
     """The entry of a file that holds the wanted tensors, and its name, where there is a choice."""
     there = {
-        kind: next(((name, content[name]) for name in entries if isinstance(content.get(name), dict)), None)
+        kind: next(((name, content[name]) for name in entries if content.get(name) and isinstance(content[name], dict)), None)
         for kind, entries in (("model", MODEL), ("ema", AVERAGE))
     }
     if "mmengine_version" in (content["meta"] if isinstance(content.get("meta"), dict) else {}) and there["ema"]:

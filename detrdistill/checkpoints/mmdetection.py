@@ -41,6 +41,6 @@ def fields_of_text(text: str, path: Path) -> dict[str, Any]:
     resize: dict[str, Any] = {
         name: [round(float(x) / 255, 6) for x in values] for name in ("mean", "std") if (values := stated(rf"\b{name}={_NUMBERS}"))
     }
-    if sides := stated(r"\b(?:img_)?scale=\((\d{1,6}), ?(\d{1,6})\)"):
+    if sides := stated(r"\b(?:img_)?scale=\(\s*(\d{1,6}),\s*(\d{1,6}),?\s*\)"):
         resize |= dict(zip(("short", "long"), sorted(map(int, sides)), strict=True))
     return found | {"resize": Resize.read(resize, where=f"weights {path}")}

@@ -100,7 +100,7 @@ def test_what_an_mmdetection_config_says(tmp_path: Path) -> None:
         return load_pretrained(path, **given)[1].settings
 
     assert load("mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375], num_heads=4, num_points=2")["resize"] == Resize()
-    settings = load("mean=[127.5, 127.5, 0], std=[255, 255, 255], scale=(640, 480), with_box_refine=True", heads=4)
+    settings = load("mean=[\n127.5,\n127.5,\n0,\n], std=[255, 255, 255], scale=(\n640,\n480,\n), with_box_refine=True", heads=4)
     assert settings["resize"] == Resize(short=480, long=640, mean=(0.5, 0.5, 0), std=(1, 1, 1)) and settings["form"] == "box_refine"
     for text in ("num_heads=4", "num_heads=4, num_heads=8, num_points=2", "a[num_heads=len([4])]"):  # of which attention, and then?
         with pytest.raises(InputError, match="give heads=, points="):
@@ -211,3 +211,10 @@ def test_part_of_a_model(tmp_path: Path) -> None:
     torch.save({"optimizer_state_dict": {"step": 3}, "partitions": [1]}, path)
     with pytest.raises(InputError, match=r"no named tensors, .* \(it has optimizer_state_dict, partitions\); save"):
         load_pretrained(path)
+
+
+@pytest.mark.parametrize("names", [["n_averaged"], ["module.module."], ["model.module."], ["_orig_mod."]])
+def test_nothing_but_wrappers(names: list[str], tmp_path: Path) -> None:
+    torch.save({name: torch.ones(1) for name in names}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match="no Conditional DETR, Deformable DETR or AdaMixer in any format"):
+        load_pretrained(tmp_path / "w.pth")
