@@ -76,8 +76,6 @@ LAYOUTS = (
     Layout("deformable_detr", "kit", "level_embed", ()),
     Layout("adamixer", "kit", "init_content.weight", ()),
 )
-
-
 # Entries of a file that hold a model, and its moving average; some codes put the average within another entry.
 MODEL, AVERAGE, WITHIN = (
     ("model", "state_dict", "model_state_dict", "module"),
@@ -100,6 +98,8 @@ def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[di
     """
     path = Path(path)
     tensors, stated = _read(path, part if part in ("model", "ema") else None)
+    if part == "ema" and "entry" not in stated:
+        raise InputError(f"weights {path} hold no moving average; leave out 'part'")
     tensors, left_out = _unwrapped(tensors, part if part not in ("model", "ema") else None, path)
     layout = _layout(tensors)
     if layout is None:
@@ -132,11 +132,10 @@ def _unwrapped(tensors: dict[str, Tensor], part: str | None, path: Path) -> tupl
 
     def bare(some):
         """Without the prefixes of DataParallel and Lightning, as long as nothing else gives the format away."""
-        while (
-            some
-            and _layout(some) is None
-            and (prefix := next((p for p in ("module.", "model.") if all(n.startswith(p) for n in some)), None))
-        ):
+        while some and _layout(some) is None:
+            prefix = next((one for one in ("module.", "model.") if all(name.startswith(one) for name in some)), None)
+            if prefix is None:
+                break
             some = without(some, prefix)
         return some
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from detrdistill.checkpoints.pretrained import load_pretrained
 from detrdistill.errors import InputError
-from detrdistill.models.weights import read_pickle
+from detrdistill.models.weights import read_pickle, save_weights
 from detrdistill.recipes.parts import Resize
 from tests.checkpoints.test_pretrained import official_state, same
 from tests.models.small import QUERIES, small_detector
@@ -150,6 +150,9 @@ def test_the_average_is_taken_and_said_and_the_model_can_be_asked_for(name: str,
     assert load_pretrained(path, heads=4)[1].entry is None
     with pytest.raises(InputError, match=r"no entry of a 'ema' \(model\)"):
         load_pretrained(path, heads=4, part="ema")
+    save_weights(tmp_path / "w.safetensors", model, {})
+    with pytest.raises(InputError, match="hold no moving average; leave out 'part'"):
+        load_pretrained(tmp_path / "w.safetensors", heads=4, part="ema")
 
 
 def test_mmengine_has_the_average_in_the_models_place(tmp_path: Path) -> None:
