@@ -122,6 +122,43 @@ def check(folder: tyro.conf.Positional[Path], /) -> None:
         raise InputError("; ".join(damaged[:10]) + (f"; and {len(damaged) - 10} more" if len(damaged) > 10 else ""))
 
 
+def evaluate(
+    model: tyro.conf.Positional[Path],
+    /,
+    data: Path,
+    split: str = "val",
+    out: Path = Path("evaluation"),
+    outputs: tuple[str, ...] = (),
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    batch: int = 1,
+    device: str = "auto",
+    workers: int | None = None,
+) -> None:
+    """Measure any detector that the kit reads: the twelve COCO numbers, AP a class, and results.json in COCO's format.
+
+    Images are prepared as the detector wants them. Classes are found by name; the detector may know more than the data has.
+
+    Args:
+        model: a run's folder, a checkpoint file or a Hugging Face folder.
+        data: folder of COCO json and images.
+        split: val or train.
+        out: folder for results.json.
+        outputs: names of the classes of the file's outputs, where it does not say them.
+        set: what the file does not say, such as heads=8 or points=4, or resize.short=640; may be repeated.
+        batch: images at once; padding changes the numbers of some detectors a little.
+        device: auto, cpu or cuda.
+        workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
+    """
+    from detrdistill.files import nearby
+    from detrdistill.runs.evaluate import evaluate_model
+
+    settings = dict(assignment(text) for text in set)
+    how = {"device": device, "batch": batch, "workers": workers, "outputs": outputs, "settings": settings}
+    found = evaluate_model(nearby(model), data, split, **how)
+    print(found.text())
+    print(f"\n{found.write(out)}")
+
+
 def report(
     preset: str = "quick",
     seeds: tuple[int, ...] = (),
@@ -243,7 +280,16 @@ def assignment(text: str) -> tuple[str, str]:
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    commands = {"train": train, "tune": tune, "check": check, "plan": plan, "report": report, "notebook": notebook, "export": export}
+    commands = {
+        "train": train,
+        "tune": tune,
+        "check": check,
+        "evaluate": evaluate,
+        "plan": plan,
+        "report": report,
+        "notebook": notebook,
+        "export": export,
+    }
     try:
         tyro.extras.subcommand_cli_from_dict(commands, prog="detrdistill", description=__doc__)
     except (InputError, NonFiniteError) as error:

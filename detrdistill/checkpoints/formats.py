@@ -12,6 +12,8 @@ from torch import Tensor
 
 from detrdistill.checkpoints import names
 from detrdistill.checkpoints.hugging_face import equal, fields_of_config, form_of, positive, read_folder
+from detrdistill.checkpoints.mmdetection import fields_of_text
+from detrdistill.checkpoints.preparation import resize_of
 from detrdistill.checkpoints.sizes import recipe_fields
 from detrdistill.errors import InputError
 from detrdistill.models import AdaMixer, ConditionalDETR, DeformableDETR
@@ -30,10 +32,11 @@ class About:
     Attributes:
         path: the file or folder.
         origin: whose format it is in: "kit", "official", "mmdetection" or "Hugging Face".
-        settings: a recipe's fields of this detector, as far as they are known.
+        settings: a recipe's fields of this detector, as far as they are known; "resize" says how it wants its images prepared.
         names: the class of each output of the head; None where an output stands for none, or nobody says.
         rows: for each class of the detector that was loaded, the output of the file that it got; None where it started afresh.
         left_out: beginnings of names of tensors that are not the detector's, in a file that holds more.
+        entry: which entry of the file the tensors are, where it holds a moving average (EMA) of them.
     """
 
     path: Path
@@ -42,10 +45,12 @@ class About:
     names: tuple[str | None, ...]
     rows: tuple[int | None, ...] = ()
     left_out: tuple[str, ...] = ()
+    entry: str | None = None
 
     @property
     def title(self) -> str:
-        return f"{self.path} ({self.origin} weights of a {FAMILIES[self.settings['detector']].__name__})"
+        entry = f", entry '{self.entry}'" if self.entry else ""
+        return f"{self.path}{entry} ({self.origin} weights of a {FAMILIES[self.settings['detector']].__name__})"
 
 
 @dataclass(frozen=True)
@@ -63,34 +68,47 @@ LAYOUTS = (
     Layout("deformable_detr", "official", "transformer.level_embed", names.OFFICIAL_DEFORMABLE),
     Layout("adamixer", "official", "rpn_head.init_content_features.weight", names.OFFICIAL_ADAMIXER),
     Layout("deformable_detr", "mmdetection", "bbox_head.transformer.level_embeds", names.MMDET_DEFORMABLE),
+    Layout("deformable_detr", "mmdetection", "bbox_head.reg_branches.0.0.weight", names.MMDET3_DEFORMABLE),
+    Layout("conditional_detr", "mmdetection", "decoder.ref_point_head.layers.0.weight", names.MMDET3_CONDITIONAL),
     Layout("conditional_detr", "Hugging Face", "model.decoder.ref_point_head.layers.0.weight", names.HUGGING_FACE_CONDITIONAL),
     Layout("deformable_detr", "Hugging Face", "model.level_embed", names.HUGGING_FACE_DEFORMABLE),
     Layout("conditional_detr", "kit", "ref_point_head.layers.0.weight", ()),
     Layout("deformable_detr", "kit", "level_embed", ()),
     Layout("adamixer", "kit", "init_content.weight", ()),
 )
+# Entries of a file that hold a model, and its moving average; some codes put the average within another entry.
+MODEL, AVERAGE, WITHIN = (
+    ("model", "state_dict", "model_state_dict", "module"),
+    ("ema", "model_ema", "ema_model", "ema_state_dict"),
+    "module",
+)
+# Parts of names that wrappers of torch add wherever they wrap.
+WRAPPERS = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[dict[str, Tensor], About]:
     """A detector's tensors under the kit's names, from a file or folder in any of the formats, and what is known of it.
 
+    Args:
+        part: "student" or "teacher" of a file that holds both; "model" or "ema" of one that holds a moving average of the weights, which
+            is what its code evaluates: without a word, it is taken.
+
     Raises:
         InputError: the file is missing, damaged, holds code, or another model.
     """
     path = Path(path)
-    tensors, stated = _read(path)
-    tensors, left_out = _unwrapped(tensors, part, path)
+    tensors, stated = _read(path, part if part in ("model", "ema") else None)
+    if part == "ema" and "entry" not in stated:
+        raise InputError(f"weights {path} hold no moving average; leave out 'part'")
+    tensors, left_out = _unwrapped(tensors, part if part not in ("model", "ema") else None, path)
     layout = _layout(tensors)
-    if layout is None and all(name.startswith("model.") for name in tensors):  # as Lightning saves
-        tensors = {name.removeprefix("model."): value for name, value in tensors.items()}
-        layout = _layout(tensors)
     if layout is None:
         hint = "it is an image classifier: give it as backbone.weights" if {"fc.weight", "conv1.weight"} <= tensors.keys() else ""
         raise InputError(
             f"weights {path}: no Conditional DETR, Deformable DETR or AdaMixer in any format known here ({len(tensors)} tensors: "
             f"{few(sorted(tensors))}); {hint or 'give a checkpoint of one of these'}"
         )
-    classes = stated.pop("names", None)
+    classes, entry = stated.pop("names", None), stated.pop("entry", None)
     try:
         state = _our_state(tensors, layout, stated)
     except InputError as error:
@@ -99,7 +117,7 @@ def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[di
     head = state.get("class_embed.weight", state.get("class_embed.0.weight", state.get("stages.0.fc_cls.weight")))
     if head is None:
         raise InputError(f"weights {path}: a {layout.detector} without its class head; give the complete checkpoint")
-    return state, About(path, layout.origin, settings, _classes(classes, len(head)), left_out=left_out)
+    return state, About(path, layout.origin, settings, _classes(classes, len(head)), left_out=left_out, entry=entry)
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> Layout | None:
@@ -112,10 +130,19 @@ def _unwrapped(tensors: dict[str, Tensor], part: str | None, path: Path) -> tupl
     def without(some, prefix):
         return {name.removeprefix(prefix): value for name, value in some.items() if name.startswith(prefix)}
 
-    def parallel(some):
-        return without(some, "module.") if all(name.startswith("module.") for name in some) else some
+    def bare(some):
+        """Without the prefixes of DataParallel and Lightning, as long as nothing else gives the format away."""
+        while some and _layout(some) is None:
+            prefix = next((one for one in ("module.", "model.") if all(name.startswith(one) for name in some)), None)
+            if prefix is None:
+                break
+            some = without(some, prefix)
+        return some
 
-    tensors = parallel(tensors)
+    tensors = {WRAPPERS.sub("", name): value for name, value in tensors.items()}
+    if all(name.startswith("module.") or name in ("n_averaged", "steps") for name in tensors):  # counters of averaged models
+        tensors = without(tensors, "module.")
+    tensors = bare(tensors)
     parts = [one for one in ("student", "teacher") if any(name.startswith(f"{one}.") for name in tensors)]
     if part is None and len(parts) == 2:
         raise InputError(f"weights {path} hold a student and a teacher; say part='student' or part='teacher'")
@@ -125,7 +152,7 @@ def _unwrapped(tensors: dict[str, Tensor], part: str | None, path: Path) -> tupl
         return tensors, ()
     chosen = part or parts[0]
     others = sorted({name.split(".")[0] for name in tensors} - {chosen})
-    return parallel(without(tensors, f"{chosen}.")), tuple(others)
+    return bare(without(tensors, f"{chosen}.")), tuple(others)
 
 
 def _our_state(tensors: dict[str, Tensor], layout: Layout, stated: dict[str, Any]) -> dict[str, Tensor]:
@@ -140,7 +167,7 @@ def _our_state(tensors: dict[str, Tensor], layout: Layout, stated: dict[str, Any
 
         tensors = {extra(name): value for name, value in tensors.items()}
     state = names.our_state(tensors, layout.table, one_head=layout.detector == "deformable_detr" and _plain(tensors, layout, stated))
-    if layout.origin == "mmdetection":
+    if layout.origin == "mmdetection" and layout.detector == "deformable_detr":
         # Its neck's convolutions have no bias.
         for name in [name for name in state if re.fullmatch(r"input_proj\.\d+\.0\.weight", name)]:
             state.setdefault(name.replace("weight", "bias"), torch.zeros(len(state[name])))
@@ -180,32 +207,51 @@ def _classes(stated: Sequence[str | None] | None, count: int) -> tuple[str | Non
     return coco if count == len(coco) else (None,) * count
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A file's tensors under their own names, and what lies beside them: a recipe's fields, and "names", the class of each output."""
+def _read(path: Path, part: str | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A file's tensors under their own names, and what lies beside them: a recipe's fields, "names" (the class of each output), "entry"."""
     if path.is_dir():
         if (path / "weights.safetensors").is_file():
-            return _read(path / "weights.safetensors")
-        return read_folder(path), fields_of_config(path / "config.json")
+            return _read(path / "weights.safetensors", part)
+        return read_folder(path), fields_of_config(path / "config.json") | {"resize": resize_of(path)}
     if path.suffix == ".safetensors":
         tensors, header = read_weights(path)
         stated: dict[str, Any] = {"names": names} if (names := classes_of(header)) is not None else {}
         if (path.parent / "record.json").is_file():
             recipe = read_record(path.parent / "record.json").recipe
             if isinstance(recipe, Recipe):
-                stated |= {name: getattr(recipe, name) for name in (*SHARED_FIELDS, *OWNERS)}
+                stated |= {name: getattr(recipe, name) for name in (*SHARED_FIELDS, *OWNERS, "resize")}
         elif (path.parent / "config.json").is_file():
-            stated |= fields_of_config(path.parent / "config.json")
+            stated |= fields_of_config(path.parent / "config.json") | {"resize": resize_of(path.parent)}
         return named_tensors(tensors, path), stated
     content = read_pickle(path)
-    state = next((content[name] for name in ("model", "state_dict") if isinstance(content.get(name), dict)), content)
-    state = named_tensors(state, path)
-    if isinstance(content.get("args"), argparse.Namespace):
-        return state, _fields_of_args(vars(content["args"]), path)
+    found, stated = _entry(content, part, path)
+    state = named_tensors(found, path)
+    args = vars(args) if isinstance(args := content.get("args"), argparse.Namespace) else args
+    if isinstance(args, dict):
+        return state, stated | _fields_of_args(args, path)
     meta = content.get("meta") if isinstance(content.get("meta"), dict) else {}
     later = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), dict) else {}
     classes = meta.get("CLASSES") or later.get("classes")
-    named = isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes)
-    return state, {"names": list(classes)} if named else {}
+    if isinstance(classes, list | tuple) and all(isinstance(name, str) for name in classes):
+        stated["names"] = list(classes)
+    text = meta.get("cfg") or meta.get("config")  # of mmdetection 3 and 2
+    return state, stated | (fields_of_text(text, path) if isinstance(text, str) else {})
+
+
+def _entry(content: dict[str, Any], part: str | None, path: Path) -> tuple[Any, dict[str, Any]]:
+    """The entry of a file that holds the wanted tensors, and its name, where there is a choice."""
+    there = {
+        kind: next(((name, content[name]) for name in entries if content.get(name) and isinstance(content[name], dict)), None)
+        for kind, entries in (("model", MODEL), ("ema", AVERAGE))
+    }
+    if "mmengine_version" in (content["meta"] if isinstance(content.get("meta"), dict) else {}) and there["ema"]:
+        there = {"model": there["ema"], "ema": there["model"]}  # mmengine has the average in the model's place when it saves
+    if part is not None and there[part] is None:
+        raise InputError(f"weights {path}: no entry of a '{part}' ({few([str(name)[:30] for name in content])}); leave out 'part'")
+    name, state = there[part] if part else there["ema"] or there["model"] or (None, content)
+    if isinstance(inner := state.get(WITHIN), dict):
+        name, state = f"{name}.{WITHIN}", inner
+    return state, {"entry": name} if there["ema"] else {}
 
 
 def _fields_of_args(args: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from detrdistill.checkpoints import names
 from detrdistill.checkpoints.sizes import backbone_of, recipe_fields
-from detrdistill.data.transforms import MEAN, STD
 from detrdistill.errors import InputError
 from detrdistill.files import atomic, write_text
 from detrdistill.models import ConditionalDETR, DeformableDETR
@@ -60,8 +59,8 @@ def export_hugging_face(detector: nn.Module, folder: Path | str, categories: Seq
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
+        "image_mean": list(resize.mean),
+        "image_std": list(resize.std),
         "do_pad": True,
     }
     for name, content in (("preprocessor_config.json", processor), ("config.json", config)):

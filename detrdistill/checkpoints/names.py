@@ -42,13 +42,16 @@ OFFICIAL_ADAMIXER: Table = (
     ("roi_head.bbox_head.#.ffn.layers.1.", "stages.#.linear2."),
     ("roi_head.bbox_head.#.", "stages.#."),
 )
-# mmdetection 2, in which DETRDistill was released.
-MMDET_DEFORMABLE: Table = (
+_MMDET_DEFORMABLE: Table = (
     ("backbone.", "backbone.body."),
     ("neck.convs.#.conv.", "input_proj.#.0."),
     ("neck.convs.#.gn.", "input_proj.#.1."),
     ("bbox_head.cls_branches.", "class_embed."),
     *((f"bbox_head.reg_branches.#.{2 * i}.", f"bbox_embed.#.layers.{i}.") for i in range(3)),
+)
+# mmdetection 2, in which DETRDistill was released.
+MMDET_DEFORMABLE: Table = (
+    *_MMDET_DEFORMABLE,
     ("bbox_head.query_embedding.", "query_embed."),
     ("bbox_head.transformer.level_embeds", "level_embed"),
     *((f"bbox_head.transformer.{part}.layers.#.ffns.0.layers.0.0.", f"{part}.#.linear1.") for part in ("encoder", "decoder")),
@@ -60,6 +63,40 @@ MMDET_DEFORMABLE: Table = (
     # Ours are numbered as the official ones, which run in the order 2, 1, 3.
     *((f"bbox_head.transformer.decoder.layers.#.norms.{i}.", f"decoder.#.norm{ours}.") for i, ours in enumerate((2, 1, 3))),
     ("bbox_head.transformer.", ""),
+)
+# mmdetection 3 took encoder, decoder and queries out of the head.
+_MMDET3: Table = (
+    ("query_embedding.", "query_embed."),
+    *((f"{part}.layers.#.ffn.layers.0.0.", f"{part}.#.linear1.") for part in ("encoder", "decoder")),
+    *((f"{part}.layers.#.ffn.layers.1.", f"{part}.#.linear2.") for part in ("encoder", "decoder")),
+    *((f"encoder.layers.#.norms.{i}.", f"encoder.#.norm{i + 1}.") for i in range(2)),
+)
+MMDET3_DEFORMABLE: Table = (
+    *_MMDET_DEFORMABLE,
+    *_MMDET3,
+    *((f"decoder.layers.#.norms.{i}.", f"decoder.#.norm{ours}.") for i, ours in enumerate((2, 1, 3))),
+    ("decoder.layers.#.self_attn.attn.", "decoder.#.self_attn."),
+    ("encoder.layers.", "encoder."),
+    ("decoder.layers.", "decoder."),
+    ("reference_points_fc.", "reference_points."),
+    *((f"memory_trans_{theirs}.", f"enc_output{ours}.") for theirs, ours in (("fc", ""), ("norm", "_norm"))),
+    ("pos_trans_fc.", "pos_trans."),
+)
+MMDET3_CONDITIONAL: Table = (
+    ("backbone.", "backbone.body."),
+    ("neck.convs.0.conv.", "input_proj."),
+    *_MMDET3,
+    *((f"decoder.layers.#.norms.{i}.", f"decoder.#.norm{i + 1}.") for i in range(3)),
+    ("encoder.layers.#.self_attn.attn.", "encoder.#.self_attn."),
+    ("decoder.layers.#.self_attn.", "decoder.#.sa_"),
+    ("decoder.layers.#.cross_attn.", "decoder.#.ca_"),
+    ("decoder.post_norm.", "norm."),
+    ("decoder.query_scale.", "query_scale."),
+    ("decoder.ref_point_head.", "ref_point_head."),
+    ("bbox_head.fc_cls.", "class_embed."),
+    ("bbox_head.reg_ffn.layers.0.0.", "bbox_embed.layers.0."),
+    ("bbox_head.reg_ffn.layers.1.", "bbox_embed.layers.1."),
+    ("bbox_head.fc_reg.", "bbox_embed.layers.2."),
 )
 # Transformers' files keep the names of its older versions, whatever its modules are called today.
 _RESNET = "model.backbone.conv_encoder.model."

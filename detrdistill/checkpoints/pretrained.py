@@ -42,7 +42,8 @@ def load_pretrained(
         outputs: the class of each output of the file's head, None for none, where the file does not say. A file that says nothing and
             has 91 or 80 outputs has COCO's classes: by COCO's ids, or one after the other.
         replace_head: start classes of `categories` that the file does not know with fresh weights, and drop those not in `categories`.
-        part: "student" or "teacher", for a file that holds both.
+        part: "student" or "teacher", for a file that holds both; "model" or "ema", for one that holds a moving average of its weights:
+            without a word, the average is taken.
         settings: fields of a recipe, which override what the file says.
 
     Raises:

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from detrdistill.recipes.parts import Resize
-
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which the backbones' weights expect
-GREY = {tv_tensors.Image: [round(255 * mean) for mean in MEAN], "others": 0}  # 0 after normalisation, as the padding of a batch is
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,24 @@ def build_transform(resize: Resize, train: bool) -> ImageTransform:
             [flip, v2.RandomChoice([any_scale, v2.Compose([before_crop, crop, v2.ClampBoundingBoxes(), any_scale])])],
         )
     elif train and resize.train == "jitter":
-        affine = v2.RandomAffine(0, translate=(0.05, 0.05), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR, fill=GREY)
+        # 0 after normalisation, as the padding of a batch is, as far as a pixel can be.
+        fill = {tv_tensors.Image: [min(max(round(255 * mean), 0), 255) for mean in resize.mean], "others": 0}
+        affine = v2.RandomAffine(0, translate=(0.05, 0.05), scale=(0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR, fill=fill)
         drawn = [affine, v2.ColorJitter(brightness=0.3, contrast=0.3, saturation=0.3)]
     # Clamping and then dropping what has no pixel left keeps labels in step with boxes.
     boxes = [v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes()]
-    pixels = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.Normalize(MEAN, STD)]
+    pixels = [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.Normalize(resize.mean, resize.std)]
     return ImageTransform(fixed, v2.Compose([*drawn, *boxes, *pixels]))
+
+
+def renormalised(
+    pixels: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"], made: Resize, wanted: Resize
+) -> Float[Tensor, "B 3 H W"]:
+    """A batch normalised with mean and deviation of `made`, as those of `wanted` make it; padding stays 0."""
+    if (made.mean, made.std) == (wanted.mean, wanted.std):
+        return pixels
+    mean, std, its_mean, its_std = (pixels.new_tensor(x)[:, None, None] for x in (made.mean, made.std, wanted.mean, wanted.std))
+    return ((pixels * std + mean - its_mean) / its_std).masked_fill(padding[:, None], 0)
 
 
 def shorter_side(height: int, width: int, short: int, long: int | None) -> tuple[int, int]:

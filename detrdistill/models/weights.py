@@ -6,9 +6,10 @@ import pickle
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -102,23 +103,63 @@ def fit(module: nn.Module, state: Mapping[str, Tensor], source: str, remedy: str
     module.load_state_dict(state)
 
 
+class Unread:
+    """Stands for an array or a log beside the weights: whatever the file says of it is dropped."""
+
+    def __new__(cls, *_: Any) -> "Unread":
+        return super().__new__(cls)
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class NumberType(Unread):
+    """Stands for numpy's type of a number: its code if it is one of a real number, else None."""
+
+    def __init__(self, code: Any = None, *_: Any) -> None:
+        self.code = code if code in ("b1", "f2", "f4", "f8", *(f"{kind}{size}" for kind in "iu" for size in (1, 2, 4, 8))) else None
+
+    def __setstate__(self, state: Any) -> None:
+        self.code = None if ">" in state else self.code  # of other machines
+
+
+def number(kind: Any, data: Any) -> bool | int | float | None:
+    """The number that a file holds as one of numpy's."""
+    code = kind.code if isinstance(kind, NumberType) and isinstance(data, bytes) else None
+    return np.frombuffer(data, code, count=1)[0].item() if code else None
+
+
+# What people save beside weights, and what stands for it here. Of the modules that are named, nothing is imported or called.
+STAND_INS: list[Any] = [
+    argparse.Namespace,
+    *((PurePosixPath, f"{module}.{kind}Path") for module in ("pathlib", "pathlib._local") for kind in ("Posix", "PurePosix")),
+    *((PureWindowsPath, f"{module}.{kind}Path") for module in ("pathlib", "pathlib._local") for kind in ("Windows", "PureWindows")),
+    (NumberType, "numpy.dtype"),
+    (Unread, "numpy.ndarray"),
+    *((number, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *((Unread, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    (Unread, "mmengine.logging.history_buffer.HistoryBuffer"),  # in every checkpoint that mmengine's runner saves
+]
+
+
 def read_pickle(path: Path) -> dict[str, Any]:
-    """A file of torch.save that holds a dict of tensors, plain values and at most an `argparse.Namespace`, as official checkpoints do.
+    """A file of torch.save that holds a dict of tensors and plain values, and of other objects at most those of `STAND_INS`.
 
     Raises:
         InputError: the file is missing, damaged, or holds anything else, of which nothing is executed.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        with torch.serialization.safe_globals(STAND_INS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on pickles of newer protocols, then refuses them
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise InputError(f"weights {path}: no such file; correct the path") from None
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"code ('{refused[1]}')" if refused else "code or something that is not tensors"
+        what = f"'{refused[1]}'" if refused else "something"
         raise InputError(
-            f"weights {path}: refused unread, since it holds {what}; if you trust it, save its state_dict alone where it was made"
+            f"weights {path}: not read, since it holds {what} beside tensors and plain values, and to load that could run code (none was "
+            "run); if you trust it, save its weights alone where it was made: torch.save(model.state_dict(), 'weights.pth')"
         ) from None
     except Exception as error:  # torch reports damage in many types: RuntimeError, EOFError, KeyError, IndexError
         raise InputError(f"weights {path}: truncated or damaged ({type(error).__name__}); copy or download it again") from None
@@ -134,7 +175,10 @@ def named_tensors(content: Mapping[Any, Any], path: Path) -> dict[str, Tensor]:
         InputError: it is anything else.
     """
     if not content or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()):
-        raise InputError(f"weights {path}: no named tensors, nor an entry 'model' or 'state_dict' of them; save model.state_dict()")
+        held = f" (it has {few([str(name)[:30] for name in content])})" if content else ""
+        raise InputError(f"weights {path}: no named tensors, nor an entry 'model' or 'state_dict' of them{held}; save model.state_dict()")
+    if any(value.numel() == 0 for value in content.values()):
+        raise InputError(f"weights {path}: tensors without numbers, as in one process' part of a model; join the parts and save them whole")
     if odd := [name for name, value in content.items() if not _is_plain(value)]:
         raise InputError(f"weights {path}: {few(odd)}: no dense real numbers, or more than the file holds; save model.state_dict()")
     return dict(content)

@@ -7,6 +7,8 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from detrdistill.recipes.schema import Fraction, Strict
 
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, which the backbones' weights expect
+
 
 class CropTraining(Strict):
     """How a backbone learns to classify crops of the training objects before it detects: the stand-in for ImageNet."""
@@ -112,7 +114,7 @@ class Folder(Strict):
 
 
 class Resize(Strict):
-    """How images are resized and augmented."""
+    """How images are prepared: resized, augmented, normalised."""
 
     train: Literal["none", "jitter", "detr", "flip"] = Field(
         "detr",
@@ -121,6 +123,8 @@ class Resize(Strict):
     )
     short: PositiveInt = Field(800, description="shorter side in pixels at evaluation (and the largest of training)")
     long: PositiveInt = Field(1333, description="longer side at most")
+    mean: tuple[float, float, float] = Field(MEAN, description="of red, green and blue from 0 to 1: subtracted, then divided by `std`")
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = STD
 
 
 class Schedule(Strict):

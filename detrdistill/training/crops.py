@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from detrdistill.data.coco import CocoDataset
 from detrdistill.data.crops import object_crops
-from detrdistill.data.transforms import MEAN, STD
 from detrdistill.errors import NonFiniteError
 from detrdistill.models.backbones import classifier
+from detrdistill.recipes.parts import MEAN, STD
 from detrdistill.recipes.recipe import CropRecipe
 
 

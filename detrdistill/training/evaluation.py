@@ -40,12 +40,21 @@ def detections(
     return [{"scores": score, "labels": label, "boxes": box} for score, label, box in images]
 
 
-@torch.no_grad()
 def evaluate(
     detector: nn.Module, dataset: CocoDataset, batch: int, device: torch.device | str = "cpu", workers: int = 0, top: int = 100
 ) -> tuple[dict[str, float | None], Int[Tensor, "S B Q"]]:
     """The twelve COCO numbers of a detector's last stage, in percent, None where COCO defines none; and what its queries are matched
-    with: the number of an object of each image, -1 for none.
+    with: the number of an object of each image, -1 for none. Arguments and errors are those of `detect`.
+    """
+    found, held = detect(detector, dataset, batch, device, workers, top)
+    return coco_metrics(dataset.coco.dataset, found), held
+
+
+@torch.no_grad()
+def detect(
+    detector: nn.Module, dataset: CocoDataset, batch: int, device: torch.device | str = "cpu", workers: int = 0, top: int = 100
+) -> tuple[list[dict[str, Any]], Int[Tensor, "S B Q"]]:
+    """What a detector's last stage finds, in COCO's result format (ids of the data, boxes in pixels of the image's file), and its matches.
 
     The detector is put into evaluation mode and afterwards back into the mode it was in.
 
@@ -70,11 +79,18 @@ def evaluate(
     # A two-stage detector has fewer queries where an image has fewer tokens than it wants.
     widest = max(one.shape[2] for one in held)
     held = [F.pad(one, (0, widest - one.shape[2]), value=-1) for one in held]
-    return coco_metrics(dataset.coco.dataset, results), torch.cat(held, dim=1)
+    return results, torch.cat(held, dim=1)
 
 
 def coco_metrics(annotations: dict[str, Any], found: Sequence[dict[str, Any]]) -> dict[str, float | None]:
-    """The twelve COCO numbers in percent, None where COCO gives -1: there is no object of that size.
+    """The first of what `coco_evaluation` gives."""
+    return coco_evaluation(annotations, found)[0]
+
+
+def coco_evaluation(
+    annotations: dict[str, Any], found: Sequence[dict[str, Any]]
+) -> tuple[dict[str, float | None], dict[int, float | None]]:
+    """The twelve COCO numbers, and AP by category id, in percent; None where COCO gives -1: there is no object of that size or class.
 
     Args:
         annotations: an annotation file's content: images, categories, annotations.
@@ -89,7 +105,10 @@ def coco_metrics(annotations: dict[str, Any], found: Sequence[dict[str, Any]]) -
         COCO(images_and_categories | {"annotations": objects}), COCO(images_and_categories | {"annotations": guesses}), iouType="bbox"
     )
     evaluator.run()
-    return {name: None if value < 0 else 100 * float(value) for name, value in zip(METRICS, evaluator.stats, strict=True)}
+    metrics = {name: None if value < 0 else 100 * float(value) for name, value in zip(METRICS, evaluator.stats, strict=True)}
+    precision = evaluator.eval["precision"][:, :, :, 0, -1]  # [IoUs, recalls, classes] for objects of all sizes, 100 detections
+    classes = dict(zip(evaluator.params.catIds, precision.transpose(2, 0, 1), strict=True))
+    return metrics, {id: 100 * float(one[one > -1].mean()) if (one > -1).any() else None for id, one in classes.items()}
 
 
 def _check(logits: Float[Tensor, "S B Q C"], boxes: Float[Tensor, "S B Q 4"], image_ids: Sequence[int], classes: int) -> None:

@@ -27,12 +27,13 @@ from torch import Tensor, nn
 
 import detrdistill
 from detrdistill.data.coco import Batch, CocoDataset
-from detrdistill.data.transforms import shorter_side
+from detrdistill.data.transforms import renormalised, shorter_side
 from detrdistill.distill.distiller import Distiller
 from detrdistill.errors import InputError
 from detrdistill.files import atomic
 from detrdistill.models.outputs import DetectorOutput, Queries
 from detrdistill.process import available_memory
+from detrdistill.recipes.parts import Resize
 from detrdistill.recipes.recipe import Recipe
 
 LOG = logging.getLogger(__name__)
@@ -50,13 +51,16 @@ class Teacher:
         detector: in evaluation mode, its parameters frozen.
         distiller: knows what else the losses need of the detector.
         kept: where outputs are kept. None: the detector computes them in every step.
+        resizes: the batches' and the teacher's own, where its images are normalised otherwise.
 
     Attributes:
         images: how many images have passed the detector.
     """
 
-    def __init__(self, detector: nn.Module, distiller: Distiller, kept: "KeptOutputs | None" = None) -> None:
-        self.detector, self.distiller, self.kept, self.images = detector, distiller, kept, 0
+    def __init__(
+        self, detector: nn.Module, distiller: Distiller, kept: "KeptOutputs | None" = None, resizes: tuple[Resize, Resize] | None = None
+    ) -> None:
+        self.detector, self.distiller, self.kept, self.images, self.resizes = detector, distiller, kept, 0, resizes or (Resize(), Resize())
 
     def __call__(self, batch: Batch, pixels: Float[Tensor, "B 3 H W"], padding: Bool[Tensor, "B H W"]) -> list[DetectorOutput]:
         """The outputs that `distiller.forward` takes, on the device of `pixels` and `padding`, which are those of `batch`.
@@ -68,7 +72,8 @@ class Teacher:
         """
         if self.kept is None:
             return self._compute(pixels, padding)
-        names = [fingerprint(*image) for image in zip(batch.pixels, batch.padding, strict=True)]
+        seen = renormalised(batch.pixels, batch.padding, *self.resizes)
+        names = [fingerprint(*image) for image in zip(seen, batch.padding, strict=True)]
         found = [self.kept.get(name) for name in names]
         if all(found):
             return [restore(join(found), pixels.device)]
@@ -83,7 +88,7 @@ class Teacher:
 
     def _compute(self, pixels: Tensor, padding: Tensor) -> list[DetectorOutput]:
         self.images += len(pixels)
-        return self.distiller.teacher_outputs(self.detector, pixels, padding)
+        return self.distiller.teacher_outputs(self.detector, renormalised(pixels, padding, *self.resizes), padding)
 
 
 class KeptOutputs:

@@ -11,9 +11,9 @@ from torchvision.datasets import CocoDetection
 
 from detrdistill.data.coco import Category, CocoDataset, collate, data_hash, open_dataset, require_same_categories
 from detrdistill.data.crops import object_crops
-from detrdistill.data.transforms import MEAN, STD, build_transform
+from detrdistill.data.transforms import build_transform
 from detrdistill.errors import InputError
-from detrdistill.recipes.parts import Digits, Folder, Resize
+from detrdistill.recipes.parts import MEAN, STD, Digits, Folder, Resize
 
 EVALUATION = build_transform(Resize(train="none", short=32, long=64), train=False)
 JITTER = build_transform(Resize(train="jitter", short=32, long=64), train=True)

@@ -5,8 +5,9 @@ import torch
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
 
-from detrdistill.data.transforms import MEAN, STD, RandomCropOfAnySize, build_transform, shorter_side
-from detrdistill.recipes.parts import Resize
+from detrdistill.data.coco import collate
+from detrdistill.data.transforms import RandomCropOfAnySize, build_transform, renormalised, shorter_side
+from detrdistill.recipes.parts import MEAN, STD, Resize
 
 
 def scene(height=120, width=160):
@@ -99,3 +100,20 @@ def test_crop_of_a_small_image_is_the_image():
     image, target = scene(120, 160)
     assert RandomCropOfAnySize(400, 600)(image, target)[0].shape == (3, 120, 160)
     assert RandomCropOfAnySize(0, 0)(image, target)[0].shape == (3, 1, 1)
+
+
+def test_other_statistics_are_converted_from_one_to_the_other_and_padding_stays():
+    """A batch prepared for a student, turned into what its teacher wants, is the batch prepared for the teacher."""
+    ours, its = Resize(train="none", short=60, long=99), Resize(train="none", short=60, long=99, mean=(0.5, 0.4, 0.3), std=(0.5, 1, 0.2))
+    where = {"image_id": 1, "original_size": (120, 160)}
+
+    def prepared(resize):
+        samples = [build_transform(resize, train=False)(*scene(height=height)) for height in (120, 100)]
+        return collate([(image.as_subclass(torch.Tensor), target | where) for image, target in samples])
+
+    student, teacher = prepared(ours), prepared(its)
+    assert student.padding.any() and not torch.allclose(student.pixels, teacher.pixels)
+    turned = renormalised(student.pixels, student.padding, ours, its)
+    torch.testing.assert_close(turned, teacher.pixels, atol=1e-5, rtol=1e-5)
+    assert (turned * student.padding[:, None] == 0).all()
+    assert renormalised(student.pixels, student.padding, ours, ours.replace(short=7)) is student.pixels

@@ -80,7 +80,7 @@ def official(kind: str = "adamixer") -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("where", ["model", "args", "meta", "bare", "plain pickle", "old pickle", "folder", "shard", "backbone"])
-def test_code_is_refused_unread(where: str, folder: Path, tmp_path: Path, target: Path, tries) -> None:
+def test_code_is_refused_and_none_runs(where: str, folder: Path, tmp_path: Path, target: Path, tries) -> None:
     path, evil, content = tmp_path / "evil.pth", Attack(target), official()
     if where == "plain pickle":
         path.write_bytes(pickle.dumps({"model": evil}))
@@ -96,7 +96,7 @@ def test_code_is_refused_unread(where: str, folder: Path, tmp_path: Path, target
         spoilt |= {"meta": {"meta": {"CLASSES": evil}}, "bare": {"model": evil}, "backbone": {"conv1.weight": evil}}
         torch.save(content | spoilt[where], path)
     with tries("code in a pickle"):
-        with pytest.raises(InputError, match=r"weights .*: refused unread, since it holds code .*if you trust it, save its") as error:
+        with pytest.raises(InputError, match=r"weights .*: not read, since it holds .*none was run.*if you trust it, save its") as error:
             file_weights(path) if where == "backbone" else load_pretrained(path)
         assert "\n" not in str(error.value) and str(path) in str(error.value) and not target.exists()
 
@@ -284,6 +284,15 @@ VALUES = st.recursive(
     max_leaves=4,
 )
 
+# What configs of mmdetection may say.
+TEXTS = st.lists(
+    st.sampled_from(
+        ["num_heads=4", "num_heads=0", "num_points=2", "num_points=99", "std=[0, 1, 1]", "mean=[1.., 2, 3]", "mean=[1., 2, 3.5]"]
+    )
+    | st.sampled_from(["scale=(0, 9)", "img_scale=(9, 99)", "with_box_refine=True", "as_two_stage=True", "num_query=0", "to_rgb=False"]),
+    max_size=4,
+).map(", ".join)
+
 
 def test_broken_config(folder: Path, tmp_path: Path, tries, times) -> None:
     keys = sorted(json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dilation": 0, "position_embedding_type": 0})
@@ -322,11 +331,12 @@ def test_broken_arguments(tmp_path: Path, tries, times) -> None:
     @settings(max_examples=times(15, 300), derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
     @given(
         st.dictionaries(st.sampled_from(names), VALUES),
-        st.dictionaries(st.sampled_from(["CLASSES", "dataset_meta"]), VALUES),
-        st.booleans(),
+        st.dictionaries(st.sampled_from(["CLASSES", "dataset_meta", "cfg", "config", "mmengine_version"]), VALUES | TEXTS),
+        st.dictionaries(st.sampled_from(["ema", "model_ema", "ema_state_dict", "module", "state_dict"]), VALUES),
+        st.sampled_from([None, argparse.Namespace, dict]),
     )
-    def attempt(args: dict[str, Any], meta: dict[str, Any], both: bool) -> None:
-        content = {"model": state, "meta": meta} | ({"args": argparse.Namespace(**args)} if both else {})
+    def attempt(args: dict[str, Any], meta: dict[str, Any], others: dict[str, Any], kind: type | None) -> None:
+        content = others | {"model": state, "meta": meta} | ({"args": kind(**args)} if kind else {})
         torch.save(content, path)
         with tries("broken arguments in a checkpoint"):
             try:

@@ -1,5 +1,6 @@
 """Folders for transformers: the same detections there, and the same bits when they come back."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,10 @@ from skimage import data
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
+from transformers import AutoImageProcessor, AutoModelForObjectDetection, DeformableDetrImageProcessor
 
 from detrdistill.checkpoints.hugging_face import export_hugging_face
+from detrdistill.checkpoints.preparation import resize_of
 from detrdistill.checkpoints.pretrained import load_pretrained
 from detrdistill.data.transforms import build_transform, shorter_side
 from detrdistill.errors import InputError
@@ -132,3 +134,18 @@ def test_each_class_needs_a_name(tmp_path: Path) -> None:
     for names in (NAMES[:3], [*NAMES[:3], NAMES[0]]):
         with pytest.raises(InputError, match="3 different names for 4 classes"):
             export_hugging_face(detector_of("conditional", encoder_layers=0, decoder_layers=1), tmp_path, names)
+
+
+OWN = {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.5]}
+
+
+@pytest.mark.parametrize("changes", [{}, OWN, {"do_normalize": False}, OWN | {"do_rescale": False}, OWN | {"rescale_factor": 0.02}])
+def test_a_processors_file_gives_its_pixels(changes: dict, tmp_path: Path) -> None:
+    config = {"size": {"shortest_edge": 128, "longest_edge": 200}, "do_pad": False} | changes
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config), encoding="utf-8")
+    theirs = DeformableDetrImageProcessor(**config)(images=Image.fromarray(data.chelsea()), return_tensors="pt")["pixel_values"][0]
+    picture = tv_tensors.Image(torch.from_numpy(data.chelsea()).permute(2, 0, 1))
+    boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=tuple(picture.shape[-2:]))
+    target = {"boxes": boxes, "labels": torch.zeros(0, dtype=torch.long)}
+    ours, _ = build_transform(resize_of(tmp_path), train=False)(picture, target)
+    torch.testing.assert_close(ours.as_subclass(torch.Tensor), theirs, atol=1e-5, rtol=1e-5)

@@ -22,6 +22,7 @@ from detrdistill.models.outputs import DetectorOutput
 from detrdistill.process import available_memory
 from detrdistill.recipes.identity import parents
 from detrdistill.recipes.methods import KDDETR, METHODS, FitNet
+from detrdistill.recipes.parts import Resize
 from detrdistill.recipes.presets import smoke
 from detrdistill.runs.load import open_split
 from detrdistill.runs.run import run
@@ -112,6 +113,23 @@ def test_with_padding_it_is_nearly_so(tmp_path, kind, precision):
         assert kept.images == 6, "nothing was computed again"
         show(kept, collate([b, c]))
         assert kept.images == 8, "both had been padded to another width"
+
+
+def test_a_teacher_of_other_statistics_sees_its_own_pixels(tmp_path):
+    """A batch normalised for the student teaches as one that was normalised for the teacher; kept outputs too."""
+    distiller, teacher = lesson("deformable-refine", [FitNet()])
+    ours, its = Resize(), Resize(mean=(0.5, 0.4, 0.3), std=(0.5, 1, 0.2))
+    student = collate(images([(64, 96), (96, 50)]))
+    colours = student.pixels * torch.tensor(ours.std)[:, None, None] + torch.tensor(ours.mean)[:, None, None]
+    pixels = (colours - torch.tensor(its.mean)[:, None, None]) / torch.tensor(its.std)[:, None, None]
+    wanted = show(Teacher(teacher, distiller), replace(student, pixels=pixels.masked_fill(student.padding[:, None], 0)))
+    kept = Teacher(teacher, distiller, KeptOutputs(tmp_path, MADE_BY, 8), (ours, its))
+    for outputs in (Teacher(teacher, distiller, None, (ours, its)), kept, kept):
+        torch.testing.assert_close(show(outputs, student).logits, wanted.logits, atol=1e-4, rtol=1e-4)
+    assert kept.images == 2 and not torch.allclose(show(Teacher(teacher, distiller), student).logits, wanted.logits, atol=1e-2)
+    plain = Teacher(teacher, distiller, kept.kept)
+    show(plain, student)
+    assert plain.images == 2, "what was kept for other pixels is not taken for these"
 
 
 @pytest.mark.parametrize("kind", ["deformable-refine", "deformable-two-stage", "conditional", "adamixer"])
