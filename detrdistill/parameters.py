@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, field_validator
 
-from detrdistill.data.layout import pinned_preset
 from detrdistill.errors import InputError
 from detrdistill.recipes.identity import all_runs
 from detrdistill.recipes.methods import METHODS
@@ -19,6 +18,7 @@ from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.recipes.schema import Strict
 from detrdistill.recipes.tables import TABLES, make_table, only_parents
 from detrdistill.recipes.words import DEFORMABLE, DETECTORS
+from detrdistill.runs.pinned import pinned_preset
 from detrdistill.runs.tuning import runs_before_tuning
 
 SHARED = ("resize", "data", "precision")  # what images a detector sees and how it computes: a student's are its teacher's too

@@ -9,10 +9,10 @@ import time
 import pytest
 
 from detrdistill import cli, parameters
-from detrdistill.data.layout import pinned_preset
 from detrdistill.errors import InputError, NonFiniteError
 from detrdistill.recipes.identity import run_id
 from detrdistill.recipes.parts import Folder
+from detrdistill.runs.pinned import pinned_preset
 from tests.folders import read_split, write_folder, write_split
 from tests.report.test_tables import put
 

@@ -3,12 +3,12 @@
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
-from detrdistill.data.layout import pinned_preset
 from detrdistill.recipes.identity import parents, run_id
 from detrdistill.recipes.presets import Preset, get_presets
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.recipes.tables import TABLES, WEIGHTS, make_table, named_runs, only_parents, usual_tables
 from detrdistill.records import Record, read_record
+from detrdistill.runs.pinned import pinned_preset
 from detrdistill.runs.reference import FOLDER, has
 from detrdistill.runs.store import Store, open_store
 from detrdistill.runs.tuning import next_trials, rows_to_tune, runs_before_tuning
@@ -70,7 +70,7 @@ def expected_seconds(recipe: Recipe | CropRecipe, known: Sequence[Record]) -> fl
     if isinstance(recipe, CropRecipe):
         steps, rates = recipe.backbone.crops.steps, [rate(one) for one in known if isinstance(one.recipe, CropRecipe)]
         return steps * max(rates) if rates else None
-    like = [one for one in known if isinstance(one.recipe, Recipe) and one.recipe.detector == recipe.detector]
+    like = [one for one in known if isinstance(one.recipe, Recipe) and one.recipe.detector == recipe.detector and one.cost["steps"]]
     # What costs most decides: whether there is a teacher, then the backbone.
     for same in (
         lambda one: (one.methods, one.backbone) == (recipe.methods, recipe.backbone),

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from detrdistill.data.layout import pinned
 from detrdistill.recipes.identity import parents, run_id
 from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.presets import coco, get_preset, get_presets, smoke
 from detrdistill.recipes.tables import make_table
+from detrdistill.runs.pinned import pinned
 from detrdistill.runs.plan import missing_runs, takable
 from detrdistill.runs.store import Store
 from tests.folders import write_folder
