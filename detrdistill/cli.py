@@ -27,10 +27,12 @@ def train(
     preset: tyro.conf.Positional[str],
     row: tyro.conf.Positional[RowName],
     /,
-    detector: str = "deformable_detr",
+    detector: str | None = None,
     seed: int = 0,
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     data: Path | None = None,
+    teacher: str = "",
+    start: str = "",
     results: Path | None = None,
     device: str = "auto",
     workers: int | None = None,
@@ -44,24 +46,31 @@ def train(
         preset: smoke, quick, mini, bccd or coco.
         row: a setting of the preset, or the id of a run as the batch names it. Methods: detrdistill, fitnet, fgd, mgd, fkd, fgfi, pkd,
             cwd, kd_detr, d3etr; joined by + their losses add up.
-        detector: deformable_detr, conditional_detr or adamixer, as far as the preset has recipes for it.
+        detector: deformable_detr, conditional_detr or adamixer, as far as the preset has recipes for it; without, the published
+            detector's, or deformable_detr.
         seed: of the student.
         set: a field of the recipe and its value, such as schedule.lr=1e-4, or a switch of a method, such as detrdistill.variant=released
             or fgd.maps=features; may be repeated. resize, data and precision are the teacher's too; its other fields are
             teacher.schedule.lr and so on.
         data: folder of COCO json and images, instead of the preset's data.
+        teacher: a published detector that teaches: a checkpoint file, a Hugging Face folder, a run's folder or id, or a hub id
+            (org/name or org/name@revision). What it does not tell: --set teacher.heads=8 and so on.
+        start: a detector that the student starts from, named likewise; the student then has its sizes.
         results: folder for runs instead of results/<preset>.
         device: auto, cpu or cuda.
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
     """
-    from detrdistill.parameters import named_run, on_other_data, shared_with_teacher, with_switches
-    from detrdistill.recipes.presets import get_preset
+    from detrdistill.checkpoints.presets import choose_presets
+    from detrdistill.parameters import is_run_id, named_run, on_other_data, refuse_models, shared_with_teacher, with_switches
     from detrdistill.runs.store import Store, open_store
 
-    recipe, reference = named_run(preset, row, seed) or (get_preset(preset, detector).recipe(row, seed), False)
+    changes = dict(assignment(text) for text in set)
+    refuse_models(changes)
+    detectors = [detector] if detector and not is_run_id(row) else []  # an id is looked for in the tables of all
+    presets = choose_presets(preset, detectors, teacher, start, changes, say=to_stderr)
+    recipe, reference = named_run(presets, row, seed) or (presets[0].recipe(row, seed), False)
     if data is not None:
         recipe = on_other_data(recipe, data)
-    changes = dict(assignment(text) for text in set)
     recipe = with_switches(recipe, changes)
     recipe = recipe.replace(**shared_with_teacher(recipe, changes))
     store = Store(results) if results else open_store(preset)
@@ -166,6 +175,8 @@ def report(
     detectors: tuple[str, ...] = (),
     formats: tuple[str, ...] = ("png", "pdf"),
     reference: bool = True,
+    teacher: str = "",
+    start: str = "",
 ) -> None:
     """Write tables, figures and the page of a preset again, from its stored records; nothing is trained.
 
@@ -176,6 +187,8 @@ def report(
         detectors: names of detectors; without, all that the preset has recipes for.
         formats: of the figures: png, pdf.
         reference: where no run is stored, report the committed ones of results/reference.
+        teacher: the published detector that taught, as in train.
+        start: the one that the students started from, as in train.
     """
     from detrdistill.report.write import stored_seeds, write_report
     from detrdistill.runs.reference import to_show
@@ -185,12 +198,19 @@ def report(
     source = to_show(preset, store) if reference else store
     if source is not store:
         print(f"{store.root} has no complete run yet: this is a report of the committed reference, {source.root}", file=sys.stderr)
-    seeds = seeds or stored_seeds(preset, tables, detectors, source)
-    for path in write_report(preset, seeds, store.root, tables, detectors, source, formats):
+    seeds = seeds or stored_seeds(preset, tables, detectors, source, teacher=teacher, start=start)
+    for path in write_report(preset, seeds, store.root, tables, detectors, source, formats, teacher=teacher, start=start):
         print(path)
 
 
-def plan(preset: str = "quick", seeds: tuple[int, ...] = (0,), tables: tuple[str, ...] = (), detectors: tuple[str, ...] = ()) -> None:
+def plan(
+    preset: str = "quick",
+    seeds: tuple[int, ...] = (0,),
+    tables: tuple[str, ...] = (),
+    detectors: tuple[str, ...] = (),
+    teacher: str = "",
+    start: str = "",
+) -> None:
     """List the runs that tables still miss, with the time that they are expected to take; nothing is run.
 
     Args:
@@ -198,10 +218,12 @@ def plan(preset: str = "quick", seeds: tuple[int, ...] = (0,), tables: tuple[str
         seeds: of the students.
         tables: names of tables; the preset's usual ones if none are named.
         detectors: names of detectors; all that the preset has recipes for if none are named.
+        teacher: a published detector that teaches, as in train.
+        start: one that the students start from, as in train.
     """
     from detrdistill.runs.plan import plan_text
 
-    print(plan_text(preset, seeds, tables, detectors))
+    print(plan_text(preset, seeds, tables, detectors, teacher=teacher, start=start))
 
 
 def notebook(
@@ -287,6 +309,12 @@ def main() -> None:
         if not of_many():
             raise
         leave(1, traceback.format_exc())
+
+
+def to_stderr(line: str) -> None:
+    """Say a line beside the command's output; of several processes, the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def of_many() -> bool:

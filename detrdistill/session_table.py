@@ -18,7 +18,7 @@ from detrdistill.recipes.identity import run_id
 from detrdistill.recipes.presets import Preset
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.rows import Row
-from detrdistill.recipes.tables import TABLES, WEIGHTS, make_table, only_parents
+from detrdistill.recipes.tables import WEIGHTS, make_table, only_parents, possible_tables
 from detrdistill.records import Record
 from detrdistill.report.claims import board, weigh
 from detrdistill.report.comparisons import Comparisons
@@ -53,7 +53,7 @@ class SessionTable:
         """
         self._table = make_table(name, presets, seeds)
         # A verdict depends on all runs of a detector, in whichever table they are.
-        self._tables = [make_table(one, presets, seeds) for one in TABLES]
+        self._tables = [make_table(one, presets, seeds) for one in possible_tables(presets)]
         self._store, self._train = store, train
         self.rows = self._table.rows
 

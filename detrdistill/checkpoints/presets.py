@@ -6,7 +6,7 @@ from typing import Any
 
 from detrdistill.checkpoints.locate import locate
 from detrdistill.errors import InputError
-from detrdistill.recipes.parts import BackboneRecipe, DetectorWeights, Resize, Schedule
+from detrdistill.recipes.parts import BackboneRecipe, Resize, Schedule
 from detrdistill.recipes.presets import Preset, get_preset, get_presets
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.words import DETECTORS
@@ -23,7 +23,7 @@ class Published:
 
     Attributes:
         fields: `start` and the architecture.
-        resize: the sizes of images that it was trained for.
+        resize: how it wants its images prepared: as the file says, or else as the published DETRs do.
     """
 
     fields: dict[str, Any]
@@ -93,23 +93,16 @@ def read_published(model: str, changes: Mapping[str, Any], part: str) -> Publish
     """
     from detrdistill.checkpoints.pretrained import read_with_settings  # only now: torch takes seconds
 
-    start = locate(model)
+    start = locate(model).replace(part=changes.get(f"{part}start.part", ""))
     stated = {name: changes[part + name] for name in NEEDED if part + name in changes}
-    _, about = read_with_settings(start.path, stated, ask=f"--set {part}{{}}=")
-    known = {name: value for name, value in about.settings.items() if name in Recipe.model_fields}
+    _, about = read_with_settings(start.path, stated, part=start.part or None, ask=f"--set {part}{{}}=")
+    known = dict(about.settings)
+    resize = known.pop("resize", Resize())
     backbone = dict(known["backbone"])
     # Norms that were trained go on training in the kit's own runs alone: elsewhere they are frozen, or in evaluation mode.
     trained = about.origin == "kit" and backbone["weights"] == "none"
     known["backbone"] = BackboneRecipe.read(backbone | {"weights": "none" if trained else "start", "crops": None}, where=str(start.path))
-    return Published({"start": start} | known, resize_of(start))
-
-
-def resize_of(start: DetectorWeights) -> Resize:
-    """How images are resized for a detector: as a run's record says, or else the 800 and 1333 pixels of the published DETRs."""
-    from detrdistill.records import read_record
-
-    record = (start.path if start.path.is_dir() else start.path.parent) / "record.json"
-    return read_record(record).recipe.resize if record.is_file() else Resize()
+    return Published({"start": start} | known, resize)
 
 
 def _with_published(preset: Preset, teaches: Published | None, starts: Published | None, changes: Mapping[str, Any]) -> Preset:
@@ -120,7 +113,8 @@ def _with_published(preset: Preset, teaches: Published | None, starts: Published
         teacher = teaches.recipe(student, schedule=MEASURED, seed=0, precision="fp32", dropout=0.0)
         teacher = teacher.replace(**{"resize.train": "none"})
         if not starts:
-            student = student.replace(**_needs(teacher, student), resize=teacher.resize.replace(train=student.resize.train))
+            sizes = {f"resize.{side}": getattr(teacher.resize, side) for side in ("short", "long")}
+            student = student.replace(**_needs(teacher, student), **sizes)
         if teacher.detector != student.detector:  # the method that the user makes of it must fit before the rest is changed
             parts = {part: changes[f"detrdistill.{part}"] for part in ("features", "assignment") if f"detrdistill.{part}" in changes}
             method = method.replace(**parts)

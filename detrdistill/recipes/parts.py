@@ -40,6 +40,7 @@ class DetectorWeights(Strict):
         None, pattern="^[0-9a-f]{64}$", description="hash of the files that are read; filled in when a run starts (`checkpoints.locate`)"
     )
     source: str = Field("", description="hub id and revision that it was downloaded from")
+    part: Literal["", "student", "teacher", "model", "ema"] = Field("", description="which, of a file that holds several")
     outputs: tuple[str, ...] = Field((), description="the class of each output of the head, '' for none, where the file does not say")
 
     @field_validator("outputs", mode="before")

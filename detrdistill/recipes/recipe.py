@@ -78,9 +78,7 @@ class Recipe(Strict):
         if self.detector != "conditional_detr" and width % 32:
             raise ValueError(f"{width} feature channels cannot be normalised in 32 groups; choose a multiple of 32")
         if self.start is None and (self.backbone.weights == "start" or self.schedule.steps == 0):
-            raise ValueError(
-                "'schedule.steps' = 0 and 'backbone.weights' = 'start' are for a detector that has a 'start'; give its weights, or change them"
-            )
+            raise ValueError("'schedule.steps' = 0 and 'backbone.weights' = 'start' need a 'start'; give its weights")
         if self.published and self.methods:
             raise ValueError("schedule.steps 0 is for a published detector as it is, which nobody teaches; give the student some steps")
         if bool(self.methods) != (self.teacher is not None):

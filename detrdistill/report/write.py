@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from detrdistill.checkpoints.presets import choose_presets
 from detrdistill.figures import style
 from detrdistill.figures.bars import bars
 from detrdistill.figures.comparison import comparison
@@ -17,10 +18,10 @@ from detrdistill.figures.residuals import residuals
 from detrdistill.figures.weights import weight_trials
 from detrdistill.published import in_words, published
 from detrdistill.recipes.parts import Digits
-from detrdistill.recipes.presets import Preset, get_presets
+from detrdistill.recipes.presets import Preset
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.rows import Row, Table
-from detrdistill.recipes.tables import TABLES, WEIGHTS, make_table, usual_tables
+from detrdistill.recipes.tables import TABLES, WEIGHTS, make_table, possible_tables, usual_tables
 from detrdistill.report.claims import NOTE, board, claim_cells, weigh, write_claims
 from detrdistill.report.comparisons import Comparisons
 from detrdistill.report.formats import write_table
@@ -70,6 +71,9 @@ def write_report(
     detectors: Sequence[str] = (),
     source: Store | None = None,
     formats: Sequence[str] = tuple(style.FORMATS),
+    *,
+    teacher: str = "",
+    start: str = "",
 ) -> list[Path]:
     """Write tables to `tables/`, figures to `figures/` and a page with everything, `index.html`; what is missing is "not run".
 
@@ -79,6 +83,7 @@ def write_report(
         detectors: those to compare; by default all that the preset has.
         source: where the records lie; by default in the folder that is written to.
         formats: of the figures; the page shows the PNG files.
+        teacher, start: as in `choose_presets`.
 
     Returns:
         The files written, the same bytes for the same records.
@@ -86,14 +91,14 @@ def write_report(
     Raises:
         InputError: an unknown preset or table, no seeds, or records that were edited or do not belong together.
     """
-    presets = get_presets(preset_name, detectors)
+    presets = choose_presets(preset_name, detectors, teacher, start)
     store = open_store(preset_name) if store_root is None else Store(store_root)
     style.check_formats(formats)
     source, place = source or store, Place(store.root, tuple(formats))
-    made = [make_table(name, presets, seeds) for name in tables_of(preset_name, tables, store, source)]
+    made = [make_table(name, presets, seeds) for name in tables_of(presets, tables, store, source)]
     frames = [collect(table, source) for table in made]
     # Of all tables, whichever are shown: every run of a detector tells how large its noise is.
-    everything = [make_table(name, presets, seeds) for name in TABLES]
+    everything = [make_table(name, presets, seeds) for name in possible_tables(presets)]
     comparisons = Comparisons(everything, source)
     weighed = weigh(everything, comparisons, planned_seeds(everything))  # whose parts are tested together, whichever are shown
     if not weighed.empty:
@@ -118,11 +123,17 @@ def write_report(
 
 
 def stored_seeds(
-    preset_name: str, tables: Sequence[str] = (), detectors: Sequence[str] = (), store: Store | None = None
+    preset_name: str,
+    tables: Sequence[str] = (),
+    detectors: Sequence[str] = (),
+    store: Store | None = None,
+    *,
+    teacher: str = "",
+    start: str = "",
 ) -> tuple[int, ...]:
     """The seeds of which these tables have a student's record; 0 if there are none."""
-    presets, store = get_presets(preset_name, detectors), store or open_store(preset_name)
-    teachers, names = [preset.teacher for preset in presets], tables_of(preset_name, tables, store)
+    presets, store = choose_presets(preset_name, detectors, teacher, start), store or open_store(preset_name)
+    teachers, names = [preset.teacher for preset in presets], tables_of(presets, tables, store)
 
     def has_student(seed: int) -> bool:
         recipes = [recipe for name in names for recipe in make_table(name, presets, [seed]).recipes()]
@@ -132,10 +143,10 @@ def stored_seeds(
     return tuple(seed for seed in sorted(seeds) if has_student(seed)) or (0,)
 
 
-def tables_of(preset_name: str, tables: Sequence[str], *stores: Store) -> list[str]:
+def tables_of(presets: Sequence[Preset], tables: Sequence[str], *stores: Store) -> list[str]:
     """Those named, or else the preset's usual ones, and those that are there already; in the paper's order. (Not `WEIGHTS`.)"""
-    there = {name for name in TABLES if any((store.root / "tables" / f"{name}.csv").exists() for store in stores)}
-    names = (there | set(tables or usual_tables(preset_name))) - {WEIGHTS}
+    there = {name for name in possible_tables(presets) if any((store.root / "tables" / f"{name}.csv").exists() for store in stores)}
+    names = (there | set(tables or usual_tables(presets))) - {WEIGHTS}
     return sorted(names, key=[*TABLES, *names].index)
 
 

@@ -56,9 +56,10 @@ def start_detector(detector: nn.Module, recipe: Recipe, categories: Sequence[str
     Raises:
         InputError: the weights are missing, damaged, others than stated or of another architecture, or lack a class.
     """
-    start = recipe.start
-    outputs = [name or None for name in start.outputs] or None
-    about = load_detector_weights(detector, nearby(start.path), categories=categories, outputs=outputs, replace_head=True)
+    start, outputs = recipe.start, [name or None for name in recipe.start.outputs] or None
+    about = load_detector_weights(
+        detector, nearby(start.path), categories=categories, outputs=outputs, replace_head=True, part=start.part or None
+    )
     fresh = [name for name, row in zip(categories, about.rows, strict=True) if row is None]
     dropped = [name for row, name in enumerate(about.names) if name is not None and row not in about.rows]
     if fresh and recipe.published:
@@ -69,7 +70,7 @@ def start_detector(detector: nn.Module, recipe: Recipe, categories: Sequence[str
         )
     found = {"file": start.path.name, "sha256": start.sha256, "source": start.source, "origin": about.origin}
     found |= {"classes": f"{len(categories) - len(fresh)} of {len(about.names)} outputs", "left_out": ", ".join(about.left_out)}
-    found |= {"fresh": classes_text(fresh), "dropped": classes_text(dropped)}
+    found |= {name: classes_text(some) for name, some in (("fresh", fresh), ("dropped", dropped)) if some}
     return {name: text for name, text in found.items() if text}
 
 

@@ -241,7 +241,7 @@ def _run_detector(
                 f"the teacher {source['run']} has AP {measured:.1f} on this data, and must exceed teacher_floor "
                 f"{recipe.teacher_floor:.1f} to teach; train it longer, check its weights, or lower the floor"
             )
-        teacher = Teacher(detector, distiller, kept)
+        teacher = Teacher(detector, distiller, kept, (recipe.resize, recipe.teacher.resize))
     folder = store.folder(recipe)
     state = train(fabric, distiller, teacher, train_set, recipe, folder, measure, workers=workers, progress=progress, commit=code())
     if not fabric.is_global_zero:
