@@ -9,7 +9,6 @@ from detrdistill.errors import InputError
 from detrdistill.recipes.parts import BackboneRecipe, Resize, Schedule
 from detrdistill.recipes.presets import Preset, get_preset, get_presets
 from detrdistill.recipes.recipe import Recipe
-from detrdistill.recipes.words import DETECTORS
 
 NEEDED = ("heads", "points", "queries")  # what a file's tensors do not show, and what lies beside them may not say
 MEASURED = Schedule(steps=0, batch=4)  # so many images at once
@@ -70,14 +69,12 @@ def choose_presets(
     family = (starts or teaches).detector
     if starts and (other := [one for one in detectors if one != family]):
         raise InputError(f"detector '{other[0]}': a student that starts from {start} is a {family}; leave the detector out")
-    if not detectors and say and (others := [one for one in DETECTORS if one != family]):
-        say(f"preset {name} for {family} alone, as the published detector is; {', '.join(others)} left out")
     made = []
     for detector in detectors or [family]:
         preset = get_preset(name, detector)
         changed = _with_published(preset, teaches, starts, changes)
-        if say and (line := _followed(preset, changed)):
-            say(line)
+        if say:
+            say(f"as the published detector has it: {', '.join([f'preset {name} for {detector} alone', *_followed(preset, changed)])}")
         made.append(changed)
     return made
 
@@ -133,7 +130,7 @@ def _needs(leading: Recipe, following: Recipe) -> dict[str, Any]:
     return form | {"levels": leading.levels, "backbone.dilation": leading.backbone.dilation}
 
 
-def _followed(before: Preset, after: Preset) -> str:
+def _followed(before: Preset, after: Preset) -> list[str]:
     """What differs from the preset in the students, or in a teacher that follows them."""
 
     def value(recipe: Recipe, name: str) -> Any:
@@ -146,4 +143,4 @@ def _followed(before: Preset, after: Preset) -> str:
         if new.start is None:
             pairs = [(name, value(old, name), value(new, name)) for name in FOLLOWED]
             found += [f"the {who}'s {name} {now} ({then} in the preset)" for name, then, now in pairs if now != then]
-    return f"as the published detector has it: {', '.join(found)}; --set changes it" if found else ""
+    return found

@@ -126,7 +126,7 @@ def _load(
         rows = _rows(about, categories, replace_head)
         kept = [i for i, row in enumerate(rows) if row is not None]
         for name in heads:
-            if name in state:
+            if name in state and state[name].shape[1:] == own[name].shape[1:]:  # what does not fit is reported below
                 fresh = own[name].clone()
                 fresh[kept] = state[name][[rows[i] for i in kept]].to(fresh)
                 # The first output of a two-stage detector's last head is how good a proposal is, whatever the classes.

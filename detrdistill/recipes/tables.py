@@ -180,12 +180,14 @@ def discrepancies(presets: Presets, seeds: Seeds) -> Table:
         "teacher's queries matched anew": {"pairing": "student"},
         "student's reference points": {"references": "student"},
     }
-    if preset.student.form == "two_stage":  # it has no layer that makes them
+    two_stage = preset.student.form == "two_stage"  # which has no layer that makes reference points, and the released code takes them
+    if two_stage:
         del switches["student's reference points"]
     rows = [row(preset, seeds, setting, setting) for setting in ("teacher", "student")]
     rows.append(row(preset, seeds, "detrdistill", "detrdistill", "As in the paper"))
     rows += [switched_row(preset, seeds, name, name.capitalize(), changes) for name, changes in switches.items()]
-    rows.append(switched_row(preset, seeds, "released", "All as in the released code", DETRDistill(variant="released")))
+    if not two_stage:
+        rows.append(switched_row(preset, seeds, "released", "All as in the released code", DETRDistill(variant="released")))
     return table("discrepancies", [preset], "", "Paper and released code", rows)
 
 

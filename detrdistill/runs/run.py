@@ -31,7 +31,7 @@ from detrdistill.runs.store import Store
 from detrdistill.runs.watch import Watch
 from detrdistill.training.batches import mix
 from detrdistill.training.crops import train_on_crops
-from detrdistill.training.evaluation import evaluate
+from detrdistill.training.evaluation import changes, evaluate
 from detrdistill.training.fabric import loaders, make_fabric
 from detrdistill.training.teacher_outputs import Teacher, kept_outputs
 from detrdistill.training.trainer import train
@@ -170,7 +170,7 @@ def _run_published(fabric: Fabric, recipe: Recipe, store: Store, workers: int) -
     detector = build_detector(recipe, len(names))
     lineage = {"start": start_detector(detector, recipe, names)}
     detector.to(fabric.device, memory_format=torch.channels_last)
-    metrics, _ = _evaluate_once(fabric, detector, val_set, recipe, workers)
+    metrics, held = _evaluate_once(fabric, detector, val_set, recipe, workers)
     if not fabric.is_global_zero:
         return None
     save_weights(store.weights(recipe), detector, {"run": run_id(recipe), "categories": classes_text(names)})
@@ -178,7 +178,7 @@ def _run_published(fabric: Fabric, recipe: Recipe, store: Store, workers: int) -
         id=run_id(recipe),
         recipe=recipe,
         metrics=metrics,
-        curve=[],
+        curve=[{"step": 0, "AP": metrics["AP"]} | changes(held, None)],
         cost=watch.cost(0, watch.seconds(), 0),
         parents=lineage,
         provenance=_provenance(fabric, recipe.data, store.weights(recipe)) | {"commit": code()},
@@ -215,7 +215,7 @@ def _run_detector(
     if recipe.start is not None:
         lineage["start"] = start_detector(student, recipe, [category.name for category in train_set.categories])
         if fabric.is_global_zero and (left := [f"{name}: {lineage['start'][name]}" for name in NOT_TAKEN if name in lineage["start"]]):
-            LOG.warning("%s starts from %s, its head but for classes that are %s", recipe.title, recipe.start.path, "; ".join(left))
+            LOG.warning("%s starts from %s; not taken of its head: classes %s", recipe.title, recipe.start.path, "; ".join(left))
     elif about := start_backbone(student.backbone, recipe, store):
         lineage["backbone"] = about
     with torch.random.fork_rng(devices=[]):
