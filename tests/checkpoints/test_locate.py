@@ -162,6 +162,10 @@ def test_a_hub_id(hub, tmp_path: Path, monkeypatch) -> None:
         assert (line := ask(name)).startswith(
             f"model '{name}': no such file or folder, and the hub refuses it ("
         ) and "correct the name" in line
+    del files["model.safetensors"]
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "another"))
+    assert DetectorWeights.model_validate_json(ask("org/name")).sha256 != found.sha256 and "pytorch_model.bin" in given
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     server.shutdown()
     server.server_close()
     assert DetectorWeights.model_validate_json(ask("org/name")) == found, "without a network too"
