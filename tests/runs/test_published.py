@@ -147,6 +147,8 @@ def test_measured_once_a_file_and_a_data_set(data: Path, tmp_path: Path, monkeyp
     recipe = chosen("detrdistill", data, teacher=str(path))
     first = go(recipe, tmp_path / "results")
     assert len(measured) == 2, "teacher and student"
+    with pytest.raises(InputError, match=r"the teacher .*-published-.* must exceed teacher_floor 50\.0 to teach"):
+        go(recipe.replace(teacher_floor=50), tmp_path / "results")
     moved = shutil.move(path, tmp_path / "elsewhere.pth")
     second = chosen("detrdistill", data, teacher=str(moved)).replace(seed=1)
     assert go(second, tmp_path / "results").parents["teacher"] == first.parents["teacher"] and len(measured) == 3
