@@ -132,7 +132,7 @@ def check(folder: tyro.conf.Positional[Path], /) -> None:
 
 
 def evaluate(
-    model: tyro.conf.Positional[Path],
+    model: tyro.conf.Positional[str],
     /,
     data: Path,
     split: str = "val",
@@ -148,7 +148,7 @@ def evaluate(
     Images are prepared as the detector wants them. Classes are found by name; the detector may know more than the data has.
 
     Args:
-        model: a run's folder, a checkpoint file or a Hugging Face folder.
+        model: a checkpoint file, a Hugging Face folder, a run's folder or id, or a hub id.
         data: folder of COCO json and images.
         split: val or train.
         out: folder for results.json.
@@ -158,12 +158,12 @@ def evaluate(
         device: auto, cpu or cuda.
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
     """
-    from detrdistill.files import nearby
+    from detrdistill.checkpoints.locate import locate
     from detrdistill.runs.evaluate import evaluate_model
 
     settings = dict(assignment(text) for text in set)
     how = {"device": device, "batch": batch, "workers": workers, "outputs": outputs, "settings": settings}
-    found = evaluate_model(nearby(model), data, split, **how)
+    found = evaluate_model(locate(model).path, data, split, **how)
     print(found.text())
     print(f"\n{found.write(out)}")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from detrdistill.checkpoints.hugging_face import export_hugging_face
 from detrdistill.checkpoints.presets import choose_presets
@@ -24,13 +23,22 @@ from detrdistill.runs.pinned import pinned
 from detrdistill.runs.run import run
 from detrdistill.runs.store import Store
 from detrdistill.training import checkpointing, trainer
+from tests.checkpoints.test_formats import FORMS, mmdet3_state, without_neck_bias
 from tests.checkpoints.test_pretrained import mmdet_state, of_classes, official_state
 from tests.folders import read_split, write_folder, write_split
 from tests.models.small import randomise, small_detector
 
 NAMES = ["zebra", "cat", "person"]  # of COCO's classes
-UNTOLD = {"mmdetection": {"heads": 4}}  # what a file of this format does not tell
-FORMATS = ("official deformable", "official conditional", "official two-stage", "mmdetection", "adamixer", "hugging face")
+UNTOLD = {"mmdetection 2": {"heads": 4}}  # what a file of this format does not tell
+FORMATS = (
+    "official deformable",
+    "official conditional",
+    "official two-stage",
+    "mmdetection 2",
+    "mmdetection 3",
+    "adamixer",
+    "hugging face",
+)
 QUICK = {"backbone.weights": "crops", "backbone.crops.steps": 1, "schedule.steps": 2, "schedule.evaluations": 1, "schedule.batch": 2}
 
 
@@ -60,15 +68,15 @@ def write_model(kind: str, folder: Path) -> Path:
     if kind.startswith("official"):  # with COCO's 91 outputs
         of_classes({"official two-stage": "deformable-two-stage"}.get(kind, kind.split()[1]), 91, path)
         return path
-    state = official_state(kind, small_detector(kind)) if kind == "adamixer" else mmdet_state(_without_bias(small_detector("deformable")))
-    torch.save({"state_dict": state, "meta": {"CLASSES": (NAMES[2], NAMES[0], NAMES[1])}}, path)
+    classes = [NAMES[2], NAMES[0], NAMES[1]]
+    if kind == "mmdetection 3":
+        state = mmdet3_state("deformable-refine", without_neck_bias("deformable-refine"))
+        meta = {"cfg": f"model = dict(bbox_head=dict({FORMS['deformable-refine']}))", "dataset_meta": {"classes": classes}}
+    else:
+        state = official_state(kind, small_detector(kind)) if kind == "adamixer" else mmdet_state(without_neck_bias("deformable", 3))
+        meta = {"CLASSES": classes}
+    torch.save({"state_dict": state, "meta": meta}, path)
     return path
-
-
-def _without_bias(detector: nn.Module) -> nn.Module:
-    for projection in detector.input_proj:
-        nn.init.zeros_(projection[0].bias)
-    return detector
 
 
 def chosen(setting: str, data: Path, kind: str = "", **models: str) -> Recipe:
@@ -93,7 +101,7 @@ def test_each_format_teaches_and_is_a_start(kind: str, data: Path, tmp_path: Pat
     record, store = go(recipe, tmp_path / "results"), Store(tmp_path / "results")
     teacher = store.record(pinned(recipe).teacher)
     about = teacher.parents["start"]
-    outputs = {"mmdetection": 3, "adamixer": 3, "hugging face": 4}.get(kind, 91)
+    outputs = 91 if kind.startswith("official") else 4 if kind == "hugging face" else 3
     assert about["file"] == path.name and about["sha256"] == pinned(recipe).start.sha256
     assert about["classes"] == f"3 of {outputs} outputs" and about["origin"] in ("official", "mmdetection", "Hugging Face")
     assert ("dropped" in about) == (outputs > 3) and "fresh" not in about
