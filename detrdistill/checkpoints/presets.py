@@ -109,25 +109,24 @@ def _with_published(preset: Preset, teaches: Published | None, starts: Published
     if teaches:
         teacher = teaches.recipe(student, schedule=MEASURED, seed=0, precision="fp32", dropout=0.0)
         teacher = teacher.replace(**{"resize.train": "none"})
-        if not starts:
-            sizes = {f"resize.{side}": getattr(teacher.resize, side) for side in ("short", "long")}
-            student = student.replace(**_needs(teacher, student), **sizes)
+        student = student if starts else student.replace(**_needs(teacher, student))
         if teacher.detector != student.detector:  # the method that the user makes of it must fit before the rest is changed
             parts = {part: changes[f"detrdistill.{part}"] for part in ("features", "assignment") if f"detrdistill.{part}" in changes}
             method = method.replace(**parts)
         preset = replace(preset, floor=min(preset.floor, 0.0), students_a_teacher=None)
     elif starts:
-        teacher = teacher.replace(**_needs(student, teacher), resize=student.resize)
+        teacher = teacher.replace(**_needs(student, teacher))
     return replace(preset, teacher=teacher, student=student, method=method)
 
 
 def _needs(leading: Recipe, following: Recipe) -> dict[str, Any]:
-    """What must be alike for the methods that compare maps and share queries, taken from `leading`."""
+    """Sizes of images, and what must be alike for the methods that compare maps and share queries, taken from `leading`."""
+    sizes = {f"resize.{side}": getattr(leading.resize, side) for side in ("short", "long")}
     if leading.detector != following.detector:
-        return {}
+        return sizes
     other_form = (leading.form == "two_stage") != (following.form == "two_stage")
     form = {"form": leading.form} if other_form else {}
-    return form | {"levels": leading.levels, "backbone.dilation": leading.backbone.dilation}
+    return sizes | form | {"levels": leading.levels, "backbone.dilation": leading.backbone.dilation}
 
 
 def _followed(before: Preset, after: Preset) -> list[str]:

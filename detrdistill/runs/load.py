@@ -69,11 +69,8 @@ def start_detector(detector: nn.Module, recipe: Recipe, categories: Sequence[str
             f"{known}), so it cannot teach them; train it for this data with --start, or give the data its names"
         )
     found = {"file": start.path.name, "sha256": start.sha256, "source": start.source, "origin": about.origin}
-    found |= {
-        "classes": f"{len(categories) - len(fresh)} of {len(about.names)} outputs",
-        "entry": about.entry,
-        "left_out": ", ".join(about.left_out),
-    }
+    found |= {"entry": about.entry, "left_out": ", ".join(about.left_out)}
+    found["classes"] = f"{len(categories) - len(fresh)} of {len(about.names)} outputs"
     found |= {name: classes_text(some) for name, some in (("fresh", fresh), ("dropped", dropped)) if some}
     return {name: text for name, text in found.items() if text}
 

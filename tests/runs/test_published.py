@@ -30,15 +30,8 @@ from tests.models.small import randomise, small_detector
 
 NAMES = ["zebra", "cat", "person"]  # of COCO's classes
 UNTOLD = {"mmdetection 2": {"heads": 4}}  # what a file of this format does not tell
-FORMATS = (
-    "official deformable",
-    "official conditional",
-    "official two-stage",
-    "mmdetection 2",
-    "mmdetection 3",
-    "adamixer",
-    "hugging face",
-)
+OFFICIAL = ("official deformable", "official conditional", "official two-stage")
+FORMATS = (*OFFICIAL, "mmdetection 2", "mmdetection 3", "adamixer", "hugging face")
 QUICK = {"backbone.weights": "crops", "backbone.crops.steps": 1, "schedule.steps": 2, "schedule.evaluations": 1, "schedule.batch": 2}
 
 
@@ -65,7 +58,7 @@ def write_model(kind: str, folder: Path) -> Path:
         randomise(detector)
         return export_hugging_face(detector, folder / "model", ["dog", *NAMES], Resize(short=64, long=64))
     path = folder / "model.pth"
-    if kind.startswith("official"):  # with COCO's 91 outputs
+    if kind in OFFICIAL:  # with COCO's 91 outputs
         of_classes({"official two-stage": "deformable-two-stage"}.get(kind, kind.split()[1]), 91, path)
         return path
     classes = [NAMES[2], NAMES[0], NAMES[1]]
@@ -101,7 +94,7 @@ def test_each_format_teaches_and_is_a_start(kind: str, data: Path, tmp_path: Pat
     record, store = go(recipe, tmp_path / "results"), Store(tmp_path / "results")
     teacher = store.record(pinned(recipe).teacher)
     about = teacher.parents["start"]
-    outputs = 91 if kind.startswith("official") else 4 if kind == "hugging face" else 3
+    outputs = 91 if kind in OFFICIAL else 4 if kind == "hugging face" else 3
     assert about["file"] == path.name and about["sha256"] == pinned(recipe).start.sha256
     assert about["classes"] == f"3 of {outputs} outputs" and about["origin"] in ("official", "mmdetection", "Hugging Face")
     assert ("dropped" in about) == (outputs > 3) and "fresh" not in about
