@@ -13,6 +13,8 @@ PRESET ?= quick
 SEEDS ?= 0
 TABLE ?=
 DETECTORS ?=
+TEACHER ?=
+START ?=
 GPUS ?=
 CORES ?= $(shell getconf _NPROCESSORS_ONLN)
 DRY ?=
@@ -28,6 +30,7 @@ help:
 	@echo "make faults       the fault tests with their long loops, and a table of what was tried, survived, lost, into docs/trust.md"
 	@echo "make reproduce    run what is missing of a preset: runs, tables, figures, notebooks, report"
 	@echo "                  (PRESET=$(PRESET) SEEDS=\"$(SEEDS)\" TABLE=\"components logits\" DETECTORS=... CORES=$(CORES)"
+	@echo "                  TEACHER=... START=... a published detector (docs/published_detectors.md): file, folder, run or hub id;"
 	@echo "                  GPUS=... a run; DRY=1 only lists it, with the time it is expected to take; ARGS=... for snakemake)"
 	@echo "make report       write tables and figures again from stored results, without training (PRESET=$(PRESET);"
 	@echo "                  for a paper: ARGS=\"--width 3.3 --font serif --figures forest main_results\", see docs/report.md)"
@@ -78,9 +81,9 @@ faults: setup
 # the process id of the owner is kept, also when a signal ends it: a living owner is respected, a dead one's lock is removed. Its
 # command is looked at too, since ids are given anew after a restart, and a killed process keeps its id for a moment.
 OWNER := .snakemake/owner
-SNAKEMAKE := $(BIN)/snakemake --snakefile workflow/Snakefile --config preset=$(PRESET) seeds="$(SEEDS)" tables="$(TABLE)" detectors="$(DETECTORS)" $(if $(GPUS),gpus=$(GPUS))
+SNAKEMAKE := $(BIN)/snakemake --snakefile workflow/Snakefile --config preset=$(PRESET) seeds="$(SEEDS)" tables="$(TABLE)" detectors="$(DETECTORS)" $(if $(GPUS),gpus=$(GPUS)) $(if $(TEACHER),teacher="$(TEACHER)") $(if $(START),start="$(START)")
 
-NAMED = --preset $(PRESET) $(if $(TABLE),--tables $(TABLE)) $(if $(DETECTORS),--detectors $(DETECTORS))
+NAMED = --preset $(PRESET) $(if $(TABLE),--tables $(TABLE)) $(if $(DETECTORS),--detectors $(DETECTORS)) $(if $(TEACHER),--teacher "$(TEACHER)") $(if $(START),--start "$(START)")
 WHICH = $(NAMED) --seeds $(SEEDS)
 # Seeds that are not stated are all that are stored: a report of one must not stand in the place of one of three.
 REPORTED = $(NAMED) $(if $(filter-out file,$(origin SEEDS)),--seeds $(SEEDS))

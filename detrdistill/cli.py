@@ -27,10 +27,12 @@ def train(
     preset: tyro.conf.Positional[str],
     row: tyro.conf.Positional[RowName],
     /,
-    detector: str = "deformable_detr",
+    detector: str | None = None,
     seed: int = 0,
     set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
     data: Path | None = None,
+    teacher: str = "",
+    start: str = "",
     results: Path | None = None,
     device: str = "auto",
     workers: int | None = None,
@@ -44,24 +46,31 @@ def train(
         preset: smoke, quick, mini, bccd or coco.
         row: a setting of the preset, or the id of a run as the batch names it. Methods: detrdistill, fitnet, fgd, mgd, fkd, fgfi, pkd,
             cwd, kd_detr, d3etr; joined by + their losses add up.
-        detector: deformable_detr, conditional_detr or adamixer, as far as the preset has recipes for it.
+        detector: deformable_detr, conditional_detr or adamixer, as far as the preset has recipes for it; without, the published
+            detector's, or deformable_detr.
         seed: of the student.
         set: a field of the recipe and its value, such as schedule.lr=1e-4, or a switch of a method, such as detrdistill.variant=released
             or fgd.maps=features; may be repeated. resize, data and precision are the teacher's too; its other fields are
             teacher.schedule.lr and so on.
         data: folder of COCO json and images, instead of the preset's data.
+        teacher: a published detector that teaches: a checkpoint file, a Hugging Face folder, a run's folder or id, or a hub id
+            (org/name or org/name@revision). What it does not tell: --set teacher.heads=8 and so on.
+        start: a detector that the student starts from, named likewise; the student then has its sizes.
         results: folder for runs instead of results/<preset>.
         device: auto, cpu or cuda.
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
     """
-    from detrdistill.parameters import named_run, on_other_data, shared_with_teacher, with_switches
-    from detrdistill.recipes.presets import get_preset
+    from detrdistill.checkpoints.presets import choose_presets
+    from detrdistill.parameters import is_run_id, named_run, on_other_data, refuse_models, shared_with_teacher, with_switches
     from detrdistill.runs.store import Store, open_store
 
-    recipe, reference = named_run(preset, row, seed) or (get_preset(preset, detector).recipe(row, seed), False)
+    changes = dict(assignment(text) for text in set)
+    refuse_models(changes)
+    detectors = [detector] if detector and not is_run_id(row) else []  # an id is looked for in the tables of all
+    presets = choose_presets(preset, detectors, teacher, start, changes, say=to_stderr)
+    recipe, reference = named_run(presets, row, seed) or (presets[0].recipe(row, seed), False)
     if data is not None:
         recipe = on_other_data(recipe, data)
-    changes = dict(assignment(text) for text in set)
     recipe = with_switches(recipe, changes)
     recipe = recipe.replace(**shared_with_teacher(recipe, changes))
     store = Store(results) if results else open_store(preset)
@@ -123,7 +132,7 @@ def check(folder: tyro.conf.Positional[Path], /) -> None:
 
 
 def evaluate(
-    model: tyro.conf.Positional[Path],
+    model: tyro.conf.Positional[str],
     /,
     data: Path,
     split: str = "val",
@@ -139,7 +148,7 @@ def evaluate(
     Images are prepared as the detector wants them. Classes are found by name; the detector may know more than the data has.
 
     Args:
-        model: a run's folder, a checkpoint file or a Hugging Face folder.
+        model: a checkpoint file, a Hugging Face folder, a run's folder or id, or a hub id.
         data: folder of COCO json and images.
         split: val or train.
         out: folder for results.json.
@@ -149,12 +158,12 @@ def evaluate(
         device: auto, cpu or cuda.
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
     """
-    from detrdistill.files import nearby
+    from detrdistill.checkpoints.locate import locate
     from detrdistill.runs.evaluate import evaluate_model
 
     settings = dict(assignment(text) for text in set)
     how = {"device": device, "batch": batch, "workers": workers, "outputs": outputs, "settings": settings}
-    found = evaluate_model(nearby(model), data, split, **how)
+    found = evaluate_model(locate(model).path, data, split, **how)
     print(found.text())
     print(f"\n{found.write(out)}")
 
@@ -171,6 +180,8 @@ def report(
     formats: tuple[str, ...] = ("png", "pdf"),
     out: Path | None = None,
     reference: bool = True,
+    teacher: str = "",
+    start: str = "",
 ) -> None:
     """Write tables, figures and the page of a preset again, from its stored records; nothing is trained.
 
@@ -189,6 +200,8 @@ def report(
         formats: of the figures: png, pdf, svg.
         out: folder for tables and figures, without a page, instead of the preset's.
         reference: where no run is stored, report the committed ones of results/reference.
+        teacher: the published detector that taught, as in train.
+        start: the one that the students started from, as in train.
     """
     from detrdistill.figures import style
     from detrdistill.report.write import stored_seeds, write_report
@@ -201,13 +214,20 @@ def report(
     source = to_show(preset, store) if reference else store
     if source is not store:
         print(f"{store.root} has no complete run yet: this is a report of the committed reference, {source.root}", file=sys.stderr)
-    seeds = seeds or stored_seeds(preset, tables, detectors, source)
+    seeds = seeds or stored_seeds(preset, tables, detectors, source, teacher=teacher, start=start)
     with style.drawn_as(look):
-        paths = write_report(preset, seeds, store.root, tables, detectors, source, formats, figures, out)
+        paths = write_report(preset, seeds, store.root, tables, detectors, source, formats, figures, out, teacher=teacher, start=start)
     print(*paths, sep="\n")
 
 
-def plan(preset: str = "quick", seeds: tuple[int, ...] = (0,), tables: tuple[str, ...] = (), detectors: tuple[str, ...] = ()) -> None:
+def plan(
+    preset: str = "quick",
+    seeds: tuple[int, ...] = (0,),
+    tables: tuple[str, ...] = (),
+    detectors: tuple[str, ...] = (),
+    teacher: str = "",
+    start: str = "",
+) -> None:
     """List the runs that tables still miss, with the time that they are expected to take; nothing is run.
 
     Args:
@@ -215,10 +235,12 @@ def plan(preset: str = "quick", seeds: tuple[int, ...] = (0,), tables: tuple[str
         seeds: of the students.
         tables: names of tables; the preset's usual ones if none are named.
         detectors: names of detectors; all that the preset has recipes for if none are named.
+        teacher: a published detector that teaches, as in train.
+        start: one that the students start from, as in train.
     """
     from detrdistill.runs.plan import plan_text
 
-    print(plan_text(preset, seeds, tables, detectors))
+    print(plan_text(preset, seeds, tables, detectors, teacher=teacher, start=start))
 
 
 def notebook(
@@ -304,6 +326,12 @@ def main() -> None:
         if not of_many():
             raise
         leave(1, traceback.format_exc())
+
+
+def to_stderr(line: str) -> None:
+    """Say a line beside the command's output; of several processes, the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr)
 
 
 def of_many() -> bool:

@@ -2,23 +2,24 @@
 
 import re
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, field_validator
 
-from detrdistill.data.layout import pinned_preset
+from detrdistill.checkpoints.presets import choose_presets
 from detrdistill.errors import InputError
 from detrdistill.recipes.identity import all_runs
 from detrdistill.recipes.methods import METHODS
 from detrdistill.recipes.parts import Digits
-from detrdistill.recipes.presets import PRESETS, Preset, get_preset, get_presets
+from detrdistill.recipes.presets import PRESETS, Preset, get_preset
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.recipes.schema import Strict
-from detrdistill.recipes.tables import TABLES, make_table, only_parents
+from detrdistill.recipes.tables import make_table, only_parents, possible_tables
 from detrdistill.recipes.words import DEFORMABLE, DETECTORS
+from detrdistill.runs.pinned import pinned_preset
 from detrdistill.runs.tuning import runs_before_tuning
 
 SHARED = ("resize", "data", "precision")  # what images a detector sees and how it computes: a student's are its teacher's too
@@ -37,6 +38,7 @@ class Parameters(Strict):
         rows: names of rows whose weights are tuned.
         interactive: sliders where they are of use.
         data: folder of COCO json and images; empty: the preset's data.
+        teacher, start: a published detector that teaches, or that students start from, as `checkpoints.locate` takes it; empty: none.
         results: folder of runs; empty: the preset's.
     """
 
@@ -53,6 +55,8 @@ class Parameters(Strict):
     rows: tuple[str, ...] = ()
     interactive: bool = False
     data: str = ""
+    teacher: str = ""
+    start: str = ""
     results: str = ""
 
     @field_validator("preset")
@@ -122,8 +126,12 @@ def make_presets(read: Parameters) -> dict[str, Preset]:
         InputError: the preset has no recipes for a detector, has no such setting, or a change names no field or has a bad value.
     """
     name, wanted = ("detector", (read.detector,)) if read.detectors is None else ("detectors", read.detectors)
-    presets: dict[str, Preset] = {}
-    for detector in wanted or DETECTORS:
+    refuse_models(read.changes)
+    chosen: list[Preset] = []
+    if read.teacher or read.start:  # whose family is meant, since a notebook's one detector is never left empty
+        chosen = choose_presets(read.preset, read.detectors or (), read.teacher, read.start, read.changes, say=print)
+    presets = {preset.student.detector: preset for preset in chosen}
+    for detector in () if presets else wanted or DETECTORS:
         try:
             presets[detector] = get_preset(read.preset, detector)
         except InputError as error:
@@ -158,9 +166,22 @@ def change_preset(preset: Preset, changes: Mapping[str, Any]) -> Preset:
     return replace(
         preset,
         student=preset.student.replace(**of_student),
-        teacher=preset.teacher.replace(**(shared | fields_of("teacher."))),
+        teacher=preset.teacher.replace(**(_own(preset.teacher, shared) | fields_of("teacher."))),
         method=preset.method.replace(**fields_of("method.")),
     )
+
+
+def _own(teacher: Recipe, shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Of fields that students and teachers share, those that this one takes: a published one is measured once, on images of its own."""
+    return {name: value for name, value in shared.items() if not teacher.published or name.split(".")[0] == "data"}
+
+
+def refuse_models(changes: Collection[str]) -> None:
+    """Raise InputError where a published detector is named as if it were a field of the recipe."""
+    for name in ("teacher", "teacher.weights", "teacher.start", "teacher.start.path", "weights", "start", "start.path"):
+        if name in changes:
+            part = "teacher" if name.startswith("teacher") else "start"
+            raise InputError(f"'{name}' is no field to set; name a published detector with --{part} MODEL (in a notebook: '{part}')")
 
 
 def require_images(read: Parameters, preset: Preset) -> None:
@@ -175,17 +196,21 @@ def require_images(read: Parameters, preset: Preset) -> None:
             )
 
 
-def named_run(preset: str, row: str, seed: int) -> tuple[Recipe | CropRecipe, bool] | None:
-    """The run of a preset's tables that has this id, whichever detectors the tables are made for, and whether it is `only_parents`.
+def is_run_id(row: str) -> bool:
+    return bool(re.search("-[0-9a-f]{8}$", row))
+
+
+def named_run(presets: Sequence[Preset], row: str, seed: int) -> tuple[Recipe | CropRecipe, bool] | None:
+    """The run of these presets' tables that has this id, whichever detectors the tables are made for, and whether it is `only_parents`.
 
     None if `row` is no id of one.
     """
-    if not re.search("-[0-9a-f]{8}$", row):
+    if not is_run_id(row):
         return None
-    presets = get_presets(preset)
     for chosen in (presets, *([one] for one in presets)):  # a table of one detector depends on which there are
         for pin in (False, True):
-            tables = [make_table(name, [pinned_preset(one) if pin else one for one in chosen], (seed,)) for name in TABLES]
+            made = [pinned_preset(one) if pin else one for one in chosen]
+            tables = [make_table(name, made, (seed,)) for name in possible_tables(made)]
             runs = all_runs(recipe for table in tables for recipe in table.recipes())
             if row in runs:
                 return runs[row], row in only_parents(tables)
@@ -221,5 +246,6 @@ def shared_with_teacher(recipe: Recipe, changes: dict[str, str]) -> dict[str, st
     """The changes, and those that decide what images the detectors see and how they compute, for the teacher too."""
     if getattr(recipe, "teacher", None) is None:
         return changes
-    shared = {f"teacher.{name}": value for name, value in changes.items() if name.split(".")[0] in SHARED}
-    return shared | changes  # in this order: what is stated for the teacher holds
+    shared = _own(recipe.teacher, {name: value for name, value in changes.items() if name.split(".")[0] in SHARED})
+    # In this order: what is stated for the teacher holds.
+    return {f"teacher.{name}": value for name, value in shared.items()} | changes

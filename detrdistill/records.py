@@ -112,7 +112,7 @@ def refuse_mixed(records: Sequence[Record]) -> None:
         for name, parent in record.parents.items():
             # A file by its hash, or which of torchvision's.
             source, held = f"{record.recipe.backbone.name} {record.recipe.backbone.weights}", parent.get("sha256", parent.get("weights"))
-            if held and weights.setdefault(source, held) != held:
+            if name == "backbone" and held and weights.setdefault(source, held) != held:
                 raise InputError(
                     f"run {record.id} started from other backbone weights, {source} ({held}), than other runs of the table "
                     f"({weights[source]}); delete the folder of the outdated one and run it again"

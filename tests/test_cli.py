@@ -9,10 +9,10 @@ import time
 import pytest
 
 from detrdistill import cli, parameters
-from detrdistill.data.layout import pinned_preset
 from detrdistill.errors import InputError, NonFiniteError
 from detrdistill.recipes.identity import run_id
 from detrdistill.recipes.parts import Folder
+from detrdistill.runs.pinned import pinned_preset
 from tests.folders import read_split, write_folder, write_split
 from tests.report.test_tables import put
 
@@ -241,7 +241,7 @@ def test_parents_of_later_seeds_are_found_with_a_student_s_seed():
         runs = named_runs(TABLES, get_presets("mini"), (seed,))
         found |= {name: seed for name, recipe in runs.items() if not isinstance(recipe, Recipe) or recipe.schedule.steps == 4000}
     assert 1 < list(found.values()).count(3) < len(found), "of either seed"
-    assert all(run_id(parameters.named_run("mini", name, seed)[0]) == name for name, seed in found.items())
+    assert all(run_id(parameters.named_run(get_presets("mini"), name, seed)[0]) == name for name, seed in found.items())
 
 
 def test_tune_runs_what_a_row_misses_and_says_what_was_best(monkeypatch, capsys, tmp_path, refused):
@@ -339,10 +339,10 @@ def test_every_run_that_the_batch_names_is_known(detectors):
 
     for table in TABLES:
         for name, recipe in named_runs([table], get_presets("smoke", detectors), (3,)).items():
-            assert named_run("smoke", name, 3)[0] == recipe
+            assert named_run(get_presets("smoke"), name, 3)[0] == recipe
             break
     names = named_runs(["components", "stage_mapping"], get_presets("smoke", detectors), (3,))
     for name, recipe in names.items():
         is_parent = isinstance(recipe, CropRecipe) or recipe == get_preset("smoke", recipe.detector).teacher
-        assert named_run("smoke", name, 3) == (recipe, is_parent)
-    assert named_run("smoke", "student", 3) is None and named_run("smoke", "plain-01234567", 3) is None
+        assert named_run(get_presets("smoke"), name, 3) == (recipe, is_parent)
+    assert named_run(get_presets("smoke"), "student", 3) is None and named_run(get_presets("smoke"), "plain-01234567", 3) is None

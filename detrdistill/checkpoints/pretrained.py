@@ -5,7 +5,7 @@ the detector that a file holds, `load_detector_weights` fills one that is there;
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,15 +49,29 @@ def load_pretrained(
     Raises:
         InputError: the file is missing, damaged, holds code, or another model; a setting is missing; or the classes differ.
     """
+    state, about = read_with_settings(path, settings, part=part)
+    recipe = Recipe.read(about.settings | {"schedule": Schedule(steps=1)}, where=str(about.path))
+    detector = build_detector(recipe, len(categories) if categories is not None else len(about.names))
+    return detector.eval(), _load(detector, state, about, categories, outputs, replace_head)
+
+
+def read_with_settings(
+    path: Path | str, settings: Mapping[str, Any], *, part: str | None = None, ask: str = "{}="
+) -> tuple[dict[str, Tensor], About]:
+    """A detector's tensors, and what is known of it with every setting that a recipe of it needs; `settings` override the file's.
+
+    Args:
+        ask: how the user gives a setting, for the message that asks for those that nothing tells.
+
+    Raises:
+        InputError: as `load_pretrained`.
+    """
     state, about = read_detector_weights(path, part)
     known = recipe_fields(state, about.path, about.settings | settings)
     needed = {"heads": True, "points": known["detector"] == "deformable_detr", "queries": True}
-    if missing := [f"{name}=" for name, here in needed.items() if here and name not in known]:
+    if missing := [ask.format(name) for name, here in needed.items() if here and name not in known]:
         raise InputError(f"{about.title}: nothing tells these settings of it; give {', '.join(missing)} as the model was trained")
-    recipe = Recipe.read(known | {"schedule": Schedule(steps=1)}, where=str(about.path))
-    about = replace(about, settings=known)
-    detector = build_detector(recipe, len(categories) if categories is not None else len(about.names))
-    return detector.eval(), _load(detector, state, about, categories, outputs, replace_head)
+    return state, replace(about, settings=known)
 
 
 def load_detector_weights(
@@ -112,7 +126,7 @@ def _load(
         rows = _rows(about, categories, replace_head)
         kept = [i for i, row in enumerate(rows) if row is not None]
         for name in heads:
-            if name in state:
+            if name in state and state[name].shape[1:] == own[name].shape[1:]:  # what does not fit is reported below
                 fresh = own[name].clone()
                 fresh[kept] = state[name][[rows[i] for i in kept]].to(fresh)
                 # The first output of a two-stage detector's last head is how good a proposal is, whatever the classes.

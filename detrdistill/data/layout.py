@@ -1,20 +1,16 @@
 """Where a data set's files lie, and its hash, which a recipe is pinned to. No torch here: the batch names runs before any is trained."""
 
 import os
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from detrdistill.data.digits import write_digits
 from detrdistill.errors import InputError
 from detrdistill.files import nearby
 from detrdistill.recipes.parts import Digits, Folder
-from detrdistill.recipes.presets import Preset
-from detrdistill.recipes.recipe import CropRecipe, Recipe
 
 Split = Literal["train", "val"]
-R = TypeVar("R", Recipe, CropRecipe, Recipe | CropRecipe)
 SPLITS: tuple[Split, Split] = ("train", "val")
 LAYOUT = "instances_train.json, instances_val.json and images/, or COCO's annotations/instances_train2017.json, train2017/ and so on"
 
@@ -22,30 +18,6 @@ LAYOUT = "instances_train.json, instances_val.json and images/, or COCO's annota
 def data_cache() -> Path:
     """Folder for data sets the kit writes: `$DETRDISTILL_DATA`, else `~/.cache/detrdistill`."""
     return Path(os.environ.get("DETRDISTILL_DATA") or Path.home() / ".cache" / "detrdistill")
-
-
-def pinned(recipe: R) -> R:
-    """The recipe with its data folder's hash filled in, so that the run's name follows the annotations, not the folder.
-
-    Raises:
-        InputError: the folder is missing or not laid out as expected, or the recipe states another hash.
-    """
-    if not isinstance(recipe.data, Folder):
-        return recipe
-    data = recipe.data.replace(sha256=data_hash(recipe.data, data_cache()))
-    changes: dict[str, Any] = {"data": data}
-    if isinstance(recipe, Recipe) and recipe.teacher is not None:
-        changes["teacher"] = pinned(recipe.teacher)
-    return recipe.replace(**changes)
-
-
-def pinned_preset(preset: Preset) -> Preset:
-    """The preset with the hash of its data filled in: its runs then have the names that `runs.run` gives them.
-
-    Raises:
-        InputError: the data folder is missing or not laid out as expected.
-    """
-    return replace(preset, teacher=pinned(preset.teacher), student=pinned(preset.student))
 
 
 def data_hash(spec: Digits | Folder, cache: Path) -> str:

@@ -6,18 +6,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from detrdistill.recipes.parts import Folder
+from detrdistill.recipes.parts import DetectorWeights, Folder
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.recipes.schema import Strict
 
 
 def parents(recipe: Recipe | CropRecipe) -> dict[str, Recipe | CropRecipe]:
-    """The runs whose weights a run needs: "teacher", and "backbone" where that is trained on crops."""
+    """The runs whose weights a run needs: "teacher", and "backbone" where that is trained on crops and no `start` brings its own."""
     found: dict[str, Recipe | CropRecipe] = {}
     if isinstance(recipe, Recipe):
         if recipe.teacher is not None:
             found["teacher"] = recipe.teacher
-        if recipe.backbone.weights == "crops":
+        if recipe.backbone.weights == "crops" and recipe.start is None:
             # Like ImageNet's, these weights are learned with all strides and all stages.
             found["backbone"] = CropRecipe(backbone=recipe.backbone.replace(dilation=False, frozen_stages=None), data=recipe.data)
     return found
@@ -26,16 +26,16 @@ def parents(recipe: Recipe | CropRecipe) -> dict[str, Recipe | CropRecipe]:
 def run_id(recipe: Recipe | CropRecipe) -> str:
     """Readable title and eight hexadecimal digits of a hash of all that is not at its default.
 
-    So a field that is added later, at its default, leaves old names valid. The folder a data set lies in does not count, its
-    content does.
+    So a field that is added later, at its default, leaves old names valid. Where a data set or a published detector lies does not
+    count, its content does.
     """
     return _named(recipe, content=True)
 
 
 def same_run(one: Recipe | CropRecipe, other: Recipe | CropRecipe) -> bool:
-    """Whether two recipes are one run: the same in every field, those at their defaults too, but for where a data folder lies.
+    """Whether two recipes are one run: the same in every field, those at their defaults too, but for where data and weights lie.
 
-    The folder's content counts where both recipes state it. One that does not state it (a preset, before its folder is looked at)
+    A data folder's content counts where both recipes state it. One that does not state it (a preset, before its folder is looked at)
     stands for whatever content the other has.
     """
     content = all(not isinstance(recipe.data, Folder) or recipe.data.sha256 for recipe in (one, other))
@@ -73,7 +73,7 @@ def _named(recipe: Recipe | CropRecipe, content: bool) -> str:
 
 
 def stated(value: Any, content: bool = True) -> Any:
-    """All that is not at its default; of a data folder its content or, before that is known, its path."""
+    """All that is not at its default; of a data folder or a detector's weights the content or, before that is known, the path."""
     if isinstance(value, tuple):
         return [stated(item, content) for item in value]
     if not isinstance(value, Strict):
@@ -88,16 +88,18 @@ def stated(value: Any, content: bool = True) -> Any:
 
 
 def _left_out(value: Strict, content: bool) -> set[str]:
+    if isinstance(value, DetectorWeights):
+        return {"path", "source"} if value.sha256 else {"source"}
     if not isinstance(value, Folder):
         return set()
     return {"path"} if content and value.sha256 else set() if content else {"path", "sha256"}
 
 
 def _fields(value: Any, content: bool) -> Any:
-    """Every field; of a data folder its content, or nothing."""
+    """Every field; of a data folder its content, or nothing; of a detector's weights their content."""
     if isinstance(value, tuple):
         return [_fields(item, content) for item in value]
     if not isinstance(value, Strict):
         return value
-    left_out = ({"path"} if content else {"path", "sha256"}) if isinstance(value, Folder) else set()
+    left_out = ({"path"} if content else {"path", "sha256"}) if isinstance(value, Folder) else _left_out(value, content)
     return {name: _fields(getattr(value, name), content) for name in type(value).model_fields if name not in left_out}

@@ -32,14 +32,33 @@ class WeightsFile(Strict):
         return f"{self.name} ({self.sha256[:8]})"
 
 
+class DetectorWeights(Strict):
+    """A published or own detector's weights, in any format of `checkpoints`, known by their content."""
+
+    path: Path = Field(description="file or folder")
+    sha256: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="hash of the files that are read; filled in when a run starts (`checkpoints.locate`)"
+    )
+    source: str = Field("", description="hub id and revision that it was downloaded from")
+    part: Literal["", "student", "teacher", "model", "ema"] = Field("", description="which, of a file that holds several")
+    outputs: tuple[str, ...] = Field((), description="the class of each output of the head, '' for none, where the file does not say")
+
+    @field_validator("outputs", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+
+
 class BackboneRecipe(Strict):
     """Convolutional backbone. Its BatchNorm is frozen when it starts from learned weights, trained when it starts from none."""
 
     name: Literal["thin_resnet", "resnet18", "resnet50", "resnet101", "mobilenet_v2"] = "resnet50"
     width: PositiveInt = Field(16, description="channels of the first stage (thin_resnet only)")
     blocks: tuple[PositiveInt, PositiveInt, PositiveInt, PositiveInt] = Field((1, 1, 1, 1), description="blocks a stage (thin_resnet only)")
-    weights: Literal["none", "crops", "imagenet"] | WeightsFile | Path = Field(
-        "imagenet", description="none; crops: `crops` below; imagenet: torchvision's; a state_dict file by name and hash, or by its path"
+    weights: Literal["none", "crops", "imagenet", "start"] | WeightsFile | Path = Field(
+        "imagenet",
+        description="none; crops: `crops` below; imagenet: torchvision's; start: those of the recipe's `start`, which hold instead of any; "
+        "a state_dict file by name and hash, or by its path",
     )
     crops: CropTraining | None = None
     dilation: bool = Field(False, description="the last stage dilated instead of strided: DC5, stride 16")
@@ -130,7 +149,7 @@ class Resize(Strict):
 class Schedule(Strict):
     """Optimisation: AdamW, warm-up, then step or cosine decay."""
 
-    steps: PositiveInt | None = Field(None, description="optimizer steps; give this or epochs")
+    steps: NonNegativeInt | None = Field(None, description="optimizer steps; give this or epochs; 0 measures a recipe's `start` as it is")
     epochs: PositiveFloat | None = None
     batch: PositiveInt = Field(16, description="images an optimizer step, over all devices and micro-batches")
     accumulate: PositiveInt = Field(1, description="micro-batches an optimizer step")
@@ -178,4 +197,4 @@ class Schedule(Strict):
 
     def total_steps(self, images: int) -> int:
         """Optimizer steps for a training set of `images` images."""
-        return self.steps or max(1, round(self.epochs * images / self.batch))
+        return max(1, round(self.epochs * images / self.batch)) if self.steps is None else self.steps

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from detrdistill.recipes.methods import DETRDistill, Methods
-from detrdistill.recipes.parts import BackboneRecipe, Digits, Folder, Resize, Schedule
+from detrdistill.recipes.parts import BackboneRecipe, DetectorWeights, Digits, Folder, Resize, Schedule
 from detrdistill.recipes.schema import Fraction, Strict
 
 # Fields that not every detector has, and whose they are.
@@ -52,6 +52,9 @@ class Recipe(Strict):
     in_points: PositiveInt = Field(32, description="AdaMixer: points sampled for a query, a group")
     out_points: PositiveInt = Field(128, description="AdaMixer: points that they are mixed to")
     groups: PositiveInt = Field(4, description="AdaMixer: groups of channels with points of their own")
+    start: DetectorWeights | None = Field(
+        None, description="weights of the whole detector that it starts from; with schedule.steps 0 the run is that detector as it is"
+    )
     methods: Methods = ()
     teacher: "Recipe | None" = None
     teacher_floor: float = Field(0.0, le=100, description="AP that the teacher must exceed before it may teach")
@@ -74,6 +77,10 @@ class Recipe(Strict):
             raise ValueError(f"AdaMixer's 'dim' {self.dim} must be a multiple of 8, its feature channels {width} of 'groups' {self.groups}")
         if self.detector != "conditional_detr" and width % 32:
             raise ValueError(f"{width} feature channels cannot be normalised in 32 groups; choose a multiple of 32")
+        if self.start is None and (self.backbone.weights == "start" or self.schedule.steps == 0):
+            raise ValueError("'schedule.steps' = 0 and 'backbone.weights' = 'start' need a 'start'; give its weights")
+        if self.published and self.methods:
+            raise ValueError("schedule.steps 0 is for a published detector as it is, which nobody teaches; give the student some steps")
         if bool(self.methods) != (self.teacher is not None):
             raise ValueError("a distillation method needs a 'teacher', and a teacher needs a method; give both or neither")
         names = [method.name for method in self.methods]
@@ -114,13 +121,18 @@ class Recipe(Strict):
             raise ValueError("a two-stage detector has no layer that makes reference points; set 'references' to 'teacher'")
 
     @property
+    def published(self) -> bool:
+        """Whether it is a detector as others trained it, which is measured and not trained here."""
+        return self.start is not None and self.schedule.steps == 0
+
+    @property
     def feature_width(self) -> int:
         """Channels of the maps that the decoder attends to."""
         return self.feature_dim or self.dim
 
     @property
     def title(self) -> str:
-        method = "+".join(method.name for method in self.methods) or "plain"
+        method = "+".join(method.name for method in self.methods) or ("published" if self.published else "plain")
         return f"{self.detector}-{self.backbone.title}-{method}-seed{self.seed}"
 
 

@@ -39,6 +39,11 @@ class Row:
     variant: str = ""
     tuned_as: str = ""
 
+    @property
+    def of_published(self) -> bool:
+        """Whether a published detector takes part, so that the row is not the paper's."""
+        return any(one.start is not None for recipe in self.recipes.values() for one in (recipe, recipe.teacher) if one is not None)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -70,6 +75,7 @@ def measured_on(preset: Preset) -> str:
         name = f"embedded digits, {data.size} px"
     else:
         name = f"folder {data.path.name}, shorter side {preset.student.resize.short} px"
+    name += "; taught by a published detector" * preset.teacher.published + "; started from one" * (preset.student.start is not None)
     return name if preset.name == "coco" else f"{name}; not a COCO result"
 
 

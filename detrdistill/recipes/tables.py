@@ -180,10 +180,14 @@ def discrepancies(presets: Presets, seeds: Seeds) -> Table:
         "teacher's queries matched anew": {"pairing": "student"},
         "student's reference points": {"references": "student"},
     }
+    two_stage = preset.student.form == "two_stage"  # which has no layer that makes reference points, and the released code takes them
+    if two_stage:
+        del switches["student's reference points"]
     rows = [row(preset, seeds, setting, setting) for setting in ("teacher", "student")]
     rows.append(row(preset, seeds, "detrdistill", "detrdistill", "As in the paper"))
     rows += [switched_row(preset, seeds, name, name.capitalize(), changes) for name, changes in switches.items()]
-    rows.append(switched_row(preset, seeds, "released", "All as in the released code", DETRDistill(variant="released")))
+    if not two_stage:
+        rows.append(switched_row(preset, seeds, "released", "All as in the released code", DETRDistill(variant="released")))
     return table("discrepancies", [preset], "", "Paper and released code", rows)
 
 
@@ -244,14 +248,26 @@ QUESTIONS = {
 }
 
 
+def possible_tables(presets: Presets) -> tuple[str, ...]:
+    """Names of the tables that these presets can make: a published detector has one backbone, one depth, and no schedule here."""
+    barred: set[str] = set()
+    if any(preset.teacher.published for preset in presets):
+        barred |= {"self_distillation", "full_schedule"}
+    if any(preset.student.start for preset in presets):
+        barred |= {"self_distillation", "encoder_decoder", "stage_mapping", "light_backbones"}
+    return tuple(name for name in TABLES if name not in barred)
+
+
 def make_table(name: str, presets: Presets, seeds: Seeds) -> Table:
     """The table called `name`.
 
     Raises:
-        InputError: there is none, or no seeds.
+        InputError: there is none, or no seeds; or it needs another teacher or student than a published detector.
     """
     if name not in TABLES | BESIDE:
         raise InputError(f"table '{name}' is unknown; known: {', '.join(TABLES)}, {WEIGHTS}")
+    if name not in possible_tables(presets):
+        raise InputError(f"table '{name}' trains other teachers or students than the published detector; leave it out")
     if not seeds:
         raise InputError("no seeds given; name at least one, such as 0")
     return (TABLES | BESIDE)[name]([preset for preset in presets if name not in preset.left_out] or presets, seeds)
@@ -259,7 +275,7 @@ def make_table(name: str, presets: Presets, seeds: Seeds) -> Table:
 
 def all_compared(presets: Presets, seeds: Seeds) -> list[Table]:
     """All that claims are about: the tables, and what is compared beside them."""
-    return [make_table(name, presets, seeds) for name in (*TABLES, *BESIDE)]
+    return [make_table(name, presets, seeds) for name in (*possible_tables(presets), *BESIDE)]
 
 
 def only_parents(tables: Iterable[Table]) -> set[str]:
@@ -283,6 +299,6 @@ def named_runs(names: Iterable[str], presets: Presets, seeds: Seeds) -> dict[str
     return all_runs(recipe for name in names for recipe in make_table(name, presets, seeds).recipes())
 
 
-def usual_tables(preset: str) -> tuple[str, ...]:
+def usual_tables(presets: Presets) -> tuple[str, ...]:
     """What the batch makes of a preset if no table is named."""
-    return ("main_results",) if preset in ("quick", "bccd") else tuple(TABLES)
+    return ("main_results",) if presets[0].name in ("quick", "bccd") else possible_tables(presets)

@@ -60,8 +60,9 @@ def register() -> pd.DataFrame:
     names = {title: name for name, title in DETECTORS.items()}
     lines = []
     for preset in REGISTERED:
-        for table in (*usual_tables(preset), *BESIDE):
-            made = make_table(table, get_presets(preset), [0])
+        presets = get_presets(preset)
+        for table in (*usual_tables(presets), *BESIDE):
+            made = make_table(table, presets, [0])
             for detector in dict.fromkeys(row.detector for row in made.rows):
                 for claim in claims_of(made, detector):
                     place = (preset, table, names[detector])

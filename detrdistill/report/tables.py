@@ -98,7 +98,7 @@ def summarise(table: Table, frame: pd.DataFrame, comparisons: "Comparisons") -> 
             line[f"published_{name}"] = stated if row.published else math.nan
         line |= {"stored": bool(len(runs)) and (runs["status"] == STORED).all()}
         line |= {"measured_on": table.measured_on, "seeds": int(runs["AP"].notna().sum()), "seeds_wanted": len(row.recipes)}
-        lines.append(line | {"status": status(line, gain, coco=table.preset == "coco")})
+        lines.append(line | {"status": status(line, gain, coco=table.preset == "coco" and not row.of_published)})
     return pd.DataFrame(lines)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
+from detrdistill.checkpoints.presets import choose_presets
 from detrdistill.errors import InputError
 from detrdistill.figures import style
 from detrdistill.figures.bars import bars
@@ -18,10 +19,10 @@ from detrdistill.figures.residuals import residuals
 from detrdistill.figures.weights import weight_trials
 from detrdistill.published import in_words, published
 from detrdistill.recipes.parts import Digits
-from detrdistill.recipes.presets import Preset, get_presets
+from detrdistill.recipes.presets import Preset
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.rows import Row, Table
-from detrdistill.recipes.tables import BESIDE, QUESTIONS, TABLES, WEIGHTS, all_compared, make_table, usual_tables
+from detrdistill.recipes.tables import BESIDE, QUESTIONS, TABLES, WEIGHTS, all_compared, make_table, possible_tables, usual_tables
 from detrdistill.recipes.words import DETECTORS
 from detrdistill.report.board import Verdict, harms_of, headline, verdicts
 from detrdistill.report.claims import NOTE, claim_cells, weigh, write_claims
@@ -77,6 +78,9 @@ def write_report(
     formats: Sequence[str] = style.USUAL,
     figures: Sequence[str] = (),
     out: Path | None = None,
+    *,
+    teacher: str = "",
+    start: str = "",
 ) -> list[Path]:
     """Write tables to `tables/`, figures to `figures/` and a page with everything, `index.html`; what is missing is "not run".
 
@@ -90,6 +94,7 @@ def write_report(
         formats: of the figures; the page shows the PNG files.
         figures: names of those to write; by default all.
         out: another folder, for tables and figures without a page: of those tables alone that are named, if any are.
+        teacher, start: as in `choose_presets`.
 
     Returns:
         The files written, the same bytes for the same records.
@@ -98,11 +103,11 @@ def write_report(
         InputError: an unknown preset, table or figure, no seeds, a figure that has nothing to show, or records that were edited or do not
             belong together.
     """
-    presets = get_presets(preset_name, detectors)
+    presets = choose_presets(preset_name, detectors, teacher, start)
     store = open_store(preset_name) if store_root is None else Store(store_root)
     style.check_formats(formats)
     source, place = source or store, Place(out or store.root, tuple(formats), tuple(figures))
-    names = tables if out and tables else tables_of(preset_name, tables, store, source)
+    names = tables if out and tables else tables_of(presets, tables, store, source)
     made = [make_table(name, presets, seeds) for name in names]
     check_figures(figures, made)
     frames = [collect(table, source) for table in made]
@@ -145,11 +150,17 @@ def write_report(
 
 
 def stored_seeds(
-    preset_name: str, tables: Sequence[str] = (), detectors: Sequence[str] = (), store: Store | None = None
+    preset_name: str,
+    tables: Sequence[str] = (),
+    detectors: Sequence[str] = (),
+    store: Store | None = None,
+    *,
+    teacher: str = "",
+    start: str = "",
 ) -> tuple[int, ...]:
     """The seeds of which these tables have a student's record; 0 if there are none."""
-    presets, store = get_presets(preset_name, detectors), store or open_store(preset_name)
-    teachers, names = [preset.teacher for preset in presets], tables_of(preset_name, tables, store)
+    presets, store = choose_presets(preset_name, detectors, teacher, start), store or open_store(preset_name)
+    teachers, names = [preset.teacher for preset in presets], tables_of(presets, tables, store)
 
     def has_student(seed: int) -> bool:
         recipes = [recipe for name in names for recipe in make_table(name, presets, [seed]).recipes()]
@@ -159,10 +170,10 @@ def stored_seeds(
     return tuple(seed for seed in sorted(seeds) if has_student(seed)) or (0,)
 
 
-def tables_of(preset_name: str, tables: Sequence[str], *stores: Store) -> list[str]:
+def tables_of(presets: Sequence[Preset], tables: Sequence[str], *stores: Store) -> list[str]:
     """Those named, or else the preset's usual ones, and those that are there already; in the paper's order. (Not `WEIGHTS`.)"""
-    there = {name for name in TABLES if any((store.root / "tables" / f"{name}.csv").exists() for store in stores)}
-    names = (there | set(tables or usual_tables(preset_name))) - {WEIGHTS}
+    there = {name for name in possible_tables(presets) if any((store.root / "tables" / f"{name}.csv").exists() for store in stores)}
+    names = (there | set(tables or usual_tables(presets))) - {WEIGHTS}
     return sorted(names, key=[*TABLES, *names].index)
 
 

@@ -1,17 +1,19 @@
 """What a run starts from: data, trained detectors, weights of backbones."""
 
 import warnings
+from collections.abc import Sequence
 
 from torch import nn
 
+from detrdistill.checkpoints.pretrained import load_detector_weights
 from detrdistill.data.coco import CocoDataset, open_dataset
 from detrdistill.data.layout import data_cache
 from detrdistill.data.transforms import build_transform
 from detrdistill.errors import InputError
-from detrdistill.files import file_hash
+from detrdistill.files import file_hash, nearby
 from detrdistill.models import Backbone, build_detector
 from detrdistill.models.backbones import file_weights, imagenet_version, imagenet_weights, weights_path
-from detrdistill.models.weights import classes_of, classes_text, load_weights, read_weights
+from detrdistill.models.weights import classes_of, classes_text, few, load_weights, read_weights
 from detrdistill.recipes.identity import parents, run_id
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.runs.store import Store
@@ -40,6 +42,37 @@ def load_detector(recipe: Recipe, store: Store, dataset: CocoDataset) -> nn.Modu
         raise InputError(f"weights {path} were trained for the classes {trained}, the data has {given}; use a detector of this data")
     load_weights(detector, path)
     return detector.eval()
+
+
+def start_detector(detector: nn.Module, recipe: Recipe, categories: Sequence[str]) -> dict[str, str]:
+    """Load the weights of the recipe's `start` into its detector, the head's outputs by the names of the classes.
+
+    Classes that the file does not know start afresh, and outputs for others are dropped. A published detector, which does not train,
+    must know all.
+
+    Returns:
+        what was loaded, and what was not, for the record.
+
+    Raises:
+        InputError: the weights are missing, damaged, others than stated or of another architecture, or lack a class.
+    """
+    start, outputs = recipe.start, [name or None for name in recipe.start.outputs] or None
+    about = load_detector_weights(
+        detector, nearby(start.path), categories=categories, outputs=outputs, replace_head=True, part=start.part or None
+    )
+    fresh = [name for name, row in zip(categories, about.rows, strict=True) if row is None]
+    dropped = [name for row, name in enumerate(about.names) if name is not None and row not in about.rows]
+    if fresh and recipe.published:
+        known = few([name for name in about.names if name]) or f"none of its {len(about.names)} outputs; name them in start.outputs"
+        raise InputError(
+            f"{about.title} does not know the data's class '{fresh[0]}' ({len(fresh)} of {len(categories)} are unknown to it; it names "
+            f"{known}), so it cannot teach them; train it for this data with --start, or give the data its names"
+        )
+    found = {"file": start.path.name, "sha256": start.sha256, "source": start.source, "origin": about.origin}
+    found |= {"entry": about.entry, "left_out": ", ".join(about.left_out)}
+    found["classes"] = f"{len(categories) - len(fresh)} of {len(about.names)} outputs"
+    found |= {name: classes_text(some) for name, some in (("fresh", fresh), ("dropped", dropped)) if some}
+    return {name: text for name, text in found.items() if text}
 
 
 def start_backbone(backbone: Backbone, recipe: Recipe, store: Store) -> dict[str, str]:

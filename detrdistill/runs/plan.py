@@ -3,28 +3,39 @@
 from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 
-from detrdistill.data.layout import pinned_preset
+from detrdistill.checkpoints.presets import choose_presets
 from detrdistill.recipes.identity import parents, run_id
-from detrdistill.recipes.presets import Preset, get_presets
+from detrdistill.recipes.presets import Preset
 from detrdistill.recipes.recipe import CropRecipe, Recipe
-from detrdistill.recipes.tables import TABLES, WEIGHTS, make_table, named_runs, only_parents, usual_tables
+from detrdistill.recipes.tables import WEIGHTS, make_table, named_runs, only_parents, possible_tables, usual_tables
 from detrdistill.records import Record, read_record
+from detrdistill.runs.pinned import pinned_preset
 from detrdistill.runs.reference import FOLDER, has
 from detrdistill.runs.store import Store, open_store
 from detrdistill.runs.tuning import next_trials, rows_to_tune, runs_before_tuning
 
 
 def plan_text(
-    preset: str, seeds: Sequence[int], tables: Sequence[str] = (), detectors: Sequence[str] = (), store: Store | None = None
+    preset: str,
+    seeds: Sequence[int],
+    tables: Sequence[str] = (),
+    detectors: Sequence[str] = (),
+    store: Store | None = None,
+    *,
+    teacher: str = "",
+    start: str = "",
 ) -> str:
     """A line a missing run, and their sum; of rows that are tuned (`weights`) the trials that are known by now to be wanted.
 
+    Args:
+        teacher, start: as in `choose_presets`.
+
     Raises:
-        InputError: an unknown preset or table, no seeds, or a record that was edited.
+        InputError: an unknown preset or table, no seeds, a published detector that cannot be read, or a record that was edited.
     """
     store = store or open_store(preset)
-    presets = [pinned_preset(one) for one in get_presets(preset, detectors)]
-    names = [name for name in tables or usual_tables(preset) if name != WEIGHTS]
+    presets = [pinned_preset(one) for one in choose_presets(preset, detectors, teacher, start)]
+    names = [name for name in tables or usual_tables(presets) if name != WEIGHTS]
     wanted = [recipe for name in names for recipe in make_table(name, presets, seeds).recipes()]
     for row in rows_to_tune(presets) if WEIGHTS in tables else ():
         wanted += [row.trial(*trial) for trial in next_trials(row, store)]
@@ -43,8 +54,9 @@ def plan_text(
 
 def takable(presets: Sequence[Preset], seeds: Sequence[int]) -> set[str]:
     """Names of the runs that can be taken from the committed reference instead of trained, whichever tables are asked for."""
-    runs = named_runs(TABLES, presets, seeds) | runs_before_tuning(presets)
-    allowed = only_parents(make_table(name, presets, seeds) for name in TABLES) | set(runs_before_tuning(presets))
+    tables = possible_tables(presets)
+    runs = named_runs(tables, presets, seeds) | runs_before_tuning(presets)
+    allowed = only_parents(make_table(name, presets, seeds) for name in tables) | set(runs_before_tuning(presets))
     return {name for name, recipe in runs.items() if name in allowed and has(recipe)}
 
 
@@ -70,7 +82,7 @@ def expected_seconds(recipe: Recipe | CropRecipe, known: Sequence[Record]) -> fl
     if isinstance(recipe, CropRecipe):
         steps, rates = recipe.backbone.crops.steps, [rate(one) for one in known if isinstance(one.recipe, CropRecipe)]
         return steps * max(rates) if rates else None
-    like = [one for one in known if isinstance(one.recipe, Recipe) and one.recipe.detector == recipe.detector]
+    like = [one for one in known if isinstance(one.recipe, Recipe) and one.recipe.detector == recipe.detector and one.cost["steps"]]
     # What costs most decides: whether there is a teacher, then the backbone.
     for same in (
         lambda one: (one.methods, one.backbone) == (recipe.methods, recipe.backbone),

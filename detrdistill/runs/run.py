@@ -2,9 +2,6 @@
 
 import logging
 import os
-import resource
-import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from lightning_fabric import Fabric
 from torch import nn
 
 from detrdistill.data.coco import CocoDataset, open_dataset, require_same_categories
-from detrdistill.data.layout import data_cache, data_hash, pinned
+from detrdistill.data.layout import data_cache, data_hash
 from detrdistill.distill.build import build_distiller
 from detrdistill.errors import InputError
 from detrdistill.files import file_hash, nearby
@@ -27,18 +24,21 @@ from detrdistill.recipes.parts import Digits, Folder, WeightsFile
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.records import Record
 from detrdistill.runs.continuing import continue_shorter
-from detrdistill.runs.load import load_detector, open_split, start_backbone
+from detrdistill.runs.load import load_detector, open_split, start_backbone, start_detector
+from detrdistill.runs.pinned import pinned
 from detrdistill.runs.provenance import code, provenance
 from detrdistill.runs.reference import take
 from detrdistill.runs.store import Store
+from detrdistill.runs.watch import Watch
 from detrdistill.training.batches import mix
 from detrdistill.training.crops import train_on_crops
-from detrdistill.training.evaluation import evaluate
+from detrdistill.training.evaluation import changes, evaluate
 from detrdistill.training.fabric import loaders, make_fabric
 from detrdistill.training.teacher_outputs import Teacher, kept_outputs
 from detrdistill.training.trainer import train
 
 LOG = logging.getLogger(__name__)
+NOT_TAKEN = ("fresh", "dropped")  # classes that start afresh, and outputs for classes that the data does not have
 ON_CUDA = "sums of backward passes, in any order: grid_sample (which has no other form), indexing, interpolation"
 
 
@@ -101,14 +101,20 @@ def _run(
             with store.hold(recipe):  # another process may have finished it since
                 record = store.record(recipe) or _run_crops(fabric, recipe, store, progress)
     else:
-        if isinstance(recipe.backbone.weights, Path | WeightsFile):
+        if recipe.start is None and isinstance(recipe.backbone.weights, Path | WeightsFile):
             file_weights(recipe.backbone.weights)  # refused now, not after a teacher has been trained
+        if recipe.start is not None and parents(recipe):  # so is a start that does not fit
+            names = [category.name for category in open_split(recipe, "val").categories]
+            start_detector(build_detector(recipe, len(names)), recipe, names)
         how = {"device": device, "workers": workers, "progress": progress, "keep_teacher_outputs": keep_teacher_outputs}
         records = {name: _run(parent, store, True, **how) for name, parent in parents(recipe).items()}
         with store.hold(recipe) if fabric.is_global_zero else nullcontext():
             record = fabric.broadcast(store.record(recipe) if fabric.is_global_zero else None)
             if record is None:
-                record = _run_detector(fabric, recipe, store, records, workers, progress, keep_teacher_outputs)
+                if recipe.published:
+                    record = _run_published(fabric, recipe, store, workers)
+                else:
+                    record = _run_detector(fabric, recipe, store, records, workers, progress, keep_teacher_outputs)
     fabric.barrier()
     return fabric.broadcast(record)
 
@@ -142,7 +148,7 @@ def stored(recipe: Recipe | CropRecipe, store: Store) -> Record | None:
 def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool) -> Record:
     # Crops are cut from the images as they are: the transform is never applied.
     train_set, val_set = (open_dataset(recipe.data, split, data_cache(), transform=None) for split in ("train", "val"))
-    watch = _Watch(fabric)
+    watch = Watch(fabric)
     model, accuracy = train_on_crops(fabric, train_set, val_set, recipe, progress=progress)
     save_weights(store.weights(recipe), model, {"run": run_id(recipe)})
     record = Record(
@@ -152,6 +158,30 @@ def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool)
         curve=[],
         cost=watch.cost(recipe.backbone.crops.steps, watch.seconds(), 0),
         parents={},
+        provenance=_provenance(fabric, recipe.data, store.weights(recipe)) | {"commit": code()},
+    )
+    store.write(record)
+    return record
+
+
+def _run_published(fabric: Fabric, recipe: Recipe, store: Store, workers: int) -> Record | None:
+    """Convert and measure a detector that others trained; the record, in the first process."""
+    val_set, watch = open_split(recipe, "val"), Watch(fabric)
+    names = [category.name for category in val_set.categories]
+    detector = build_detector(recipe, len(names))
+    lineage = {"start": start_detector(detector, recipe, names)}
+    detector.to(fabric.device, memory_format=torch.channels_last)
+    metrics, held = _evaluate_once(fabric, detector, val_set, recipe, workers)
+    if not fabric.is_global_zero:
+        return None
+    save_weights(store.weights(recipe), detector, {"run": run_id(recipe), "categories": classes_text(names)})
+    record = Record(
+        id=run_id(recipe),
+        recipe=recipe,
+        metrics=metrics,
+        curve=[{"step": 0, "AP": metrics["AP"]} | changes(held, None)],
+        cost=watch.cost(0, watch.seconds(), 0),
+        parents=lineage,
         provenance=_provenance(fabric, recipe.data, store.weights(recipe)) | {"commit": code()},
     )
     store.write(record)
@@ -174,7 +204,7 @@ def _run_detector(
         )
     if fabric.device.type == "cpu":
         keep_freed_memory()
-    watch = _Watch(fabric)
+    watch = Watch(fabric)
 
     def measure(detector):
         return _evaluate_once(fabric, detector, val_set, recipe, workers)
@@ -183,7 +213,11 @@ def _run_detector(
         name: {"run": record.id, "weights_sha256": record.provenance["weights_sha256"]} for name, record in records.items()
     }
     student = build_detector(recipe, len(train_set.categories))
-    if about := start_backbone(student.backbone, recipe, store):
+    if recipe.start is not None:
+        lineage["start"] = start_detector(student, recipe, [category.name for category in train_set.categories])
+        if fabric.is_global_zero and (left := [f"{name}: {lineage['start'][name]}" for name in NOT_TAKEN if name in lineage["start"]]):
+            LOG.warning("%s starts from %s; not taken of its head: classes %s", recipe.title, recipe.start.path, "; ".join(left))
+    elif about := start_backbone(student.backbone, recipe, store):
         lineage["backbone"] = about
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(recipe.seed, 1))  # adapters of the losses; the student has its own stream
@@ -197,13 +231,18 @@ def _run_detector(
         if keep_teacher_outputs:
             root = data_cache() / "teacher_outputs"
             kept = kept_outputs(fabric, distiller, train_set, recipe, source["run"], source["weights_sha256"], root)
-        source["AP"] = measured = measure(detector)[0]["AP"] or 0.0
+        if recipe.teacher.published and records["teacher"].provenance["data_sha256"] == data_hash(recipe.data, data_cache()):
+            source |= records["teacher"].parents["start"]
+            metrics = records["teacher"].metrics  # measured once, on images as it wants them
+        else:
+            metrics, _ = measure(detector)
+        source["AP"] = measured = metrics["AP"] or 0.0
         if measured <= recipe.teacher_floor:
             raise InputError(
                 f"the teacher {source['run']} has AP {measured:.1f} on this data, and must exceed teacher_floor "
                 f"{recipe.teacher_floor:.1f} to teach; train it longer, check its weights, or lower the floor"
             )
-        teacher = Teacher(detector, distiller, kept)
+        teacher = Teacher(detector, distiller, kept, (recipe.resize, recipe.teacher.resize))
     folder = store.folder(recipe)
     if fabric.is_global_zero:
         continue_shorter(recipe, len(train_set), store, lineage)
@@ -259,29 +298,3 @@ def _provenance(fabric: Fabric, data: Digits | Folder, weights: Path) -> dict[st
         }
         | ({"not_deterministic": ON_CUDA} if on_gpu else {})
     )
-
-
-class _Watch:
-    """Wall time and peak memory of a run; on the CPU the peak is the process's, which an earlier run in it may have set."""
-
-    def __init__(self, fabric: Fabric) -> None:
-        self._clock, self._device = time.monotonic, fabric.device
-        self._start = self._clock()
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-
-    def seconds(self) -> float:
-        return self._clock() - self._start
-
-    def cost(self, steps: int, seconds: float, resumed: int, batch: int | None = None) -> dict[str, float | int | None]:
-        if self._device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self._device) / 2**20
-        else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-        return {
-            "seconds": round(seconds, 1),
-            "steps": steps,
-            "images_per_second": round(batch * steps / seconds, 1) if batch else None,
-            "peak_memory_mib": round(peak),
-            "resumed": resumed,
-        }

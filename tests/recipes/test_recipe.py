@@ -7,7 +7,6 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from detrdistill.data.layout import pinned_preset
 from detrdistill.errors import InputError
 from detrdistill.files import file_hash
 from detrdistill.models.backbones import file_weights
@@ -17,6 +16,7 @@ from detrdistill.recipes.parts import BackboneRecipe, CropTraining, Digits, Fold
 from detrdistill.recipes.presets import PRESETS, get_preset, get_presets, smoke
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.tables import TABLES, named_runs
+from detrdistill.runs.pinned import pinned_preset
 from tests.folders import write_folder
 
 STUDENT, TEACHER, DISTILLED = (smoke().recipe(setting) for setting in ("student", "teacher", "detrdistill"))

@@ -134,7 +134,7 @@ def test_refusals():
         make_table("table7", get_presets("quick"), [0])
     with pytest.raises(InputError, match="no seeds given"):
         make_table("components", get_presets("quick"), [])
-    assert usual_tables("quick") == ("main_results",) and set(usual_tables("coco")) == set(TABLES)
+    assert usual_tables(get_presets("quick")) == ("main_results",) and set(usual_tables(get_presets("coco"))) == set(TABLES)
 
 
 def methods(table) -> list[DETRDistill]:

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from detrdistill.data.layout import pinned
 from detrdistill.recipes.identity import parents, run_id
 from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.presets import coco, get_preset, get_presets, smoke
 from detrdistill.recipes.tables import make_table
+from detrdistill.runs.pinned import pinned
 from detrdistill.runs.plan import missing_runs, takable
 from detrdistill.runs.store import Store
+from tests.checkpoints.test_pretrained import of_classes
 from tests.folders import write_folder
 from tests.warm import python_m
 
@@ -104,6 +105,20 @@ def test_one_table_asks_for_its_own_runs_and_notebook(folder: Path, environment:
     jobs = plan.stdout + plan.stderr
     assert jobs.count("rule train:") == 6, "eight rows; student and DETRDistill are stored, as is the teacher"
     assert "notebooks/06_components.ipynb" in jobs and "00_quickstart" not in jobs and "tables/components.csv" in jobs
+
+
+def test_a_published_teacher_teaches_in_every_job(tmp_path: Path, environment: None) -> None:
+    of_classes("deformable", 91, tmp_path / "model.pth")
+    place, teacher = workplace(tmp_path / "clone"), str(tmp_path / "model.pth")
+    words = snakemake(place, "detectors=", "tables=", f"teacher={teacher}", "--dry-run", "--printshellcmds")
+    plan = python_m(*words, cwd=ROOT)
+    jobs = plan.stdout + plan.stderr
+    commands = [line for line in jobs.splitlines() if " -m detrdistill " in line]
+    assert {re.search(r"-m detrdistill (\w+)", line)[1] for line in commands} == {"train", "notebook", "report"}, jobs
+    assert all(f"--teacher {teacher}" in line or f"teacher={teacher}" in line for line in commands)
+    assert len(set(re.findall(r"runs/(\S+-published-\S+)/record.json", jobs))) == 1 and "adamixer-" not in jobs
+    assert "06_components" in jobs and "05_self_distillation" not in jobs and "tables/full_schedule" not in jobs
+    assert "preset smoke for deformable_detr alone" in jobs
 
 
 def test_nothing_stated_is_the_preset_s_own_choice(tmp_path: Path, environment: None) -> None:

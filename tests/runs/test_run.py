@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import nn
 
-from detrdistill.data.layout import pinned, pinned_preset
 from detrdistill.distill.distiller import Distiller
 from detrdistill.errors import InputError
 from detrdistill.files import file_hash
@@ -27,6 +26,7 @@ from detrdistill.records import read_record
 from detrdistill.runs import load
 from detrdistill.runs import run as runs
 from detrdistill.runs.load import load_detector, open_split, start_backbone
+from detrdistill.runs.pinned import pinned, pinned_preset
 from detrdistill.runs.run import run
 from detrdistill.runs.store import Store, open_store
 from detrdistill.training.evaluation import METRICS
