@@ -9,16 +9,14 @@ import logging
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import tyro
 
 from detrdistill.errors import InputError, NonFiniteError, StoppedError
 from detrdistill.process import TERMINATED
-
-if TYPE_CHECKING:
-    pass
 
 RowName = Annotated[str, tyro.conf.arg(help="teacher, student, a method such as detrdistill or fgd+mgd, or the id of a run")]
 
@@ -61,13 +59,13 @@ def train(
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
     """
     from detrdistill.checkpoints.presets import choose_presets
-    from detrdistill.parameters import is_run_id, named_run, on_other_data, refuse_models, shared_with_teacher, with_switches
+    from detrdistill.parameters import assigned, is_run_id, named_run, on_other_data, refuse_models, shared_with_teacher, with_switches
     from detrdistill.runs.store import Store, open_store
 
-    changes = dict(assignment(text) for text in set)
+    changes = assigned(set)
     refuse_models(changes)
     detectors = [detector] if detector and not is_run_id(row) else []  # an id is looked for in the tables of all
-    presets = choose_presets(preset, detectors, teacher, start, changes, say=to_stderr)
+    presets = choose_presets(preset, detectors, teacher, start, changes, say=partial(print, file=sys.stderr))
     recipe, reference = named_run(presets, row, seed) or (presets[0].recipe(row, seed), False)
     if data is not None:
         recipe = on_other_data(recipe, data)
@@ -159,9 +157,10 @@ def evaluate(
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
     """
     from detrdistill.checkpoints.locate import locate
+    from detrdistill.parameters import assigned
     from detrdistill.runs.evaluate import evaluate_model
 
-    settings = dict(assignment(text) for text in set)
+    settings = assigned(set)
     how = {"device": device, "batch": batch, "workers": workers, "outputs": outputs, "settings": settings}
     found = evaluate_model(locate(model).path, data, split, **how)
     print(found.text())
@@ -260,9 +259,11 @@ def notebook(
             f"the command 'notebook' needs {error.name}, which is not installed; install the extra: pip install 'detrdistill[notebooks]'"
         ) from None
 
+    from detrdistill.parameters import assigned
+
     if output.is_dir():
         raise InputError(f"output {output}: is a folder; name the notebook to write")
-    execute(source, output, dict(assignment(text) for text in parameters))
+    execute(source, output, assigned(parameters))
 
 
 def export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path], /) -> None:
@@ -286,18 +287,6 @@ def export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path], 
 
     detector, about = load_pretrained(run)
     print(export_hugging_face(detector, folder, [name or f"class {i}" for i, name in enumerate(about.names)], recipe.resize))
-
-
-def assignment(text: str) -> tuple[str, str]:
-    """Split "name=value".
-
-    Raises:
-        InputError: there is no "=".
-    """
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise InputError(f"'{text}' is not of the form name=value")
-    return name.strip(), value.strip()
 
 
 def main() -> None:
@@ -326,12 +315,6 @@ def main() -> None:
         if not of_many():
             raise
         leave(1, traceback.format_exc())
-
-
-def to_stderr(line: str) -> None:
-    """Say a line beside the command's output; of several processes, the first one does."""
-    if os.environ.get("RANK", "0") == "0":
-        print(line, file=sys.stderr)
 
 
 def of_many() -> bool:

@@ -196,6 +196,17 @@ def require_images(read: Parameters, preset: Preset) -> None:
             )
 
 
+def assigned(words: Sequence[str]) -> dict[str, str]:
+    """The values of "name=value" words, by name.
+
+    Raises:
+        InputError: one has no "=".
+    """
+    if odd := [word for word in words if not word.partition("=")[0] or "=" not in word]:
+        raise InputError(f"'{odd[0]}' is not of the form name=value")
+    return {name.strip(): value.strip() for name, _, value in (word.partition("=") for word in words)}
+
+
 def is_run_id(row: str) -> bool:
     return bool(re.search("-[0-9a-f]{8}$", row))
 
