@@ -316,6 +316,18 @@ def test_parameter_groups():
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.03}
 
 
+@pytest.mark.parametrize("stages", [2, 4])
+def test_frozen_stages_do_not_move_and_all_else_does(tmp_path, stages):
+    """Nor do their averages."""
+    recipe = plain(**{"backbone.frozen_stages": stages, "schedule.steps": 2, "schedule.ema": 0.9})
+    _, distiller = sit(tmp_path / "run", recipe)
+    before = build_detector(recipe, 10).state_dict()
+    same = {name for name, value in distiller.student.named_parameters() if torch.equal(value, before[name])}
+    frozen = ("conv1", "layer1", "layer2", "layer3", "layer4")[: stages + 1]
+    body = [name for name, _ in distiller.student.backbone.body.named_parameters() if name.startswith(frozen)]
+    assert same == {f"backbone.body.{name}" for name in body}
+
+
 def test_clipping(tmp_path, monkeypatch):
     """The logged norm is that before clipping; 0 means no clipping."""
     norms, kept = [], nn.utils.clip_grad_norm_
