@@ -266,7 +266,7 @@ def make_table(name: str, presets: Presets, seeds: Seeds) -> Table:
     """
     if name not in TABLES | BESIDE:
         raise InputError(f"table '{name}' is unknown; known: {', '.join(TABLES)}, {WEIGHTS}")
-    if name not in possible_tables(presets):
+    if name not in (*possible_tables(presets), *BESIDE):
         raise InputError(f"table '{name}' trains other teachers or students than the published detector; leave it out")
     if not seeds:
         raise InputError("no seeds given; name at least one, such as 0")
