@@ -28,6 +28,7 @@ ORDER = (
     "analysis",
     "report",
     "parameters session session_table notebooks",
+    "commands",
     "cli",
     "__main__ __init__",
 )

@@ -78,7 +78,9 @@ class Recipe(Strict):
         if self.detector != "conditional_detr" and width % 32:
             raise ValueError(f"{width} feature channels cannot be normalised in 32 groups; choose a multiple of 32")
         if self.start is None and (self.backbone.weights == "start" or self.schedule.steps == 0):
-            raise ValueError("'schedule.steps' = 0 and 'backbone.weights' = 'start' need a 'start'; give its weights")
+            raise ValueError(
+                "schedule.steps 0 and backbone.weights 'start' are for a detector that others trained; give its weights as 'start'"
+            )
         if self.published and self.methods:
             raise ValueError("schedule.steps 0 is for a published detector as it is, which nobody teaches; give the student some steps")
         if bool(self.methods) != (self.teacher is not None):

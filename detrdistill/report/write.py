@@ -143,7 +143,7 @@ def write_report(
         raise InputError(f"figure '{absent[0]}' has nothing to show: no run that it needs is stored; the others are written")
     if out:
         return paths
-    sections += beside(sections, store.root)
+    sections += beside(sections, store.root, verdicts(weighed[weighed["table"].isin(BESIDE)], harms) if claims else [])
     lead = [f"Preset {preset_name}, on {everything[0].measured_on}. {own}".strip()]
     lead += [f"{claims[0].text}: {claims[0].sentence}."] if claims else []
     return [*paths, write_page(store.root, headline(claims), lead, sections, claims, [about, NOTES])]
@@ -207,8 +207,8 @@ def write_weights(presets: Sequence[Preset], place: Place, source: Store) -> tup
     return [*files, *drawn], [section]
 
 
-def beside(sections: Sequence[Section], root: Path) -> list[Section]:
-    """A section for the notebooks that make no table, and their figures, as far as they are there."""
+def beside(sections: Sequence[Section], root: Path, claims: Sequence[Verdict]) -> list[Section]:
+    """A section for the notebooks that make no table, with their claims and figures, as far as they are there."""
     linked = {Path(path).name for section in sections for path in section.notebooks}
     notebooks = [path for path in sorted(root.glob("notebooks/[0-9]*.ipynb")) if path.name not in linked and ".failed" not in path.name]
     figures = [
@@ -216,7 +216,9 @@ def beside(sections: Sequence[Section], root: Path) -> list[Section]:
     ]
     inside = [[path.relative_to(root).as_posix() for path in found] for found in (figures, notebooks)]
     question = "What does a detector do with its queries, and what changes when it was distilled?"
-    return [Section("inside", "Inside the detectors", question, figures=inside[0], notebooks=inside[1])] if any(inside) else []
+    if not claims and not any(inside):
+        return []
+    return [Section(*BESIDE, "Inside the detectors", question, claims, figures=inside[0], notebooks=inside[1])]
 
 
 def write_all_claims(weighed: pd.DataFrame, comparisons: Comparisons, about: str, place: Place) -> tuple[list[Path], list[Section]]:

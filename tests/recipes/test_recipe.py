@@ -52,7 +52,8 @@ def refusal(**changes: Any) -> str:
         ("schedule.lr", "nan", ["'schedule.lr' = 'nan'", "finite"]),
         ("schedule.lr", float("inf"), ["'schedule.lr' = inf", "finite"]),
         ("schedule.steps", 2.5, ["'schedule.steps' = 2.5", "integer"]),
-        ("schedule.steps", 0, ["'schedule.steps' = 0", "greater than 0"]),
+        ("schedule.steps", -1, ["'schedule.steps' = -1", "greater than or equal to 0"]),
+        ("schedule.steps", 0, ["schedule.steps 0", "that others trained"]),
         ("schedule.epochs", 3, ["give either 'steps' or 'epochs', not both"]),
         ("schedule.accumulate", 3, ["'batch' 4 is not a multiple of 'accumulate' 3"]),
         ("seed", -1, ["'seed' = -1"]),
@@ -138,7 +139,7 @@ BACKBONE = {name for name in OTHER if name.startswith(("backbone.", "data."))} -
 
 def test_every_field_has_another_value_here():
     """So that no field that is added later is forgotten in a run's name."""
-    told = {"detector", "methods", "teacher", "schedule.epochs", "data.name", "backbone.dilation", "backbone.stride_in_1x1"}
+    told = {"detector", "methods", "teacher", "start", "schedule.epochs", "data.name", "backbone.dilation", "backbone.stride_in_1x1"}
     adamixers = {"temperature", "feature_dim", "in_points", "out_points", "groups"}
     models = {"": Recipe, "backbone.": BackboneRecipe, "backbone.crops.": CropTraining}
     models |= {"data.": Digits, "resize.": Resize, "schedule.": Schedule}

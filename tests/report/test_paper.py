@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from detrdistill.cli import report
+from detrdistill.commands import report
 from detrdistill.errors import InputError
 from detrdistill.figures.style import Look, drawn_as
 from detrdistill.report.write import write_report

@@ -254,7 +254,7 @@ def test_the_page_shows_what_makes_no_table(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     write_report("quick", [0], tmp_path)
-    before, after = (tmp_path / "index.html").read_text().split('<section id="inside">')
+    before, after = (tmp_path / "index.html").read_text().split('<section id="where_to_look">')
     assert "01_main_results" in before and "main_results.png" in before and "01_main_results" not in after
     assert "convergence" not in after, "of a report of more detectors, before"
     assert 'href="notebooks/10_query_masks.ipynb"' in after and 'src="figures/figure4.png"' in after and "failed" not in after
