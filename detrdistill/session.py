@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from detrdistill.data.layout import data_cache, layout
-from detrdistill.parameters import make_presets, read_parameters, require_images
+from detrdistill.parameters import make_presets, only_seed, read_parameters, require_images
 from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.presets import Preset
 from detrdistill.recipes.recipe import Recipe
@@ -44,6 +44,11 @@ class Session:
     images: tuple[int, ...] = ()
     rows: tuple[str, ...] = ()
     interactive: bool = False
+
+    @property
+    def seed(self) -> int:
+        """The one seed of a notebook that shows one run. Raises InputError where several are given."""
+        return only_seed(self.seeds)
 
     def each(self) -> dict[str, Self]:
         """A session a detector, by the detector's name in words."""

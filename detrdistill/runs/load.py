@@ -1,11 +1,14 @@
 """What a run starts from: data, trained detectors, weights of backbones."""
 
+import logging
 import warnings
+from functools import cache
 
 from torch import nn
 
-from detrdistill.data.coco import CocoDataset, open_dataset
+from detrdistill.data.coco import CocoDataset, open_dataset, require_same_categories
 from detrdistill.data.layout import data_cache
+from detrdistill.data.summary import judgements
 from detrdistill.data.transforms import build_transform
 from detrdistill.errors import InputError
 from detrdistill.files import file_hash
@@ -16,10 +19,34 @@ from detrdistill.recipes.identity import parents, run_id
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.runs.store import Store
 
+LOG = logging.getLogger(__name__)
+
 
 def open_split(recipe: Recipe, split: str) -> CocoDataset:
     """The recipe's training or validation images, prepared as the recipe says."""
     return open_dataset(recipe.data, split, data_cache(), build_transform(recipe.resize, train=split == "train"))
+
+
+def open_splits(recipe: Recipe) -> tuple[CocoDataset, CocoDataset]:
+    """The training and the validation images.
+
+    Raises:
+        InputError: the data is refused, or the splits list different classes.
+    """
+    train, val = open_split(recipe, "train"), open_split(recipe, "val")
+    require_same_categories(train, val)
+    return train, val
+
+
+def tell(train: CocoDataset, val: CocoDataset, queries: int | None = None) -> None:
+    """Say what is wrong or doubtful about the data of a run: once a command, of which several runs see the same."""
+    for text in judgements(train, {"val": val}, queries):
+        warn_once(text)
+
+
+@cache
+def warn_once(text: str) -> None:
+    LOG.warning("%s", text)
 
 
 def load_detector(recipe: Recipe, store: Store, dataset: CocoDataset) -> nn.Module:

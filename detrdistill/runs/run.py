@@ -1,6 +1,5 @@
 """`run(recipe)` trains, or returns the stored record. What a run depends on (teacher, crop-trained backbone) is run first."""
 
-import logging
 import os
 import resource
 import sys
@@ -13,7 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from detrdistill.data.coco import CocoDataset, open_dataset, require_same_categories
+from detrdistill.data.coco import CocoDataset, open_dataset
 from detrdistill.data.layout import data_cache, data_hash, pinned
 from detrdistill.distill.build import build_distiller
 from detrdistill.errors import InputError
@@ -26,7 +25,7 @@ from detrdistill.recipes.identity import parents, run_id
 from detrdistill.recipes.parts import Digits, Folder, WeightsFile
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.records import Record
-from detrdistill.runs.load import load_detector, open_split, start_backbone
+from detrdistill.runs.load import load_detector, open_splits, start_backbone, tell
 from detrdistill.runs.provenance import code, provenance
 from detrdistill.runs.reference import take
 from detrdistill.runs.store import Store
@@ -37,7 +36,6 @@ from detrdistill.training.fabric import loaders, make_fabric
 from detrdistill.training.teacher_outputs import Teacher, kept_outputs
 from detrdistill.training.trainer import train
 
-LOG = logging.getLogger(__name__)
 ON_CUDA = "sums of backward passes, in any order: grid_sample (which has no other form), indexing, interpolation"
 
 
@@ -141,6 +139,7 @@ def stored(recipe: Recipe | CropRecipe, store: Store) -> Record | None:
 def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool) -> Record:
     # Crops are cut from the images as they are: the transform is never applied.
     train_set, val_set = (open_dataset(recipe.data, split, data_cache(), transform=None) for split in ("train", "val"))
+    tell(train_set, val_set)
     watch = _Watch(fabric)
     model, accuracy = train_on_crops(fabric, train_set, val_set, recipe, progress=progress)
     save_weights(store.weights(recipe), model, {"run": run_id(recipe)})
@@ -161,11 +160,9 @@ def _run_detector(
     fabric: Fabric, recipe: Recipe, store: Store, records: dict[str, Record], workers: int, progress: bool, keep_teacher_outputs: bool
 ) -> Record | None:
     """The record, in the first process."""
-    train_set, val_set = open_split(recipe, "train"), open_split(recipe, "val")
-    require_same_categories(train_set, val_set)
-    for report in (train_set.report, val_set.report):
-        if report.faults and fabric.is_global_zero:
-            LOG.warning("%s", report)
+    train_set, val_set = open_splits(recipe)
+    if fabric.is_global_zero:
+        tell(train_set, val_set, recipe.queries)
     if recipe.schedule.batch % (recipe.schedule.accumulate * fabric.world_size):
         raise InputError(
             f"schedule.batch {recipe.schedule.batch} cannot be shared among {fabric.world_size} processes "
@@ -196,10 +193,11 @@ def _run_detector(
         if keep_teacher_outputs:
             root = data_cache() / "teacher_outputs"
             kept = kept_outputs(fabric, distiller, train_set, recipe, source["run"], source["weights_sha256"], root)
-        source["AP"] = measured = measure(detector)[0]["AP"] or 0.0
-        if measured <= recipe.teacher_floor:
+        source["AP"] = measured = measure(detector)[0]["AP"]
+        if measured is None or measured <= recipe.teacher_floor:
+            found = "no AP that is defined" if measured is None else f"AP {measured:.1f}"
             raise InputError(
-                f"the teacher {source['run']} has AP {measured:.1f} on this data, and must exceed teacher_floor "
+                f"the teacher {source['run']} has {found} on this data, and must exceed teacher_floor "
                 f"{recipe.teacher_floor:.1f} to teach; train it longer, check its weights, or lower the floor"
             )
         teacher = Teacher(detector, distiller, kept)
