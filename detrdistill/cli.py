@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import traceback
+from json import dumps as to_json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -70,6 +71,8 @@ def train(
 
     record = run(recipe, store, device=device, workers=workers, reference=reference and not set and data is None)
     shown = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items() if value is not None)
+    if record.test:
+        shown += "; on the test images " + ", ".join(f"{name} {value:.1f}" for name, value in record.test.items() if value is not None)
     print(f"{record.id}: {shown}" + " (stored: taken from results/reference, not trained here)" * store.is_stored(record))
 
 
@@ -107,19 +110,32 @@ def tune(
         print(f"{row.detector}, {row.name}: {found}; best x {tuning.best_trial(row, store).factor:g}", flush=True)
 
 
-def check(folder: tyro.conf.Positional[Path], /) -> None:
-    """Validate a data folder of COCO json and images, and list every fault and what would be done about it."""
-    from detrdistill.data.coco import open_dataset, require_same_categories
-    from detrdistill.data.layout import data_cache
-    from detrdistill.recipes.parts import Folder
+def check(
+    folder: tyro.conf.Positional[Path],
+    /,
+    preset: str = "quick",
+    detector: str = "deformable_detr",
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    json: bool = False,
+) -> None:
+    """Validate a data folder, list every fault and what would be done about it, and say what the data is like and what to set for it.
 
-    splits = {split: open_dataset(Folder(path=folder), split, data_cache(), None) for split in ("train", "val")}
-    require_same_categories(*splits.values())
-    for split, dataset in splits.items():
-        counts = f"{len(dataset)} images, {len(dataset.coco.anns)} objects, {len(dataset.categories)} classes"
-        print(f"{split}: {counts}; {dataset.report.text()}")
-    if damaged := [fault for dataset in splits.values() for fault in dataset.damaged_images(progress=True)]:
-        raise InputError("; ".join(damaged[:10]) + (f"; and {len(damaged) - 10} more" if len(damaged) > 10 else ""))
+    Args:
+        preset: whose queries and image size the data is compared with.
+        detector: deformable_detr, conditional_detr or adamixer, as far as the preset has recipes for it.
+        set: a field of the data, such as data.train=annotations/mine.json; may be repeated.
+        json: for machines: one JSON object on standard output.
+    """
+    from detrdistill.data.check import check_folder, check_lines
+    from detrdistill.recipes.parts import Folder
+    from detrdistill.recipes.presets import get_preset
+
+    recipe = get_preset(preset, detector).student
+    changes = {name.removeprefix("data."): value for name, value in map(assignment, set)}
+    found = check_folder(Folder(path=folder).replace(**changes), recipe)
+    print(to_json(found) if json else "\n".join(check_lines(found)))
+    if unreadable := found["unreadable"]:
+        raise InputError("; ".join(unreadable[:10]) + (f"; and {len(unreadable) - 10} more" if len(unreadable) > 10 else ""))
 
 
 def report(

@@ -21,6 +21,7 @@ class Record(Strict):
     id: str
     recipe: Recipe | CropRecipe
     metrics: Numbers = Field(description="the twelve COCO numbers in percent (null: no such object), or crop accuracy in percent")
+    test: Numbers | None = Field(None, description="the same on the data's test split, where there is one")
     curve: list[Numbers] = Field(description="AP by optimizer step")
     cost: dict[str, float | int | None] = Field(
         description="seconds of training, steps, images a second, peak MiB, times resumed, images that passed the teacher"
@@ -52,7 +53,7 @@ def read_record(path: Path) -> Record:
 
 def record_text(record: Record) -> str:
     """As `read_record` reads it: JSON with a hash of all the rest."""
-    body = record.model_dump(mode="json")
+    body = record.model_dump(mode="json", exclude={"test"} if record.test is None else None)
     return json.dumps(body | {"sha256": _hash(body)}, indent=1) + "\n"
 
 

@@ -93,7 +93,7 @@ def require_coco_form(boxes: Sequence[tuple[Sequence[float], float | None, dict]
         decided = out["coco"] * 8 >= len(boxes) and not out[form]
         if decided or (form == "corners" and not out[form] and as_corners >= 0.9 * len(boxes) > 2 * as_coco):
             by_area = f", and {as_corners} have the area of such boxes, {as_coco} of COCO's" if form == "corners" and areas else ""
-            seen = f"{out['coco']} of {len(boxes)} do not fit into their images, and so read all do{by_area}"
+            seen = f"{out['coco']} of {len(boxes)} do not fit into their images; read so, all do{by_area}"
             raise InputError(f"boxes are as if {words}: {seen}; {PIXELS}")
     form = min(FORMS, key=out.__getitem__)
     if out["coco"] * 20 >= len(boxes) and out[form] * 4 <= out["coco"]:

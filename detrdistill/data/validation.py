@@ -83,7 +83,7 @@ def load_annotations(file: Path, images: Path) -> tuple[dict[str, Any], Report]:
         InputError: the file cannot be read, or its content is refused.
     """
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8-sig"), object_hook=_without_outline)
+        content = json.loads(Path(file).read_text(encoding="utf-8-sig"), object_hook=without_outline)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}); give a folder with COCO annotations") from None
     except (ValueError, RecursionError) as error:
@@ -91,7 +91,7 @@ def load_annotations(file: Path, images: Path) -> tuple[dict[str, Any], Report]:
     return validate(content, file, images)
 
 
-def _without_outline(entry: dict[str, Any]) -> dict[str, Any]:
+def without_outline(entry: dict[str, Any]) -> dict[str, Any]:
     """Outlines are most of a file and of no use beside boxes; gone as soon as read, they take no memory."""
     if entry.get("bbox"):
         entry.pop("segmentation", None)
@@ -223,7 +223,8 @@ def _images(entries: list[Any], folder: ImageFolder, report: Report) -> Iterable
             note(*fault, "refuse")
             continue
         if name != entry["file_name"]:
-            note("file name", f"file_name {show(entry['file_name'])} is there as {show(name)}", "repair")
+            form = "" if entry["file_name"].replace("\\", "/").endswith(name) else ", in another form of Unicode"
+            note("file name", f"file_name {show(entry['file_name'])} is there as {show(name)}{form}", "repair")
         if (first := files.setdefault(folder.same_file(name), number)) != number:
             shared.append(f"{first} and {number}")
         yield entry | {"id": number, "file_name": name, "width": int(entry["width"]), "height": int(entry["height"])}

@@ -25,7 +25,7 @@ from detrdistill.recipes.identity import parents, run_id
 from detrdistill.recipes.parts import Digits, Folder, WeightsFile
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.records import Record
-from detrdistill.runs.load import load_detector, open_splits, start_backbone, tell
+from detrdistill.runs.load import load_detector, open_splits, open_test, start_backbone, tell
 from detrdistill.runs.provenance import code, provenance
 from detrdistill.runs.reference import take
 from detrdistill.runs.store import Store
@@ -139,7 +139,7 @@ def stored(recipe: Recipe | CropRecipe, store: Store) -> Record | None:
 def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool) -> Record:
     # Crops are cut from the images as they are: the transform is never applied.
     train_set, val_set = (open_dataset(recipe.data, split, data_cache(), transform=None) for split in ("train", "val"))
-    tell(train_set, val_set)
+    tell(recipe.data, train_set, {"val": val_set})
     watch = _Watch(fabric)
     model, accuracy = train_on_crops(fabric, train_set, val_set, recipe, progress=progress)
     save_weights(store.weights(recipe), model, {"run": run_id(recipe)})
@@ -161,8 +161,9 @@ def _run_detector(
 ) -> Record | None:
     """The record, in the first process."""
     train_set, val_set = open_splits(recipe)
+    test_set = open_test(recipe, train_set)
     if fabric.is_global_zero:
-        tell(train_set, val_set, recipe.queries)
+        tell(recipe.data, train_set, {"val": val_set, "test": test_set}, recipe.queries)
     if recipe.schedule.batch % (recipe.schedule.accumulate * fabric.world_size):
         raise InputError(
             f"schedule.batch {recipe.schedule.batch} cannot be shared among {fabric.world_size} processes "
@@ -203,6 +204,7 @@ def _run_detector(
         teacher = Teacher(detector, distiller, kept)
     folder = store.folder(recipe)
     state = train(fabric, distiller, teacher, train_set, recipe, folder, measure, workers=workers, progress=progress, commit=code())
+    tested = _evaluate_once(fabric, student, test_set, recipe, workers)[0] if test_set else None
     if not fabric.is_global_zero:
         return None
     classes = classes_text([category.name for category in train_set.categories])
@@ -211,6 +213,7 @@ def _run_detector(
         id=run_id(recipe),
         recipe=recipe,
         metrics=state["metrics"],
+        test=tested,
         curve=state["curve"],
         cost=watch.cost(state["step"], state["seconds"], state["resumed"], recipe.schedule.batch)
         | {name: state[name] for name in ("teacher_images",) if name in state},

@@ -20,6 +20,7 @@ from detrdistill.criterion import SetCriterion
 from detrdistill.data.coco import CocoDataset, collate
 from detrdistill.data.crops import object_crops
 from detrdistill.data.images import read_image
+from detrdistill.data.summary import look_at_images
 from detrdistill.data.transforms import build_transform
 from detrdistill.errors import InputError
 from detrdistill.matching import match
@@ -113,7 +114,10 @@ def test_images_without_boxes_and_crowds(root: Path, tries, capsys: pytest.Captu
         assert all(value.isfinite().all() for value in losses.values())
     content["annotations"] = [one | {"iscrowd": 1} for one in content["annotations"]]
     write_split(root, "train", content)
-    with tries("crowds and nothing else"), pytest.raises(InputError, match=r"train\.json: 0 objects, 6 crowds: all 6 annotations are crowds"):
+    with (
+        tries("crowds and nothing else"),
+        pytest.raises(InputError, match=r"train\.json: 0 objects, 6 crowds: all 6 annotations"),
+    ):
         cli.check(root)
 
 
@@ -183,7 +187,7 @@ def test_image_files_are_refused(fault: str, root: Path, tries) -> None:
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])
 def test_images_cut_in_their_pixels(kind: str, root: Path, tries, times) -> None:
-    """Headers are whole, so only decoding finds out; `damaged_images` does, before training."""
+    """Headers are whole, so only decoding finds out; `look_at_images` does, before training."""
     path = root / "images" / f"cut.{kind}"
     Image.open(root / "images" / "1.png").save(path)
     change(root, "images", 1, file_name=path.name)
@@ -192,7 +196,7 @@ def test_images_cut_in_their_pixels(kind: str, root: Path, tries, times) -> None
         path.write_bytes(whole[: len(whole) * (count + k) // (3 * count)])
         with tries("image cut in its pixels"):
             data = opened(root)
-            [fault] = data.damaged_images()
+            [fault] = look_at_images(data)[0]
             assert fault.startswith(f"image 1: {path} cannot be decoded") and "\n" not in fault
             with pytest.raises(InputError, match=r"^image 1: .*; replace the file"):
                 data[1]
