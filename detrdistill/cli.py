@@ -52,7 +52,7 @@ def train(
             teacher.schedule.lr and so on.
         data: folder of COCO json and images, instead of the preset's data.
         results: folder for runs instead of results/<preset>.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda, or cuda:1 for the second GPU.
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
     """
     from detrdistill.parameters import named_run, on_other_data, shared_with_teacher, with_switches
@@ -92,7 +92,7 @@ def tune(
         rows: methods, or rows of Tables 7 to 9 by their names, such as fgd or "query masks (Eq. 7)"; without, all.
         detector: deformable_detr, conditional_detr or adamixer.
         results: folder for runs instead of results/<preset>.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda, or cuda:1 for the second GPU.
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
     """
     from detrdistill.recipes.presets import get_presets

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, NonNegativeInt, field_validator
 
@@ -44,7 +44,7 @@ class Parameters(Strict):
     preset: str
     seeds: tuple[NonNegativeInt, ...]
     changes: dict[str, Any] = Field(default_factory=dict)
-    device: Literal["auto", "cpu", "cuda"]
+    device: str
     progress: bool
     detector: str = DEFORMABLE
     detectors: tuple[str, ...] | None = None
@@ -61,6 +61,13 @@ class Parameters(Strict):
     def _known(cls, value: str) -> str:
         if value not in PRESETS:
             raise ValueError(f"unknown preset; known: {', '.join(PRESETS)}")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+            raise ValueError("use auto, cpu, cuda, or cuda:1 for the second GPU")
         return value
 
     @field_validator("seeds")

@@ -1,8 +1,6 @@
 """`run(recipe)` trains, or returns the stored record. What a run depends on (teacher, crop-trained backbone) is run first."""
 
 import os
-import resource
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +18,7 @@ from detrdistill.files import file_hash, nearby
 from detrdistill.models import build_detector
 from detrdistill.models.backbones import file_weights, imagenet_version
 from detrdistill.models.weights import classes_text, save_weights
-from detrdistill.process import keep_freed_memory
+from detrdistill.process import keep_freed_memory, peak_memory
 from detrdistill.recipes.identity import parents, run_id
 from detrdistill.recipes.parts import Digits, Folder, WeightsFile
 from detrdistill.recipes.recipe import CropRecipe, Recipe
@@ -55,7 +53,7 @@ def run(
     Under torchrun all processes call this and train together.
 
     Args:
-        device: "auto" (cuda if there is one), "cpu" or "cuda". Not part of the recipe, but in the record.
+        device: "auto" (cuda if there is one), "cpu", "cuda", or "cuda:1" for the second GPU. Not part of the recipe, but in the record.
         workers: processes that load images, which changes no number; 0 loads them in this one. None: as many as `loaders` says.
         keep_teacher_outputs: under `resize.train` "none" or "flip" the teacher's outputs are kept in `teacher_outputs` of the data
             cache; `training.teacher_outputs` says how equal they are. False: the teacher computes them in every step.
@@ -271,11 +269,11 @@ class _Watch:
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device) / 2**20
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+            peak = peak_memory()
         return {
             "seconds": round(seconds, 1),
             "steps": steps,
             "images_per_second": round(batch * steps / seconds, 1) if batch else None,
-            "peak_memory_mib": round(peak),
+            "peak_memory_mib": None if peak is None else round(peak),
             "resumed": resumed,
         }
