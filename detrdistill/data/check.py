@@ -14,7 +14,7 @@ from detrdistill.recipes.recipe import Recipe
 SHOWN = 5
 
 
-def check_folder(data: Folder, recipe: Recipe) -> dict[str, Any]:
+def check_folder(data: Folder, recipe: Recipe, progress: bool = True) -> dict[str, Any]:
     """All that `check` says, of plain values.
 
     Args:
@@ -36,7 +36,7 @@ def check_folder(data: Folder, recipe: Recipe) -> dict[str, Any]:
     train, *others = splits.values()
     for other in others:
         require_same_categories(train, other)
-    looked = {split: look_at_images(dataset, progress=True) for split, dataset in splits.items()}
+    looked = {split: look_at_images(dataset, progress) for split, dataset in splits.items()}
     warnings += [told for dataset in splits.values() if (told := too_many_objects(dataset, recipe.queries))]
     warnings += [told for other in others if (told := same_files(train, other, content=True))]
     for split, (_, flat) in looked.items():
