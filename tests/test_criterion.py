@@ -185,7 +185,8 @@ def test_an_image_of_more_objects_than_queries_counts_as_the_official_codes_coun
 
     batch = Batch(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.bool), some_targets(9, 2), [1, 2], [(8, 8)] * 2)
     schedule = Schedule(steps=1, batch=4, accumulate=2)
-    accumulate_gradients(make_fabric("cpu", "fp32"), Distiller(), None, [batch, batch], schedule)
+    fabric = make_fabric("cpu", "fp32")
+    accumulate_gradients(fabric, fabric.setup_module(Distiller()), None, [batch, batch], schedule)
     assert seen == [2 * divisor] * 2
 
 
