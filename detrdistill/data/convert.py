@@ -47,7 +47,7 @@ def _state(root: Path, division: tuple[float, int] | None) -> str:
     """A name for the folder as it is: changes with any file's name, length or time."""
     digest = sha256(json.dumps([REVISION, os.path.realpath(root), division]).encode())
     for place, folders, files in os.walk(root):
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "converted-")))  # the cache may lie within
         for name in sorted(files):
             path = os.path.join(place, name)
             about = os.stat(path) if os.path.exists(path) else None

@@ -72,10 +72,11 @@ def _yolo_images(file: Path, base: Any, entry: Any, split: str) -> list[Path] | 
 
 def _yolo_image(path: Path, root: Path) -> tuple[str, int, int, Iterator[dict[str, Any]]]:
     # YOLO's coordinates are those of the image as it is seen, turned by EXIF.
-    width, height = _size(path)
+    inside = path.resolve().is_relative_to(root.resolve())
+    width, height = _size(path) if inside else (1, 1)  # refused when the images are checked
     name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
-    before, inside, after = f"/{name}".rpartition("/images/")
-    labels = (root / (f"{before}/labels/{after}" if inside else name).lstrip("/")).with_suffix(".txt")
+    before, folder, after = f"/{name}".rpartition("/images/")
+    labels = (root / (f"{before}/labels/{after}" if folder else name).lstrip("/")).with_suffix(".txt")
     try:
         lines = labels.read_text(encoding="utf-8-sig").splitlines() if labels.is_file() else []
     except (OSError, ValueError) as error:

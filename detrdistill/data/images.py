@@ -39,17 +39,13 @@ class Header:
 
 
 def check_image(path: Path | str, width: int, height: int) -> Header:
-    """Refuse by its header a file that is no image or not of the stated size, or of no known range; its pixels are not decoded.
+    """Refuse by its header a file that is no image or not of the stated size; its pixels are not decoded.
 
     Raises:
         InputError: what is wrong; the caller says with which image.
     """
     with open_image(path) as image:
         _check_size(image, path, width, height)
-        if image.mode == "F":
-            raise InputError(
-                f"{path} has pixels of floating point, whose range is not known; write it with 8 or 16 bits, from 0 to the most"
-            )
         # A PNG whose note on EXIF comes after its pixels would be decoded for it.
         turn = image.getexif().get(ORIENTATION, 1) if image.format != "PNG" or "exif" in image.info else 1
         if turn == 1 or turn not in range(1, 9):
@@ -113,13 +109,17 @@ def open_image(path: Path | str) -> Iterator[Image.Image]:
     """The file, its header read and its pixels not.
 
     Raises:
-        InputError: missing, damaged (also where its pixels are read within the block), of a format not read, or too large: Pillow's
-            limit against decompression bombs is 179 million pixels.
+        InputError: missing, damaged (also where its pixels are read within the block), of a format not read, of floating point, or too
+            large: Pillow's limit against decompression bombs is 179 million pixels.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # on odd headers; what matters of them is checked
             with Image.open(path, formats=FORMATS) as image:
+                if image.mode == "F":
+                    raise InputError(
+                        f"{path} has pixels of floating point, whose range is not known; write it with 8 or 16 bits over the full range"
+                    )
                 yield image
     except InputError:  # a ValueError too
         raise

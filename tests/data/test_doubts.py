@@ -158,6 +158,8 @@ def test_float_pixels_are_refused_and_dark_ones_named(root: Path) -> None:
     Image.fromarray(grey).save(root / "images" / "1.tif")
     with pytest.raises(InputError, match=r"1\.tif has pixels of floating point, whose range is not known"):
         check_image(root / "images" / "1.tif", 64, 48)
+    with pytest.raises(InputError, match=r"1\.tif has pixels of floating point"):
+        read_image(root / "images" / "1.tif", 64, 48)
     for most, warned in ((3071, "is 3071 of 65535: they are seen with 11 of 255 grey levels"), (60000, "")):
         Image.fromarray((grey * most).clip(0, most).astype(np.uint16)).save(root / "images" / "1.png")
         Image.fromarray(np.full((48, 64), most, np.uint16)).save(root / "images" / "3.png")

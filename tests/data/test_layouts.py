@@ -260,6 +260,13 @@ def test_a_conversion_is_made_anew_when_a_file_changes(tmp_path: Path) -> None:
     assert "category_id 8 is not among the categories" in str(report) and report.annotations == 8
 
 
+def listed(root: Path, line: str) -> None:
+    """The training images in a list."""
+    Image.new("RGB", (8, 8)).save(root.parent / "out.png")
+    (root / "list.txt").write_text(f"train/images/1.png\n{line}\n")
+    (root / "data.yaml").write_text("names: [a, b, c]\ntrain: list.txt\nval: valid/images\n")
+
+
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
@@ -268,6 +275,8 @@ def test_a_conversion_is_made_anew_when_a_file_changes(tmp_path: Path) -> None:
         (lambda root: (root / "data.yaml").write_text("names: [a]\ntrain: /etc\nval: x\n"), r"train is '/etc', which is not there within"),
         (lambda root: (root / "train" / "images" / "1.png").write_text("no image"), r"1\.png cannot be decoded"),
         (lambda root: (root / "train" / "labels" / "1.txt").write_bytes(b"\xff\xfe\x00"), r"1\.txt: cannot be read"),
+        (lambda root: listed(root, "../out.png"), r"'.*out\.png' leads out of .*mine"),
+        (lambda root: listed(root, "train/images/77.png"), r"77\.png is missing"),
         (lambda root: shutil.rmtree(root / "train" / "labels"), r"instances_train\.json: no objects, so AP cannot be measured"),
     ],
 )
