@@ -27,15 +27,18 @@ def converted(root: Path, cache: Path, read: Callable[[], Read], division: tuple
         division: the part of the training images that validates, and the seed that draws them; None where all splits are there.
 
     Raises:
-        InputError: what `read` raises, or there is nothing to divide.
+        InputError: what `read` raises, a file cannot be read, or there is nothing to divide.
     """
     folder = cache / f"converted-{_state(root, division)}"
     try:
         places = json.loads((folder / "images.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        splits = read()
-        if division:
-            splits |= divide(*splits["train"], *division)
+        try:
+            splits = read()
+            if division:
+                splits |= divide(*splits["train"], *division)
+        except OSError as error:
+            raise InputError(f"data folder {root}: {error.filename} cannot be read ({error.strerror}); correct its name") from None
         for split, (content, _) in splits.items():
             write_text(folder / f"instances_{split}.json", json.dumps(content, separators=(",", ":")))
         places = {split: str(images) for split, (_, images) in splits.items()}

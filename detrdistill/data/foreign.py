@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from detrdistill.data.images import ORIENTATION, QUARTER_TURNS, open_image
-from detrdistill.data.values import show
+from detrdistill.data.values import is_length, show, steers
 from detrdistill.errors import InputError
 
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".jp2", ".png", ".pgm", ".ppm", ".tif", ".tiff", ".webp"}
@@ -66,22 +66,27 @@ def _yolo_images(file: Path, base: Any, entry: Any, split: str) -> list[Path] | 
         if place.is_dir():
             found += sorted(path for path in place.rglob("*") if path.suffix.lower() in SUFFIXES)
         else:
-            found += [root / line.strip() for line in place.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            found += [root / line for line in _lines(place)]
     return found
 
 
 def _yolo_image(path: Path, root: Path) -> tuple[str, int, int, Iterator[dict[str, Any]]]:
     # YOLO's coordinates are those of the image as it is seen, turned by EXIF.
-    inside = path.resolve().is_relative_to(root.resolve())
+    inside = not steers(str(path)) and path.resolve().is_relative_to(root.resolve())
     width, height = _size(path) if inside else (1, 1)  # refused when the images are checked
     name = path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
     before, folder, after = f"/{name}".rpartition("/images/")
     labels = (root / (f"{before}/labels/{after}" if folder else name).lstrip("/")).with_suffix(".txt")
+    lines = _lines(labels) if labels.is_file() else []
+    return name, width, height, (_yolo_object(line.split(), width, height) for line in lines)
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a text that are not empty."""
     try:
-        lines = labels.read_text(encoding="utf-8-sig").splitlines() if labels.is_file() else []
+        return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, ValueError) as error:
-        raise InputError(f"{labels}: cannot be read ({type(error).__name__}); write the file again") from None
-    return name, width, height, (_yolo_object(line.split(), width, height) for line in lines if line.strip())
+        raise InputError(f"{file}: cannot be read ({type(error).__name__}); write the file again") from None
 
 
 def _yolo_object(words: list[str], width: int, height: int) -> dict[str, Any]:
@@ -139,7 +144,7 @@ def _voc_files(root: Path) -> dict[str, tuple[list[Path], Path]]:
         for split in CALLED:
             listed = root / "ImageSets" / "Main" / f"{split}.txt"
             if listed.is_file():
-                stems = [line.split()[0] for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+                stems = [line.split()[0] for line in _lines(listed)]
                 found[split] = [own / f"{stem}.xml" for stem in stems], images
                 if absent := [stem for stem in stems if not (own / f"{stem}.xml").is_file()]:
                     raise InputError(f"{listed}: {absent[0]!r} has no file in {own} (nor have {len(absent) - 1} others); correct the list")
@@ -166,7 +171,7 @@ def _voc_image(file: Path, folder: Path) -> tuple[str, int, int, list[dict[str, 
     if path is None:
         raise InputError(f"{file}: its image {show(stated or file.stem)} is not in {folder}; put it there, or remove the file")
     sides = [_float(tree.findtext(f"size/{side}")) for side in ("width", "height")]
-    width, height = [int(side) for side in sides] if all(side is not None and side >= 1 for side in sides) else _size(path)
+    width, height = [int(side) for side in sides] if all(map(is_length, sides)) else _size(path)
     # VOC's own pixels are counted from 1 and both ends belong to the box; tools that write its form count from 0.
     first = 1 if "VOC" in (tree.findtext("source/database") or "") else 0
     objects = []
