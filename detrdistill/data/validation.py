@@ -15,7 +15,7 @@ from typing import Any, Literal
 from detrdistill.data.boxes import box_of_outline, finite_box, read_box, require_coco_form
 from detrdistill.data.file_names import ImageFolder
 from detrdistill.data.images import LONGEST, check_image, doubts
-from detrdistill.data.values import is_id, is_length, number, show, steers, whole
+from detrdistill.data.values import is_id, is_length, number, show, show_number, steers, whole
 from detrdistill.errors import InputError
 
 Policy = Literal["drop", "clip", "repair", "refuse"]
@@ -238,7 +238,7 @@ def _images(entries: list[Any], folder: ImageFolder, report: Report) -> Iterable
 def _size_fault(entry: dict) -> tuple[str, str] | None:
     width, height = (number(entry.get(side)) for side in ("width", "height"))
     if not (is_length(width) and is_length(height)):
-        stated = f"width {show(entry.get('width'))}, height {show(entry.get('height'))}"
+        stated = f"width {show_number(entry.get('width'))}, height {show_number(entry.get('height'))}"
         return "image size", f"{stated}; whole numbers of pixels above 0 are needed"
     if max(width, height) > LONGEST * min(width, height):
         shape = f"width {width}, height {height}; the longer side may be {LONGEST} times the shorter, so cut the image into parts"
@@ -263,11 +263,11 @@ def _annotations(
         ids = [value if is_id(value) else None for value in (image_id, own)]
         note = partial(_note, report, ids, "" if is_id(own) else f"annotations[{k}]: ")
         if not is_id(image_id) or image_id not in images:
-            note("unknown image", f"image_id {show(entry.get('image_id'))} is not among the images")
+            note("unknown image", f"image_id {show_number(entry.get('image_id'))} is not among the images")
         elif not is_id(category_id) or category_id not in categories:
-            note("unknown category", f"category_id {show(entry.get('category_id'))} is not among the categories")
+            note("unknown category", f"category_id {show_number(entry.get('category_id'))} is not among the categories")
         elif entry.get("iscrowd") is not None and not (isinstance(crowd, int) and crowd in (0, 1)):  # true and false are clear enough
-            note("iscrowd", f"iscrowd is {show(entry['iscrowd'])}, not 0 or 1")
+            note("iscrowd", f"iscrowd is {show_number(entry['iscrowd'])}, not 0 or 1")
         elif box := _box(entry, images[image_id], note, boxes):
             if any(isinstance(value, float) and whole(value) is not None for value in stated):
                 note("whole numbers as 1.0", f"id, image_id, category_id, iscrowd are {', '.join(map(show, stated))}", "repair")

@@ -40,11 +40,15 @@ def steers(text: str) -> bool:
 
 
 def show(value: Any) -> str:
-    """A value on one line, cut short; of a number in quotes, how to write it."""
+    """A value on one line, cut short."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # integers of more than 4300 digits, nests
         text = f"a {type(value).__name__}"
-    text = text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def show_number(value: Any) -> str:
+    """A value where a number is meant; of a number in quotes, how to write it."""
     quoted = isinstance(value, str) and len(value) < 20 and value.isascii() and value.replace(".", "", 1).removeprefix("-").isdigit()
-    return f"{text} (write {value}, without quotes)" if quoted else text
+    return f"{show(value)} (write {value}, without quotes)" if quoted else show(value)
