@@ -5,8 +5,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from detrdistill.data.convert import converted, read_coco
-from detrdistill.data.foreign import voc, yolo
 from detrdistill.errors import InputError
 from detrdistill.files import nearby
 from detrdistill.recipes.parts import Folder
@@ -53,8 +51,6 @@ LAYOUTS = (
     Layout("Label Studio", "result.json", ("images", ".")),
     Layout("FiftyOne", "labels.json", ("data",)),
 )
-# Not COCO's, but read as such. Each gives nothing where the folder is not of its kind.
-FOREIGN = {"YOLO": yolo, "Pascal VOC": voc}
 UNSAID = 2  # of LAYOUTS are read without a word
 ONE_FILE = ", one file for all images"
 EXPECTED = (
@@ -87,6 +83,8 @@ def find(spec: Folder, cache: Path) -> Found:
     stated = spec.train or spec.val or spec.test
     found = _stated(spec, root) if stated else _recognised(root) or _foreign(root, cache, spec) or Found({})
     if "train" in found.splits and "val" not in found.splits and (spec.val_fraction or found.how.endswith(ONE_FILE)):
+        from detrdistill.data.convert import converted, read_coco  # here: takes a tenth of a second, and few folders need it
+
         division, words = _division(spec)
         splits = converted(root, cache, partial(read_coco, *found.splits["train"]), division)
         return Found(found.splits | splits, f"{found.how}; {words}".removeprefix("; "))
@@ -140,7 +138,11 @@ def _recognised(root: Path) -> Found | None:
 
 
 def _foreign(root: Path, cache: Path, spec: Folder) -> Found | None:
-    for name, recognise in FOREIGN.items():
+    """Not COCO's, but read as such; None where the folder is of no such kind."""
+    from detrdistill.data.convert import converted
+    from detrdistill.data.foreign import voc, yolo
+
+    for name, recognise in {"YOLO": yolo, "Pascal VOC": voc}.items():
         if (found := recognise(root)) is not None:
             splits, read = found
             division, words = (None, "") if "val" in splits else _division(spec)
