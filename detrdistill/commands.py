@@ -5,6 +5,7 @@ What they need is imported when they run: torch takes seconds, and a mistyped pa
 
 import sys
 from functools import partial
+from json import dumps as to_json
 from pathlib import Path
 from typing import Annotated
 
@@ -49,7 +50,7 @@ def train(
             (org/name or org/name@revision). What it does not tell: --set teacher.heads=8 and so on.
         start: a detector that the student starts from, named likewise; the student then has its sizes.
         results: folder for runs instead of results/<preset>.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda, or cuda:1 for the second GPU.
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
     """
     from detrdistill.checkpoints.presets import choose_presets
@@ -71,6 +72,8 @@ def train(
 
     record = run(recipe, store, device=device, workers=workers, reference=reference and not set and data is None)
     shown = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items() if value is not None)
+    if record.test:
+        shown += "; on the test images " + ", ".join(f"{name} {value:.1f}" for name, value in record.test.items() if value is not None)
     print(f"{record.id}: {shown}" + " (stored: taken from results/reference, not trained here)" * store.is_stored(record))
 
 
@@ -90,7 +93,7 @@ def tune(
         rows: methods, or rows of Tables 7 to 9 by their names, such as fgd or "query masks (Eq. 7)"; without, all.
         detector: deformable_detr, conditional_detr or adamixer.
         results: folder for runs instead of results/<preset>.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda, or cuda:1 for the second GPU.
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
     """
     from detrdistill.recipes.presets import get_presets
@@ -108,19 +111,33 @@ def tune(
         print(f"{row.detector}, {row.name}: {found}; best x {tuning.best_trial(row, store).factor:g}", flush=True)
 
 
-def check(folder: tyro.conf.Positional[Path], /) -> None:
-    """Validate a data folder of COCO json and images, and list every fault and what would be done about it."""
-    from detrdistill.data.coco import open_dataset, require_same_categories
-    from detrdistill.data.layout import data_cache
-    from detrdistill.recipes.parts import Folder
+def check(
+    folder: tyro.conf.Positional[Path],
+    /,
+    preset: str = "quick",
+    detector: str = "deformable_detr",
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    json: bool = False,
+) -> None:
+    """Validate a data folder, list every fault and what would be done about it, and say what the data is like and what to set for it.
 
-    splits = {split: open_dataset(Folder(path=folder), split, data_cache(), None) for split in ("train", "val")}
-    require_same_categories(*splits.values())
-    for split, dataset in splits.items():
-        counts = f"{len(dataset)} images, {len(dataset.coco.anns)} objects, {len(dataset.categories)} classes"
-        print(f"{split}: {counts}; {dataset.report.text()}")
-    if damaged := [fault for dataset in splits.values() for fault in dataset.damaged_images(progress=True)]:
-        raise InputError("; ".join(damaged[:10]) + (f"; and {len(damaged) - 10} more" if len(damaged) > 10 else ""))
+    Args:
+        preset: whose queries and image size the data is compared with.
+        detector: deformable_detr, conditional_detr or adamixer, as far as the preset has recipes for it.
+        set: a field of the data, such as data.train=annotations/mine.json; may be repeated.
+        json: for machines: one JSON object on standard output.
+    """
+    from detrdistill.data.check import check_folder, check_lines
+    from detrdistill.parameters import assigned
+    from detrdistill.recipes.parts import Folder
+    from detrdistill.recipes.presets import get_preset
+
+    recipe = get_preset(preset, detector).student
+    changes = {name.removeprefix("data."): value for name, value in assigned(set).items()}
+    found = check_folder(Folder(path=folder).replace(**changes), recipe)
+    print(to_json(found) if json else "\n".join(check_lines(found)))
+    if unreadable := found["unreadable"]:
+        raise InputError("; ".join(unreadable[:10]) + (f"; and {len(unreadable) - 10} more" if len(unreadable) > 10 else ""))
 
 
 def evaluate(
@@ -142,12 +159,12 @@ def evaluate(
     Args:
         model: a checkpoint file, a Hugging Face folder, a run's folder or id, or a hub id.
         data: folder of COCO json and images.
-        split: val or train.
+        split: val, train or test.
         out: folder for results.json.
         outputs: names of the classes of the file's outputs, where it does not say them.
         set: what the file does not say, such as heads=8 or points=4, or resize.short=640; may be repeated.
         batch: images at once; padding changes the numbers of some detectors a little.
-        device: auto, cpu or cuda.
+        device: auto, cpu, cuda, or cuda:1 for the second GPU.
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
     """
     from detrdistill.checkpoints.locate import locate

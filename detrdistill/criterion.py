@@ -4,9 +4,9 @@ Carion et al., ECCV 2020, with the focal loss that Deformable and Conditional DE
 serve as matching cost and as loss: class 2, L1 5, GIoU 2. A detector's output says whether L1 compares centres and sizes (the
 DETRs) or corners (AdaMixer), both relative to the image.
 
-Official codes differ in two more points that no number here shows: AdaMixer's class cost has an epsilon of 1e-12 instead of 1e-8, and
-it divides by matched pairs, not by objects. These are fewer only where an image has more objects than queries; without any object
-AdaMixer's code divides by zero, here the divisor is at least 1.
+AdaMixer's code, as all of mmdetection, divides by matched queries, the DETRs' by objects, which are more where an image has more objects
+than queries: a detector's `most_objects` says so. Official codes differ in two more points that no number here shows: AdaMixer's class
+cost has an epsilon of 1e-12 instead of 1e-8, and without any object its code divides by zero; here the divisor is at least 1.
 """
 
 from collections.abc import Callable, Mapping

@@ -1,11 +1,12 @@
 """What people state, in a notebook or on a command line, checked and made into recipes. No torch here."""
 
+import json
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 from pydantic import Field, NonNegativeInt, field_validator
 
@@ -43,9 +44,9 @@ class Parameters(Strict):
     """
 
     preset: str
-    seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
+    seeds: tuple[NonNegativeInt, ...]
     changes: dict[str, Any] = Field(default_factory=dict)
-    device: Literal["auto", "cpu", "cuda"]
+    device: str
     progress: bool
     detector: str = DEFORMABLE
     detectors: tuple[str, ...] | None = None
@@ -66,6 +67,20 @@ class Parameters(Strict):
             raise ValueError(f"unknown preset; known: {', '.join(PRESETS)}")
         return value
 
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", value):
+            raise ValueError("use auto, cpu, cuda, or cuda:1 for the second GPU")
+        return value
+
+    @field_validator("seeds")
+    @classmethod
+    def _some(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value:
+            raise ValueError("give at least one")
+        return value
+
     @field_validator("rows", mode="before")
     @classmethod
     def _one_or_several(cls, value: object) -> object:
@@ -75,8 +90,16 @@ class Parameters(Strict):
     @classmethod
     def _listed(cls, value: object) -> object:
         if isinstance(value, str):
-            value = value.replace(",", " ").split()
+            value = value.strip("[]() ").replace(",", " ").split()
         return value if isinstance(value, list | tuple | None) else [value]
+
+    @field_validator("changes", mode="before")
+    @classmethod
+    def _mapping(cls, value: object) -> object:
+        try:
+            return json.loads(value) if isinstance(value, str) else value
+        except ValueError:
+            raise ValueError('give a mapping, such as {"schedule.steps": 3}') from None
 
     @field_validator("image", mode="before")
     @classmethod
@@ -108,6 +131,20 @@ def read_parameters(given: Mapping[str, object]) -> Parameters:
     if unknown := unknown_injected(given):
         raise InputError(f"parameters: unknown {', '.join(unknown)}, injected by papermill; known here: {', '.join(given)}")
     return Parameters.read(given, where="parameters")
+
+
+def only_seed(seeds: Sequence[int]) -> int:
+    """The seed of a notebook that shows one run.
+
+    Raises:
+        InputError: there are several.
+    """
+    if len(seeds) > 1:
+        raise InputError(
+            f"parameters: 'seeds' = {', '.join(map(str, seeds))}: this notebook shows runs of one seed; give one, or run 15_your_own_data "
+            "or a table's notebook, which show mean and interval of several"
+        )
+    return seeds[0]
 
 
 def unknown_injected(known: Collection[str]) -> list[str]:

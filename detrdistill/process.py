@@ -3,10 +3,16 @@
 import ctypes
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import resource
+except ModuleNotFoundError:  # on Windows
+    resource = None
 
 TERMINATED = 128 + signal.SIGTERM  # the exit code a shell gives what SIGTERM ended, 143: run it again to continue
 
@@ -36,11 +42,24 @@ def keep_freed_memory() -> None:
     A training step on the CPU frees and takes hundreds of MiB; a fresh page costs the system more than many an operation on it. glibc
     alone can be told so; elsewhere nothing changes.
     """
+    if sys.platform == "win32":  # has no library of this process to ask
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         trim, mmap = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
         mallopt(mmap, 2**31 - 1) or mallopt(mmap, 2**25)  # the most that glibc before 2.35 takes
         mallopt(trim, 2**31 - 1)
+
+
+def peak_memory() -> float | None:
+    """MiB that this process took at most so far; None where the system does not tell."""
+    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def largest_file() -> int | None:
+    """Bytes that a file of this process may have (ulimit -f); None for any."""
+    limit = resource and resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return None if resource is None or limit == resource.RLIM_INFINITY else limit
 
 
 def available_memory() -> int:

@@ -21,6 +21,7 @@ class Record(Strict):
     id: str
     recipe: Recipe | CropRecipe
     metrics: Numbers = Field(description="the twelve COCO numbers in percent (null: no such object), or crop accuracy in percent")
+    test: Numbers | None = Field(None, description="the same on the data's test split, where there is one")
     curve: list[Numbers] = Field(description="AP by optimizer step")
     cost: dict[str, float | int | None] = Field(
         description="seconds of training, steps, images a second, peak MiB, times resumed, images that passed the teacher"

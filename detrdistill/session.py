@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from detrdistill.data.layout import data_cache, layout
-from detrdistill.parameters import make_presets, read_parameters, require_images
+from detrdistill.parameters import make_presets, only_seed, read_parameters, require_images
 from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.presets import Preset
 from detrdistill.recipes.recipe import Recipe
@@ -44,6 +44,11 @@ class Session:
     images: tuple[int, ...] = ()
     rows: tuple[str, ...] = ()
     interactive: bool = False
+
+    @property
+    def seed(self) -> int:
+        """The one seed of a notebook that shows one run. Raises InputError where several are given."""
+        return only_seed(self.seeds)
 
     def each(self) -> dict[str, Self]:
         """A session a detector, by the detector's name in words."""
@@ -112,19 +117,29 @@ class Session:
 
         return load_detector(record.recipe, self.store, dataset)
 
-    def summary(self, **records: Record) -> "pd.DataFrame":
-        """A line a setting: the twelve numbers' best known, and what they cost."""
+    def summary(self, **records: Record | Sequence[Record]) -> "pd.DataFrame":
+        """A line a setting: the twelve numbers' best known, and what they cost.
+
+        Of several runs the means, how many they are, and half the width of the 95 % interval of AP.
+        """
         import pandas as pd
 
         from detrdistill.recipes.words import TITLES
+        from detrdistill.statistics import mean_and_half
 
-        lines = [
-            {"setting": TITLES.get(setting, setting)}
-            | {name: record.metrics[name] for name in ("AP", "AP50", "AP75")}
-            | {"steps": record.cost["steps"], "minutes": record.cost["seconds"] / 60}
-            for setting, record in records.items()
-        ]
-        return pd.DataFrame(lines).set_index("setting").round(1)
+        lines = {}
+        for setting, given in records.items():
+            runs = _distinct([given] if isinstance(given, Record) else given)
+            numbers = {name: [run.metrics[name] for run in runs] for name in ("AP", "AP50", "AP75")}
+            numbers |= {"test AP": [run.test["AP"] for run in runs if run.test]}
+            numbers |= {"steps": [run.cost["steps"] for run in runs], "minutes": [run.cost["seconds"] / 60 for run in runs]}
+            found = {name: mean_and_half(pd.Series(values, dtype=float)) for name, values in numbers.items()}
+            counted = {"seeds": len(runs), "± (95 %)": found["AP"][1]}
+            lines[TITLES.get(setting, setting)] = counted | {name: mean for name, (mean, _) in found.items()}
+        table = pd.DataFrame.from_dict(lines, orient="index").rename_axis("setting").round(1)
+        if (table["seeds"] == 1).all():
+            table = table.drop(columns=["seeds", "± (95 %)"])
+        return table.astype({"steps": int}).dropna(axis="columns", how="all")
 
     def curves(self, records: Mapping[str, Sequence[Record]]) -> "Figure":
         """AP while training by setting, of a list of runs each; the line below names one run, DETRDistill's or the last setting's."""
@@ -132,7 +147,7 @@ class Session:
 
         first = {setting: runs[0] for setting, runs in records.items() if runs}
         note = self.provenance(_named(first)) if first else ""
-        return convergence({setting: [record.curve for record in runs] for setting, runs in records.items()}, note)
+        return convergence({setting: [record.curve for record in _distinct(runs)] for setting, runs in records.items()}, note)
 
     def detections(self, records: Mapping[str, Record], images: Sequence[int]) -> "Figure":
         """What runs' detectors find on validation images, by setting, beside the ground truth; a run without stored weights is left out.
@@ -196,6 +211,11 @@ def open_session(**parameters: object) -> Session:
 def _named(records: Mapping[str, Record]) -> Record:
     """The run that a figure of several names."""
     return records.get("detrdistill") or list(records.values())[-1]
+
+
+def _distinct(records: Sequence[Record]) -> list[Record]:
+    """Each run once: students of several seeds may have one teacher."""
+    return list({record.id: record for record in records}.values())
 
 
 def _store(folder: str) -> Store:

@@ -1,6 +1,7 @@
 """The command: bad input is one line on standard error and exit code 2, and nothing is overwritten."""
 
 import dataclasses
+import json
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from detrdistill import cli, parameters
 from detrdistill.errors import InputError, NonFiniteError
 from detrdistill.recipes.identity import run_id
 from detrdistill.recipes.parts import Folder
+from detrdistill.recipes.presets import get_preset
 from detrdistill.runs.pinned import pinned_preset
 from tests.folders import read_split, write_folder, write_split
 from tests.report.test_tables import put
@@ -346,3 +348,39 @@ def test_every_run_that_the_batch_names_is_known(detectors):
         is_parent = isinstance(recipe, CropRecipe) or recipe == get_preset("smoke", recipe.detector).teacher
         assert named_run(get_presets("smoke"), name, 3) == (recipe, is_parent)
     assert named_run(get_presets("smoke"), "student", 3) is None and named_run(get_presets("smoke"), "plain-01234567", 3) is None
+
+
+def test_check_says_what_to_set(monkeypatch, capsys, tmp_path):
+    root = write_folder(tmp_path / "mine")
+    content = read_split(root, "train")
+    more = [{"id": 500 + k, "image_id": 1, "category_id": 3, "bbox": [4, 6, 9 + k % 9, 9 + k // 9], "iscrowd": 0} for k in range(30)]
+    write_split(root, "train", content | {"annotations": content["annotations"] + more})
+    assert call(monkeypatch, "check", root, "--preset", "smoke") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("train: 4 images, 37 objects, 3 classes; ") and "  objects a class: cross 34, disc 2, bar 1" in lines
+    assert "  objects an image: median 2, largest 32" in lines and "  0 crowds; 0 images without objects" in lines
+    assert "1 of 4 images have more objects (up to 32) than the detector has queries (20)" in "".join(lines)
+    assert lines[-1] == "to set for this data: --set queries=40 --set resize.short=64 --set resize.long=64"
+    assert call(monkeypatch, "check", root, "--preset", "smoke", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["splits"]["train"]["objects_an_image"] == {"least": 1, "median": 2, "most": 32}
+    assert found["splits"]["train"]["faults"][0]["kind"] == "annotation id" and found["set"][0] == "queries=40"
+    assert found["unreadable"] == [] and len(found["warnings"]) == 1
+
+
+def test_check_takes_what_it_says_to_set(monkeypatch, capsys, tmp_path):
+    root = write_folder(tmp_path / "mine")
+    assert call(monkeypatch, "check", root) == 0
+    said = capsys.readouterr().out.splitlines()[-1].removeprefix("to set for this data: ").split()
+    recipe = get_preset("quick").student.replace(**parameters.assigned([word for word in said if word != "--set"]))
+    assert (recipe.queries, recipe.resize.short, recipe.resize.long) == (20, 64, 64)
+
+
+def test_faults_are_told_once_a_command(tmp_path):
+    """Teacher, crops and student see the same data."""
+    root = write_folder(tmp_path / "mine")
+    words = ("train", "smoke", "detrdistill", "--data", root, "--results", tmp_path / "results", "--device", "cpu")
+    words = (*LAUNCH, *map(str, words), "--set", "schedule.steps=1", "--set", "schedule.batch=2")
+    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("1 x annotation id (repair)") == 1 and len(list((tmp_path / "results" / "runs").iterdir())) == 3

@@ -9,9 +9,16 @@ from torch.autograd import gradcheck
 from torchvision.ops import box_convert, generalized_box_iou
 
 from detrdistill.criterion import SetCriterion, set_losses, target_cost
+from detrdistill.data.coco import Batch
+from detrdistill.data.digits import MOST_OBJECTS
 from detrdistill.matching import match
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
+from detrdistill.recipes.parts import Schedule
+from detrdistill.recipes.presets import get_presets
+from detrdistill.training.fabric import make_fabric
+from detrdistill.training.trainer import accumulate_gradients
 from tests.examples import leaves, one_image, permuted, some_boxes, some_output, some_targets, with_gradient
+from tests.models.small import small_detector
 
 criterion = SetCriterion()
 
@@ -162,3 +169,28 @@ def test_out_of_range_boxes_stay_finite():
 @pytest.mark.parametrize("count", [0, 3])
 def test_normaliser_is_at_least_one(count):
     assert some_targets(count, 0).step_boxes == max(count, 1)
+
+
+@pytest.mark.parametrize(("kind", "divisor"), [("adamixer", 5 + 2), ("conditional", 9 + 2), ("deformable", 9 + 2)])
+def test_an_image_of_more_objects_than_queries_counts_as_the_official_codes_count(kind, divisor):
+    """mmdetection's codes divide by matched queries, the DETRs' by objects; nine objects meet five queries here."""
+    seen = []
+
+    class Distiller(torch.nn.Module):
+        student = small_detector(kind, queries=5)
+
+        def forward(self, pixels, padding, targets, _):
+            seen.append(targets.step_boxes)
+            return {"loss": torch.zeros(1, requires_grad=True)}
+
+    batch = Batch(torch.zeros(2, 3, 8, 8), torch.zeros(2, 8, 8, dtype=torch.bool), some_targets(9, 2), [1, 2], [(8, 8)] * 2)
+    schedule = Schedule(steps=1, batch=4, accumulate=2)
+    fabric = make_fabric("cpu", "fp32")
+    accumulate_gradients(fabric, fabric.setup_module(Distiller()), None, [batch, batch], schedule)
+    assert seen == [2 * divisor] * 2
+
+
+def test_no_preset_s_data_has_more_objects_than_queries():
+    """So the two ways to count give the same numbers in all that is stored."""
+    presets = [preset for name in ("smoke", "quick", "mini") for preset in get_presets(name)]
+    assert min(recipe.queries for preset in presets for recipe in (preset.student, preset.teacher)) >= MOST_OBJECTS

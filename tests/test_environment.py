@@ -40,7 +40,7 @@ def test_all_is_every_extra(project: dict[str, Any]) -> None:
 
 def test_the_library_alone_imports_nothing_of_the_extras(project: dict[str, Any]) -> None:
     """Models, losses, training and reports; what needs an extra is imported where it is used, in the files that are named here."""
-    extras = {"ipywidgets", "jupyterlab", "papermill", "nbformat", "yaml", "snakemake", "IPython", "transformers", "huggingface_hub"}
+    extras = {"ipywidgets", "jupyterlab", "papermill", "nbformat", "snakemake", "IPython", "transformers", "huggingface_hub"}
     users = {path.relative_to(ROOT / "detrdistill").as_posix() for path in (ROOT / "detrdistill").rglob("*.py") if extras & imported(path)}
     assert users == {"notebooks.py", "analysis/query_masks.py", "analysis/detections.py", "checkpoints/locate.py"}
     for module in ("detrdistill.runs.run", "detrdistill.report.write", "detrdistill.session", "detrdistill.cli"):

@@ -189,3 +189,19 @@ def test_a_table_notebook_needs_one_object(path: Path) -> None:
     assert not any("detrdistill.report" in cell for cell in cells)
     figures = [line for cell in cells for line in cell.splitlines() if "import" in line and "detrdistill.figures" in line]
     assert all("stage_pairs" in line for line in figures), "a table draws itself; notebook 04 shows an idea too"
+
+
+def test_a_summary_of_several_seeds_has_means_and_an_interval(results: Path) -> None:
+    """A run that several students share is counted once."""
+    from detrdistill.session import open_session
+
+    recipe, store = get_preset("smoke").recipe("student"), Store(results / "smoke")
+    record = run(recipe, store, device="cpu", progress=False)
+    numbers = {"AP": 20.0, "AP50": 40.0, "AP75": 10.0}
+    runs = [record.replace(id=f"r{k}", metrics=numbers | {"AP": ap}, test={"AP": ap / 2}) for k, ap in enumerate((20.0, 22.0, 24.0))]
+    session = open_session(preset="smoke", seeds=[0], device="cpu", progress=False)
+    table = session.summary(student=runs, teacher=[runs[0]] * 3)
+    assert table.loc["Student", ["seeds", "AP", "test AP", "± (95 %)"]].tolist() == [3, 22.0, 11.0, 5.0]
+    assert table.loc["Teacher", "seeds"] == 1 and table.loc["Teacher", "AP"] == 20.0
+    alone = session.summary(student=runs[0])
+    assert list(alone.columns) == ["AP", "AP50", "AP75", "test AP", "steps", "minutes"]

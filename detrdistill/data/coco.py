@@ -16,10 +16,10 @@ from torch import Tensor
 from torchvision import tv_tensors
 from torchvision.datasets import CocoDetection, VisionDataset
 from torchvision.transforms import v2
-from tqdm.auto import tqdm
 
 from detrdistill.data.images import read_image
-from detrdistill.data.layout import Split, data_hash, layout
+from detrdistill.data.layout import data_hash, layout
+from detrdistill.data.layouts import Split
 from detrdistill.data.transforms import ImageTransform
 from detrdistill.data.validation import load_annotations
 from detrdistill.errors import InputError
@@ -130,16 +130,6 @@ class CocoDataset(CocoDetection):
             return read_image(Path(self.root) / entry["file_name"], entry["width"], entry["height"])
         except InputError as fault:
             raise InputError(f"image {id}: {fault}") from None
-
-    def damaged_images(self, progress: bool = False) -> list[str]:
-        """What keeps which image from being decoded. Opening reads headers only; this decodes all, some milliseconds each."""
-        faults = []
-        for id in tqdm(self.ids, desc="decoding", unit="image", disable=not progress, mininterval=1):
-            try:
-                self.load_image(id)
-            except InputError as fault:
-                faults.append(str(fault))
-        return faults
 
 
 def open_dataset(spec: Digits | Folder, split: Split, cache: Path, transform: ImageTransform | None) -> CocoDataset:

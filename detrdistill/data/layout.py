@@ -3,16 +3,11 @@
 import os
 from hashlib import sha256
 from pathlib import Path
-from typing import Literal
 
 from detrdistill.data.digits import write_digits
+from detrdistill.data.layouts import Split, find
 from detrdistill.errors import InputError
-from detrdistill.files import nearby
 from detrdistill.recipes.parts import Digits, Folder
-
-Split = Literal["train", "val"]
-SPLITS: tuple[Split, Split] = ("train", "val")
-LAYOUT = "instances_train.json, instances_val.json and images/, or COCO's annotations/instances_train2017.json, train2017/ and so on"
 
 
 def data_cache() -> Path:
@@ -23,11 +18,13 @@ def data_cache() -> Path:
 def data_hash(spec: Digits | Folder, cache: Path) -> str:
     """SHA-256 over the two annotation files, train then val: `cat instances_train.json instances_val.json | sha256sum`.
 
+    Where the data was converted or divided, these are the files in the cache. A test file does not count: it changes nothing trained.
+
     Raises:
         InputError: the folder is missing or not laid out as expected, or the recipe states another hash than it has.
     """
     digest = sha256()
-    for split in SPLITS:
+    for split in ("train", "val"):
         with layout(spec, split, cache)[0].open("rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
@@ -41,18 +38,20 @@ def layout(spec: Digits | Folder, split: Split, cache: Path) -> tuple[Path, Path
     """Annotation file and image folder of a split.
 
     Raises:
-        InputError: the folder is missing or not laid out as expected.
+        InputError: the folder is missing or not laid out in a known way, or has no such split.
     """
-    root = write_digits(spec, cache) if isinstance(spec, Digits) else nearby(spec.path)
-    if not root.is_dir():
-        raise InputError(f"data folder {root}: {'not a folder' if root.exists() else 'does not exist'}; expected there: {LAYOUT}")
-    candidates = [
-        (root / f"instances_{split}.json", root / "images"),
-        (root / "annotations" / f"instances_{split}2017.json", root / f"{split}2017"),
-    ]
-    for annotations, images in candidates:
-        if annotations.is_file():
-            if not images.is_dir():
-                raise InputError(f"data folder {root}: {annotations.name} is there but not the image folder {images}; expected: {LAYOUT}")
-            return annotations, images
-    raise InputError(f"data folder {root}: no annotations of the split '{split}'; expected there: {LAYOUT}")
+    if isinstance(spec, Digits):
+        root = write_digits(spec, cache)
+        return root / f"instances_{split}.json", root / "images"
+    found = find(spec, cache)
+    if split not in found.splits:
+        raise InputError(f"data folder {spec.path}: no annotations of the split '{split}'; it has {', '.join(found.splits)}")
+    return found.splits[split]
+
+
+def how_found(spec: Digits | Folder, cache: Path) -> tuple[str, bool]:
+    """What to say about a folder's layout, nothing about the kit's own; and whether there is a test split."""
+    if isinstance(spec, Digits):
+        return "", False
+    found = find(spec, cache)
+    return found.how and f"data folder {spec.path}: {found.how}", "test" in found.splits

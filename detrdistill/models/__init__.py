@@ -1,7 +1,8 @@
 """Detectors that share one contract: `encode(pixels, padding) -> memory`, `decode(memory, *query_groups) -> one output a group`.
 
 `queries(memory)` are a detector's own; `query_position` says whether queries carry an embedding beside content and reference, and
-`top` how many detections an image the official evaluation keeps.
+`top` how many detections an image the official evaluation keeps. `most_objects` is how many objects of an image count where losses are
+divided by objects: all (None) in the DETRs' codes, as many as there are queries where the official code counts matched queries.
 """
 
 import torch

@@ -185,7 +185,7 @@ class AdaMixer(nn.Module):
         super().__init__()
         channels = channels or dim
         self.backbone, self.levels = backbone, len(backbone.channels)
-        self.top = queries  # as many detections an image as queries, in the official evaluation
+        self.top = self.most_objects = queries  # detections kept, and objects that losses are divided by, an image
         self.neck = Neck(backbone.channels, channels)
         sizes = (dim, channels, heads, ffn, in_points, out_points, groups, classes, dropout)
         self.stages = nn.ModuleList(Stage(*sizes) for _ in range(decoder_layers))

@@ -121,6 +121,7 @@ class ConditionalDETR(nn.Module):
     query_position = True  # queries carry an embedding of their own
     levels = 1  # maps in its outputs
     top = 100  # detections an image in the official evaluation
+    most_objects = None  # losses are divided by all objects
 
     def __init__(
         self,

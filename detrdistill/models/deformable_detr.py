@@ -122,6 +122,7 @@ class DeformableDETR(nn.Module):
 
     query_position = True  # queries carry an embedding of their own
     top = 100  # detections an image in the official evaluation
+    most_objects = None  # losses are divided by all objects
 
     def __init__(
         self,

@@ -126,7 +126,7 @@ class Targets:
         labels: class indices, 0 where padded.
         boxes: cxcywh, relative to the image without padding; 0 where padded.
         counts: objects of each image (numbers on the host).
-        step_boxes: objects in the whole optimizer step, at least 1.
+        step_boxes: objects in the whole optimizer step as the detector counts them (`objects`), at least 1.
         step_images: images in the whole optimizer step.
     """
 
@@ -145,6 +145,10 @@ class Targets:
         for i, n in enumerate(counts):
             packed_labels[i, :n], packed_boxes[i, :n] = labels[i], boxes[i]
         return cls(packed_labels, packed_boxes, counts, max(float(sum(counts)), 1.0), float(len(counts)))
+
+    def objects(self, most: int | None = None) -> int:
+        """Objects of the batch, of each image at most so many: a detector's `most_objects`."""
+        return sum(count if most is None else min(count, most) for count in self.counts)
 
     def to(self, device: torch.device | str) -> "Targets":
         """The same on another device, copied without waiting."""

@@ -92,7 +92,7 @@ def _left_out(value: Strict, content: bool) -> set[str]:
         return {"path", "source"} if value.sha256 else {"source"}
     if not isinstance(value, Folder):
         return set()
-    return {"path"} if content and value.sha256 else set() if content else {"path", "sha256"}
+    return value.places if content and value.sha256 else set() if content else {*value.places, "sha256"}
 
 
 def _fields(value: Any, content: bool) -> Any:
@@ -101,5 +101,5 @@ def _fields(value: Any, content: bool) -> Any:
         return [_fields(item, content) for item in value]
     if not isinstance(value, Strict):
         return value
-    left_out = ({"path"} if content else {"path", "sha256"}) if isinstance(value, Folder) else _left_out(value, content)
+    left_out = (value.places if content else {*value.places, "sha256"}) if isinstance(value, Folder) else _left_out(value, content)
     return {name: _fields(getattr(value, name), content) for name in type(value).model_fields if name not in left_out}

@@ -123,13 +123,31 @@ class Digits(Strict):
 
 
 class Folder(Strict):
-    """A user's COCO-style folder: instances_train.json, instances_val.json and images/ (or train2017/ and val2017/, as COCO has it)."""
+    """A user's folder, in any layout of `data.layouts`, or with annotation files and image folders that are named here.
+
+    Names are relative to `path`.
+    """
 
     name: Literal["folder"] = "folder"
     path: Path
+    train: Path | None = Field(None, description="COCO annotation file of the training images, where no layout says it")
+    val: Path | None = Field(None, description="of the validation images; without it a part of the training file's images is taken")
+    test: Path | None = Field(None, description="of images that a finished detector is measured on as well")
+    train_images: Path | None = Field(None, description="image folder; 'images' or the annotation file's own folder if not given")
+    val_images: Path | None = Field(None, description="as the training images' if not given")
+    test_images: Path | None = Field(None, description="as the training images' if not given")
+    val_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="part of the images that validates, where one file holds all; 0.2 if not given. Given, it divides a training file"
+    )
+    split_seed: NonNegativeInt = Field(0, description="which images these are")
     sha256: str | None = Field(
         None, description="hash of the two annotation files; filled in when a run starts, so that a moved folder is the same data"
     )
+
+    @property
+    def places(self) -> set[str]:
+        """Fields that say where the data is found, and nothing beyond what `sha256` says."""
+        return set(type(self).model_fields) - {"name", "sha256"}
 
 
 class Resize(Strict):

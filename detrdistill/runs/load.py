@@ -1,27 +1,75 @@
 """What a run starts from: data, trained detectors, weights of backbones."""
 
+import logging
 import warnings
 from collections.abc import Sequence
+from functools import cache
 
 from torch import nn
 
 from detrdistill.checkpoints.pretrained import load_detector_weights
-from detrdistill.data.coco import CocoDataset, open_dataset
-from detrdistill.data.layout import data_cache
+from detrdistill.data.coco import CocoDataset, open_dataset, require_same_categories
+from detrdistill.data.layout import data_cache, how_found
+from detrdistill.data.summary import judgements
 from detrdistill.data.transforms import build_transform
+from detrdistill.data.validation import NoObjectsError
 from detrdistill.errors import InputError
 from detrdistill.files import file_hash, nearby
 from detrdistill.models import Backbone, build_detector
 from detrdistill.models.backbones import file_weights, imagenet_version, imagenet_weights, weights_path
 from detrdistill.models.weights import classes_of, classes_text, few, load_weights, read_weights
 from detrdistill.recipes.identity import parents, run_id
+from detrdistill.recipes.parts import Digits, Folder
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.runs.store import Store
+
+LOG = logging.getLogger(__name__)
 
 
 def open_split(recipe: Recipe, split: str) -> CocoDataset:
     """The recipe's training or validation images, prepared as the recipe says."""
     return open_dataset(recipe.data, split, data_cache(), build_transform(recipe.resize, train=split == "train"))
+
+
+def open_splits(recipe: Recipe) -> tuple[CocoDataset, CocoDataset]:
+    """The training and the validation images.
+
+    Raises:
+        InputError: the data is refused, or the splits list different classes.
+    """
+    train, val = open_split(recipe, "train"), open_split(recipe, "val")
+    require_same_categories(train, val)
+    return train, val
+
+
+def open_test(recipe: Recipe, train: CocoDataset) -> CocoDataset | None:
+    """The test images, where the data has some that are annotated.
+
+    Raises:
+        InputError: the split is refused, or lists other classes than the training images.
+    """
+    if not how_found(recipe.data, data_cache())[1]:
+        return None
+    try:
+        test = open_split(recipe, "test")
+    except NoObjectsError as reason:
+        warn_once(f"{reason}; without them nothing is measured on the test images")
+        return None
+    require_same_categories(train, test)
+    return test
+
+
+def tell(data: Digits | Folder, train: CocoDataset, others: dict[str, CocoDataset | None], queries: int | None = None) -> None:
+    """Say how the data of a run was found, and what is wrong or doubtful about it: once a command, of which several runs see the same."""
+    there = {split: dataset for split, dataset in others.items() if dataset is not None}
+    for text in (how_found(data, data_cache())[0], *judgements(train, there, queries)):
+        if text:
+            warn_once(text)
+
+
+@cache
+def warn_once(text: str) -> None:
+    LOG.warning("%s", text)
 
 
 def load_detector(recipe: Recipe, store: Store, dataset: CocoDataset) -> nn.Module:

@@ -10,7 +10,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
-from detrdistill.data.coco import CocoDataset, open_dataset, require_same_categories
+from detrdistill.data.coco import CocoDataset, open_dataset
 from detrdistill.data.layout import data_cache, data_hash
 from detrdistill.distill.build import build_distiller
 from detrdistill.errors import InputError
@@ -24,7 +24,7 @@ from detrdistill.recipes.parts import Digits, Folder, WeightsFile
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.records import Record
 from detrdistill.runs.continuing import continue_shorter
-from detrdistill.runs.load import load_detector, open_split, start_backbone, start_detector
+from detrdistill.runs.load import load_detector, open_splits, open_test, start_backbone, start_detector, tell
 from detrdistill.runs.pinned import pinned
 from detrdistill.runs.provenance import code, provenance
 from detrdistill.runs.reference import take
@@ -58,7 +58,7 @@ def run(
     Under torchrun all processes call this and train together.
 
     Args:
-        device: "auto" (cuda if there is one), "cpu" or "cuda". Not part of the recipe, but in the record.
+        device: "auto" (cuda if there is one), "cpu", "cuda", or "cuda:1" for the second GPU. Not part of the recipe, but in the record.
         workers: processes that load images, which changes no number; 0 loads them in this one. None: as many as `loaders` says.
         keep_teacher_outputs: under `resize.train` "none" or "flip" the teacher's outputs are kept in `teacher_outputs` of the data
             cache; `training.teacher_outputs` says how equal they are. False: the teacher computes them in every step.
@@ -148,6 +148,7 @@ def stored(recipe: Recipe | CropRecipe, store: Store) -> Record | None:
 def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool) -> Record:
     # Crops are cut from the images as they are: the transform is never applied.
     train_set, val_set = (open_dataset(recipe.data, split, data_cache(), transform=None) for split in ("train", "val"))
+    tell(recipe.data, train_set, {"val": val_set})
     watch = Watch(fabric)
     model, accuracy = train_on_crops(fabric, train_set, val_set, recipe, progress=progress)
     save_weights(store.weights(recipe), model, {"run": run_id(recipe)})
@@ -192,11 +193,10 @@ def _run_detector(
     fabric: Fabric, recipe: Recipe, store: Store, records: dict[str, Record], workers: int, progress: bool, keep_teacher_outputs: bool
 ) -> Record | None:
     """The record, in the first process."""
-    train_set, val_set = open_split(recipe, "train"), open_split(recipe, "val")
-    require_same_categories(train_set, val_set)
-    for report in (train_set.report, val_set.report):
-        if report.faults and fabric.is_global_zero:
-            LOG.warning("%s", report)
+    train_set, val_set = open_splits(recipe)
+    test_set = open_test(recipe, train_set)
+    if fabric.is_global_zero:
+        tell(recipe.data, train_set, {"val": val_set, "test": test_set}, recipe.queries)
     if recipe.schedule.batch % (recipe.schedule.accumulate * fabric.world_size):
         raise InputError(
             f"schedule.batch {recipe.schedule.batch} cannot be shared among {fabric.world_size} processes "
@@ -236,10 +236,11 @@ def _run_detector(
             metrics = records["teacher"].metrics  # measured once, on images as it wants them
         else:
             metrics, _ = measure(detector)
-        source["AP"] = measured = metrics["AP"] or 0.0
-        if measured <= recipe.teacher_floor:
+        source["AP"] = measured = metrics["AP"]
+        if measured is None or measured <= recipe.teacher_floor:
+            found = "no AP that is defined" if measured is None else f"AP {measured:.1f}"
             raise InputError(
-                f"the teacher {source['run']} has AP {measured:.1f} on this data, and must exceed teacher_floor "
+                f"the teacher {source['run']} has {found} on this data, and must exceed teacher_floor "
                 f"{recipe.teacher_floor:.1f} to teach; train it longer, check its weights, or lower the floor"
             )
         teacher = Teacher(detector, distiller, kept, (recipe.resize, recipe.teacher.resize))
@@ -248,6 +249,7 @@ def _run_detector(
         continue_shorter(recipe, len(train_set), store, lineage)
     fabric.barrier()
     state = train(fabric, distiller, teacher, train_set, recipe, folder, measure, workers=workers, progress=progress, commit=code())
+    tested = _evaluate_once(fabric, student, test_set, recipe, workers)[0] if test_set else None
     if not fabric.is_global_zero:
         return None
     classes = classes_text([category.name for category in train_set.categories])
@@ -256,6 +258,7 @@ def _run_detector(
         id=run_id(recipe),
         recipe=recipe,
         metrics=state["metrics"],
+        test=tested,
         curve=state["curve"],
         cost=watch.cost(state["step"], state["seconds"], state["resumed"], recipe.schedule.batch)
         | {name: state[name] for name in ("teacher_images",) if name in state},

@@ -117,7 +117,10 @@ class Store:
         Raises:
             InputError: another process holds it; names that process.
         """
-        import fcntl
+        try:
+            import fcntl
+        except ModuleNotFoundError:
+            raise InputError("runs cannot be locked on this system (Windows), so nothing is trained; use Linux, macOS or WSL") from None
 
         path = make_folder(self.folder(recipe)) / ".lock"
         with writing(path):

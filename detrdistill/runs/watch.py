@@ -1,11 +1,11 @@
 """What a run costs."""
 
-import resource
-import sys
 import time
 
 import torch
 from lightning_fabric import Fabric
+
+from detrdistill.process import peak_memory
 
 
 class Watch:
@@ -24,11 +24,11 @@ class Watch:
         if self._device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self._device) / 2**20
         else:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+            peak = peak_memory()
         return {
             "seconds": round(seconds, 1),
             "steps": steps,
             "images_per_second": round(batch * steps / seconds, 1) if batch else None,
-            "peak_memory_mib": round(peak),
+            "peak_memory_mib": None if peak is None else round(peak),
             "resumed": resumed,
         }

@@ -1,6 +1,5 @@
 """The checkpoint that a run continues from. Loading it executes nothing. (Weights to use a detector: `models/weights.py`.)"""
 
-import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from torch import nn
 
 from detrdistill.errors import InputError
 from detrdistill.files import atomic
+from detrdistill.process import largest_file
 from detrdistill.training.keeping import Kept
 
 CHECKPOINT_SECONDS = 30.0  # from one checkpoint to the next; longer where one takes more than a twentieth of it to write
@@ -107,8 +107,8 @@ def lack_of_space(path: Path, model: nn.Module, kept: Kept) -> str:
     """Why the disk, or this process's limit on the size of files, has no room for `model`'s checkpoint; empty if it has."""
     trained = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     size = sum(value.nbytes for value in model.state_dict().values()) + 2 * trained + kept.nbytes  # AdamW has two moments
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if limit != resource.RLIM_INFINITY and limit < size:
+    limit = largest_file()
+    if limit is not None and limit < size:
         return f"checkpoint {path}: takes at least {mib(size)}, and files may have {mib(limit)} (ulimit -f); raise that limit"
     # The old one stays until the new one is written.
     needed = 2 * size - (path.stat().st_size if path.exists() else 0)

@@ -33,15 +33,21 @@ def make_fabric(device: str, precision: str) -> Fabric:
     """Fabric for this process, or for all processes of torchrun.
 
     Raises:
-        InputError: an unknown device, cuda where there is none, or more processes than GPUs.
+        InputError: an unknown device, cuda where there is none, a GPU that is not there, or more processes than GPUs.
     """
-    if device not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device '{device}' is unknown; use auto, cpu or cuda")
+    device, _, number = device.partition(":")
+    if device == "mps":
+        raise InputError("device 'mps' is not supported: nothing here was ever measured on it; use device 'cpu'")
+    if device not in ("auto", "cpu", "cuda") or (number and (device != "cuda" or not number.isdecimal())):
+        raise InputError(f"device '{device}{':' * bool(number)}{number}' is unknown; use auto, cpu, cuda or cuda:1 (the second GPU)")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("device 'cuda': torch finds no CUDA device here; use device 'cpu' or 'auto'")
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)  # it announces each precision on standard error
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     on_gpu = device != "cpu" and torch.cuda.is_available()
+    if number and (world > 1 or int(number) >= torch.cuda.device_count()):
+        reason = "torchrun gives each process a GPU" if world > 1 else f"this machine has {torch.cuda.device_count()} GPUs, counted from 0"
+        raise InputError(f"device 'cuda:{number}': {reason}; use device 'cuda'")
     if on_gpu and local > torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise InputError(f"{local} processes on this machine, which has {count} GPUs; start at most {count}, or use device 'cpu'")
@@ -51,7 +57,7 @@ def make_fabric(device: str, precision: str) -> Fabric:
         plugins.append(LightningEnvironment())
     fabric = Fabric(
         accelerator="cuda" if on_gpu else "cpu",
-        devices=local,
+        devices=[int(number)] if number else local,
         num_nodes=world // local,
         strategy=DDPStrategy(timeout=PATIENCE) if world > 1 else "auto",
         plugins=plugins,

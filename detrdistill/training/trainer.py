@@ -137,7 +137,7 @@ def accumulate_gradients(
     Raises:
         NonFiniteError: a prediction is NaN or infinite, found when it is matched; names the images of its micro-batch.
     """
-    boxes = float(sum(sum(batch.targets.counts) for batch in batches))
+    boxes = float(sum(batch.targets.objects(module.student.most_objects) for batch in batches))
     if fabric.world_size > 1:
         boxes = fabric.all_reduce(torch.tensor(boxes, device=fabric.device), reduce_op="sum").item()
     boxes = max(boxes, 1.0)

@@ -7,6 +7,7 @@ A file is broken in its json (fields missing, of other types, extreme, or the te
 import io
 import json
 import math
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -17,12 +18,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from detrdistill.data.coco import CocoDataset, collate
+from detrdistill.data.coco import CocoDataset, collate, open_dataset
 from detrdistill.data.crops import object_crops
+from detrdistill.data.summary import look_at_images
 from detrdistill.data.transforms import build_transform
 from detrdistill.errors import InputError
-from detrdistill.recipes.parts import Resize
+from detrdistill.recipes.parts import Folder, Resize
 from detrdistill.training.evaluation import coco_metrics
+from tests.data.test_layouts import voc, yolo
+from tests.folders import write_folder
 
 SIZES = {1: (40, 30), 2: (30, 40), 3: (33, 33)}
 GOOD = {
@@ -50,12 +54,17 @@ JUNK = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(["id", "name", "bbox", "width", "x"]), inner, max_size=4),
     max_leaves=5,
 )
+RINGS = st.lists(st.lists(NUMBERS | st.floats(-5, 60), max_size=8), max_size=3)
+RUNS = st.lists(st.integers(-1, 1300), max_size=6) | st.text("0123Oo`~\u00e9", max_size=8)
+MASKS = st.fixed_dictionaries({"size": st.sampled_from([[30, 40], [40, 30], [0, 0], [30]]), "counts": RUNS | st.just([40, 20, 1140])})
 BOXES = st.lists(NUMBERS | st.floats(-5, 60), min_size=4, max_size=4)
 PLACES = [(section, k, key) for section, entries in GOOD.items() for k, entry in enumerate(entries) for key in entry]
 CHANGES = st.one_of(
     st.tuples(st.sampled_from(PLACES), JUNK | NUMBERS),
     st.tuples(st.sampled_from([place for place in PLACES if place[2] == "bbox"]), BOXES),
     st.tuples(st.sampled_from(PLACES), st.just(KeyError)),  # the field is missing
+    st.tuples(st.sampled_from([("annotations", k, "outline") for k in range(3)]), RINGS | MASKS | JUNK),  # in the place of a box
+    st.tuples(st.sampled_from(PLACES), st.sampled_from([1.0, 2.0, 3.0, 7.0, 10.0, 30.0])),  # whole numbers as pandas writes them
     st.tuples(st.sampled_from([*GOOD]), JUNK),  # a whole section
     st.tuples(st.sampled_from([*GOOD]), st.just("twice")),
 )
@@ -103,7 +112,9 @@ def broken(changes: list[tuple]) -> dict:
         section, k, key = place
         entries = content[section] if isinstance(content[section], list) else []
         entry = entries[k] if k < len(entries) else None
-        if isinstance(entry, dict):
+        if isinstance(entry, dict) and key == "outline":
+            entry |= {"bbox": [], "segmentation": value}
+        elif isinstance(entry, dict):
             entry.pop(key, None) if value is KeyError else entry.update({key: value})
     return content
 
@@ -118,7 +129,7 @@ def survives(folder: Path) -> str:
         assert text.startswith(f"{file}: ") and "\n" not in text and len(text) < 1000 and text.isprintable()
         return "refused"
     data.report.text().encode()
-    unread = data.damaged_images()
+    unread = look_at_images(data)[0]
     assert all(fault.startswith(tuple(f"image {id}: " for id in data.ids)) and "\n" not in fault for fault in unread)
     for seed, transform in enumerate(TRANSFORMS):
         data = CocoDataset(file, folder / "images", transform)
@@ -206,3 +217,33 @@ def test_broken_images(folder: Path, times, tries) -> None:
 
     run()
     assert ends == {"refused", "unread images", "opened"}, "all ways were taken"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("build", [yolo, voc], ids=["yolo", "voc"])
+def test_broken_files_of_other_tools(build: Callable[[Path], Path], tmp_path: Path, times, tries) -> None:
+    """A label, a list or a description, overwritten or cut: refused on one line, or opened."""
+    root = build(write_folder(tmp_path / "mine"))
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".txt", ".xml", ".yaml"))
+    ends = set()
+
+    @reproducible(times, 30, 500)
+    @given(st.integers(0, len(files) - 1), DAMAGES)
+    def run(number: int, damage: tuple) -> None:
+        whole = files[number].read_bytes()
+        files[number].write_bytes(damaged(whole, damage))
+        with tries("broken files of YOLO and VOC"):
+            try:
+                for split in ("train", "val"):
+                    data = open_dataset(Folder(path=root), split, tmp_path / "cache", TRANSFORMS[0])
+                    data.report.text().encode()
+                    assert all(data[index][1]["boxes"].isfinite().all() for index in range(len(data)))
+                ends.add("opened")
+            except InputError as refusal:
+                assert "\n" not in str(refusal) and str(refusal).isprintable() and len(str(refusal)) < 1500
+                ends.add("refused")
+            finally:
+                files[number].write_bytes(whole)
+
+    run()
+    assert ends == {"refused", "opened"}, "both ways were taken"

@@ -20,6 +20,7 @@ from detrdistill.criterion import SetCriterion
 from detrdistill.data.coco import CocoDataset, collate
 from detrdistill.data.crops import object_crops
 from detrdistill.data.images import read_image
+from detrdistill.data.summary import look_at_images
 from detrdistill.data.transforms import build_transform
 from detrdistill.errors import InputError
 from detrdistill.matching import match
@@ -99,19 +100,25 @@ def test_ids_used_twice(root: Path, tries, capsys: pytest.CaptureFixture) -> Non
 
 def test_images_without_boxes_and_crowds(root: Path, tries, capsys: pytest.CaptureFixture) -> None:
     content = read_split(root, "train")
-    content["annotations"] = [one | {"iscrowd": 1} for one in content["annotations"] if one["image_id"] != 0]
+    content["annotations"] = [one | {"iscrowd": int(one["image_id"] != 1)} for one in content["annotations"] if one["image_id"] != 0]
     write_split(root, "train", content)
     with tries("image without boxes, crowds only"):
         cli.check(root)
         assert "4 images, 6 annotations, 0 faults" in capsys.readouterr().out
         data = opened(root)
-        batch = collate([data[i] for i in range(4)])
-        assert batch.targets.counts == [0] * 4
+        batch = collate([data[i] for i in (0, 2, 3)])
+        assert batch.targets.counts == [0] * 3
         detector = small_detector("conditional")
         (output,) = detector.train().decode(memory := detector.encode(batch.pixels, batch.padding), detector.queries(memory))
         losses = set_loss(output, batch.targets)
         assert all(value.isfinite().all() for value in losses.values())
-        assert evaluate(detector, data, batch=4)[0]["AP"] is None, "nothing but crowds: COCO defines no AP"
+    content["annotations"] = [one | {"iscrowd": 1} for one in content["annotations"]]
+    write_split(root, "train", content)
+    with (
+        tries("crowds and nothing else"),
+        pytest.raises(InputError, match=r"train\.json: 0 objects, 6 crowds: all 6 annotations"),
+    ):
+        cli.check(root)
 
 
 def outside(root: Path) -> None:
@@ -180,7 +187,7 @@ def test_image_files_are_refused(fault: str, root: Path, tries) -> None:
 
 @pytest.mark.parametrize("kind", ["png", "jpg"])
 def test_images_cut_in_their_pixels(kind: str, root: Path, tries, times) -> None:
-    """Headers are whole, so only decoding finds out; `damaged_images` does, before training."""
+    """Headers are whole, so only decoding finds out; `look_at_images` does, before training."""
     path = root / "images" / f"cut.{kind}"
     Image.open(root / "images" / "1.png").save(path)
     change(root, "images", 1, file_name=path.name)
@@ -189,7 +196,7 @@ def test_images_cut_in_their_pixels(kind: str, root: Path, tries, times) -> None
         path.write_bytes(whole[: len(whole) * (count + k) // (3 * count)])
         with tries("image cut in its pixels"):
             data = opened(root)
-            [fault] = data.damaged_images()
+            [fault] = look_at_images(data)[0]
             assert fault.startswith(f"image 1: {path} cannot be decoded") and "\n" not in fault
             with pytest.raises(InputError, match=r"^image 1: .*; replace the file"):
                 data[1]

@@ -467,6 +467,7 @@ def adamixer_criterion(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
     wanted = oracle.input("target.boxes").split(counts)
     relative = [boxes.xyxy_to_cxcywh(each / size) for each, size in zip(wanted, whwh, strict=True)]
     targets = Targets.pack(oracle.input("target.labels").split(counts), relative)
+    targets = replace(targets, step_boxes=float(targets.objects(most=oracle.config["num_queries"])))
     logits, pixels = oracle.input("cls_score", grad=True), oracle.input("boxes", grad=True)
     student = replace(stages(logits, boxes.xyxy_to_cxcywh(pixels / whwh)), l1="xyxy")
     set_loss = criterion.SetCriterion()

@@ -132,13 +132,16 @@ def test_nothing_stated_is_the_preset_s_own_choice(tmp_path: Path, environment: 
 
 @pytest.mark.parametrize("detector", ["adamixer", "deformable_detr"])
 def test_a_named_detector_is_that_of_all_notebooks(tmp_path: Path, environment: None, detector: str) -> None:
-    """Also of those that make no table: none trains another one. The quickstart has no choice."""
-    words = [*snakemake(workplace(tmp_path), "tables=", f"detectors={detector}", "--dry-run")]
+    """Also of those that make no table: none trains another one. The quickstart has no choice. Who shows one seed gets one."""
+    words = [
+        word.replace("seeds=0", "seeds=0 1") for word in snakemake(workplace(tmp_path), "tables=", f"detectors={detector}", "--dry-run")
+    ]
     plan = python_m(*words, cwd=ROOT)
     jobs = plan.stdout + plan.stderr
     assert plan.returncode == 0, jobs
     calls = {line.split("notebooks/")[1][:2]: line for line in jobs.splitlines() if " notebook notebooks/" in line}
     assert {"01", "10", "11", "12"} <= calls.keys() and "15" not in calls and ("00" in calls) == (detector == "deformable_detr")
+    assert {number for number, call in calls.items() if "seeds='0'" in call} == {"00", "10", "11"} & calls.keys()
     assert "--parameters detector" not in calls.pop("00", "")
     assert all(f"detector={detector}" in call or f"detectors='{detector}'" in call for call in calls.values())
 

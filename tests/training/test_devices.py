@@ -26,10 +26,28 @@ from detrdistill.training.fabric import loaders, make_fabric
 
 
 def test_devices():
-    for device in ("tpu", "cuda:1"):
-        with pytest.raises(InputError, match=f"device '{device}' is unknown; use auto, cpu or cuda"):
+    for device in ("tpu", "cpu:1", "cuda:x", "auto:0"):
+        with pytest.raises(InputError, match=rf"device '{device}' is unknown; use auto, cpu, cuda or cuda:1 \(the second GPU\)"):
             make_fabric(device, "fp32")
+    with pytest.raises(InputError, match=r"device 'mps' is not supported: .*; use device 'cpu'"):
+        make_fabric("mps", "fp32")
     assert make_fabric("cpu", "fp32").device == torch.device("cpu")
+
+
+def test_one_of_several_gpus(monkeypatch):
+    """Which GPU is asked for is what Fabric is asked for; nothing is launched, as there is none here."""
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(fabric_module, "Fabric", lambda **words: asked.append(words) or SimpleNamespace(launch=lambda: None))
+    for device, devices in (("cuda:1", [1]), ("cuda:0", [0]), ("cuda", 1), ("cpu", 1)):
+        make_fabric(device, "fp32")
+        assert (asked[-1]["devices"], asked[-1]["accelerator"]) == (devices, "cpu" if device == "cpu" else "cuda")
+    with pytest.raises(InputError, match="device 'cuda:2': this machine has 2 GPUs, counted from 0"):
+        make_fabric("cuda:2", "fp32")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="device 'cuda:1': torchrun gives each process a GPU"):
+        make_fabric("cuda:1", "fp32")
 
 
 def test_no_cuda(monkeypatch):
