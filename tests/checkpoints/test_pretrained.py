@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from detrdistill import cli
+from detrdistill import commands
 from detrdistill.checkpoints.formats import read_detector_weights
 from detrdistill.checkpoints.hugging_face import export_hugging_face
 from detrdistill.checkpoints.names import COCO_91, OFFICIAL_ADAMIXER, rename
@@ -131,12 +131,12 @@ def test_a_runs_folder_tells_everything_and_is_exported(tmp_path: Path, capsys: 
     assert about.settings["dropout"] == 0.1 and about.settings["backbone"] == recipe.backbone
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in detector.state_dict().items())
 
-    cli.export(store.folder(recipe), tmp_path / "out")
+    commands.export(store.folder(recipe), tmp_path / "out")
     assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
     assert json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["size"] == {"shortest_edge": 96, "longest_edge": 200}
     same(detector, load_pretrained(tmp_path / "out")[0])
     with pytest.raises(InputError, match=r"no record\.json, so it is not a complete run"):
-        cli.export(tmp_path / "out", tmp_path / "again")
+        commands.export(tmp_path / "out", tmp_path / "again")
 
 
 @every_kind

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from detrdistill import cli
+from detrdistill import commands
 from detrdistill.data.coco import CocoDataset, open_dataset, require_same_categories
 from detrdistill.data.layout import data_hash, how_found, layout
 from detrdistill.errors import InputError
@@ -164,7 +164,7 @@ def test_each_layout_is_the_same_data(name: str, tmp_path: Path, original: Calla
     assert len(train.categories) == 3 and train.load_image(train.ids[0]).size in ((56, 64), (64, 48))
     how, has_test = how_found(Folder(path=root), tmp_path / "cache")
     assert said in how and bool(how) == bool(said) and has_test == (name == "roboflow")
-    cli.check(root)
+    commands.check(root)
     shown = capsys.readouterr().out
     assert (shown.splitlines()[0] == how_found(Folder(path=root), tmp_path / "cache")[0]) == bool(said)
     assert "\ntrain: 4 images, 7 objects, 3 classes; " in f"\n{shown}" and "\nval: 4 images, 8 objects, 3 classes; " in shown
@@ -226,9 +226,9 @@ def test_files_and_folders_can_be_named(tmp_path: Path, original: Callable[[str]
     ):
         with pytest.raises(InputError, match=message):
             opened(root, "train", **fields | wrong)
-    cli.check(root, set=("data.train=a.json", "data.val=b.json", "data.train_images=pictures"))
+    commands.check(root, set=("data.train=a.json", "data.val=b.json", "data.train_images=pictures"))
     with pytest.raises(InputError, match="unknown parameter 'tran'"):
-        cli.check(root, set=("data.tran=a.json",))
+        commands.check(root, set=("data.tran=a.json",))
 
 
 def test_where_the_files_lie_does_not_name_a_run(tmp_path: Path) -> None:

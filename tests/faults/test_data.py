@@ -15,7 +15,7 @@ import pytest
 from PIL import EpsImagePlugin, Image
 from torch import Tensor
 
-from detrdistill import cli
+from detrdistill import commands
 from detrdistill.criterion import SetCriterion
 from detrdistill.data.coco import CocoDataset, collate
 from detrdistill.data.crops import object_crops
@@ -80,7 +80,7 @@ def test_annotation_faults_are_reported(fault: str, root: Path, tries, capsys: p
     changes, text, policy = REPORTED[fault]
     change(root, "annotations", 10, **changes)
     with tries(fault):
-        cli.check(root)
+        commands.check(root)
         told = capsys.readouterr().out
         assert f"image {changes.get('image_id', 1)}, annotation 10: {text}" in told and f"({policy})" in told
         labels = opened(root)[1][1]["labels"]
@@ -90,12 +90,12 @@ def test_annotation_faults_are_reported(fault: str, root: Path, tries, capsys: p
 def test_ids_used_twice(root: Path, tries, capsys: pytest.CaptureFixture) -> None:
     change(root, "annotations", 11, id=10)
     with tries("annotation id used twice"):
-        cli.check(root)
+        commands.check(root)
         assert "image 1, annotation 10: id 10 is used twice; 32 is used" in capsys.readouterr().out
         assert len(opened(root)[1][1]["labels"]) == 2
     change(root, "images", 2, id=1)
     with tries("image id used twice"), pytest.raises(InputError, match=r"instances_train\.json: image 1: this image id is used twice"):
-        cli.check(root)
+        commands.check(root)
 
 
 def test_images_without_boxes_and_crowds(root: Path, tries, capsys: pytest.CaptureFixture) -> None:
@@ -103,7 +103,7 @@ def test_images_without_boxes_and_crowds(root: Path, tries, capsys: pytest.Captu
     content["annotations"] = [one | {"iscrowd": int(one["image_id"] != 1)} for one in content["annotations"] if one["image_id"] != 0]
     write_split(root, "train", content)
     with tries("image without boxes, crowds only"):
-        cli.check(root)
+        commands.check(root)
         assert "4 images, 6 annotations, 0 faults" in capsys.readouterr().out
         data = opened(root)
         batch = collate([data[i] for i in (0, 2, 3)])
@@ -118,7 +118,7 @@ def test_images_without_boxes_and_crowds(root: Path, tries, capsys: pytest.Captu
         tries("crowds and nothing else"),
         pytest.raises(InputError, match=r"train\.json: 0 objects, 6 crowds: all 6 annotations"),
     ):
-        cli.check(root)
+        commands.check(root)
 
 
 def outside(root: Path) -> None:
@@ -154,7 +154,7 @@ def test_image_faults_are_refused(fault: str, root: Path, tries) -> None:
     changes, text = REFUSED[fault]
     change(root, "images", 1, **changes)
     with tries(fault), pytest.raises(InputError, match=rf"^{root}/instances_train\.json: image 1: .*{text}") as refusal:
-        cli.check(root)
+        commands.check(root)
     assert str(refusal.value).isprintable()
 
 
@@ -181,7 +181,7 @@ def test_image_files_are_refused(fault: str, root: Path, tries) -> None:
     harm, text = HARMS[fault]
     harm(root / "images" / "1.png")
     with tries(fault), pytest.raises(InputError, match=rf"instances_train\.json: image 1: .*1\.png {text}") as refusal:
-        cli.check(root)
+        commands.check(root)
     assert "\n" not in str(refusal.value)
 
 
@@ -235,7 +235,7 @@ def test_markup_in_category_names(root: Path, tmp_path: Path, tries, capsys: pyt
             content["categories"][0]["name"] = name
             write_split(root, split, content)
         with tries("markup in a category name"):
-            cli.check(root)
+            commands.check(root)
             assert "3 classes" in capsys.readouterr().out
             names = [category.name for category in opened(root).categories]
             page = write_page(tmp_path, name, [name], [Section(name, name, table=pd.DataFrame({"Class": names, name: names}), note=name)])
@@ -249,7 +249,7 @@ def test_unprintable_category_names(name: object, root: Path, tries) -> None:
     content["categories"][1]["name"] = name
     write_split(root, "train", content)
     with tries("unprintable category name"), pytest.raises(InputError, match=r"train\.json: category 17 has the name .*; every") as refusal:
-        cli.check(root)
+        commands.check(root)
     assert str(refusal.value).isprintable()
 
 
@@ -258,7 +258,7 @@ def test_categories_that_differ_are_quoted(root: Path, tries) -> None:
     content["categories"][1]["name"] = "<b>"
     write_split(root, "val", content)
     with tries("categories of the splits differ"), pytest.raises(InputError, match=r"val\.json: categories differ .*17 '<b>', 17 'disc'"):
-        cli.check(root)
+        commands.check(root)
 
 
 @pytest.mark.parametrize("kind", KINDS)

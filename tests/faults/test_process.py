@@ -181,7 +181,7 @@ def train(error: str) -> None:
     distributed.broadcast_object_list([None])
 
 sys.argv = ["detrdistill", "train", "--error", sys.argv[1]]
-cli.train = train
+cli.COMMANDS = (train, *cli.COMMANDS[1:])
 cli.main()
 """
 
