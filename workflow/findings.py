@@ -60,8 +60,7 @@ def weights() -> str:
     if tuned[True]:
         said.append(f"On {listed(tuned[True])}, those of every row alike, on digits that no table reports.")
     if tuned[False]:
-        theirs = "every method has the weights that it was published with, or those of a public port, and DETRDistill ours"
-        said.append(f"Not on {listed(tuned[False])}: {theirs}.")
+        said.append(f"Not yet on {listed(tuned[False])}: rivals have published weights or a public port's, DETRDistill has ours.")
     return " ".join(said)
 
 
@@ -111,7 +110,7 @@ def answer(group: Sequence[Line], word: str, whole: bool) -> str:
         return f"{name(line['ahead'])} is {distance:.1f} AP {side} {name(line['than'])} (*{word}*, {interval(line)})"
     ahead, than = (list(dict.fromkeys(name(line[end]) for line in group)) for end in ("ahead", "than"))
     one_ahead = len(ahead) == 1
-    varied = [f"{name(line['than' if one_ahead else 'ahead'])} ({numbers(line, whole)})" for line in group]
+    varied = [f"{name(line['than' if one_ahead else 'ahead'])} ({numbers(line, whole or word == UNDECIDED)})" for line in group]
     ahead, than = (ahead, varied) if one_ahead else (varied, than)
     verb = "is" if one_ahead else "are"
     if side:

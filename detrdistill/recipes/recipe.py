@@ -79,7 +79,7 @@ class Recipe(Strict):
             raise ValueError(f"{width} feature channels cannot be normalised in 32 groups; choose a multiple of 32")
         if self.start is None and (self.backbone.weights == "start" or self.schedule.steps == 0):
             raise ValueError(
-                "schedule.steps 0 and backbone.weights 'start' are for a detector that others trained; give its weights as 'start'"
+                "schedule.steps 0 trains nothing: name a detector that others trained as 'start' (--start MODEL), or give 1 or more"
             )
         if self.published and self.methods:
             raise ValueError("schedule.steps 0 is for a published detector as it is, which nobody teaches; give the student some steps")
@@ -99,7 +99,7 @@ class Recipe(Strict):
             if not same and (method.compares_maps or method.shares_queries):
                 raise ValueError(
                     f"{method.name}: features and queries of detector {teacher.detector} mean something else to {self.detector}; take a "
-                    "teacher of the same detector, or compare predictions alone (DETRDistill with 'features' and 'assignment' 0)"
+                    "teacher of the same detector, or compare predictions alone (--set detrdistill.features=0 --set detrdistill.assignment=0)"
                 )
             if method.compares_maps and self.levels != teacher.levels:
                 raise ValueError(f"'levels' {self.levels} must be the teacher's {teacher.levels}: {method.name} compares level with level")

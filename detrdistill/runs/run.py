@@ -107,7 +107,11 @@ def _run(
             names = [category.name for category in open_split(recipe, "val").categories]
             start_detector(build_detector(recipe, len(names)), recipe, names)
         how = {"device": device, "workers": workers, "progress": progress, "keep_teacher_outputs": keep_teacher_outputs}
-        records = {name: _run(parent, store, True, **how) for name, parent in parents(recipe).items()}
+        records = {}
+        for name, parent in parents(recipe).items():
+            records[name] = _run(parent, store, True, **how)
+            if getattr(parent, "published", False) and parent.data == recipe.data:  # refused now, not after a backbone has been trained
+                _require_floor(recipe, records[name].id, records[name].metrics["AP"])
         with store.hold(recipe) if fabric.is_global_zero else nullcontext():
             record = fabric.broadcast(store.record(recipe) if fabric.is_global_zero else None)
             if record is None:
@@ -236,13 +240,8 @@ def _run_detector(
             metrics = records["teacher"].metrics  # measured once, on images as it wants them
         else:
             metrics, _ = measure(detector)
-        source["AP"] = measured = metrics["AP"]
-        if measured is None or measured <= recipe.teacher_floor:
-            found = "no AP that is defined" if measured is None else f"AP {measured:.1f}"
-            raise InputError(
-                f"the teacher {source['run']} has {found} on this data, and must exceed teacher_floor "
-                f"{recipe.teacher_floor:.1f} to teach; train it longer, check its weights, or lower the floor"
-            )
+        source["AP"] = metrics["AP"]
+        _require_floor(recipe, source["run"], metrics["AP"])
         teacher = Teacher(detector, distiller, kept, (recipe.resize, recipe.teacher.resize))
     folder = store.folder(recipe)
     if fabric.is_global_zero:
@@ -271,6 +270,15 @@ def _run_detector(
     if not recipe.schedule.open_ended:  # else more steps may follow
         (folder / "checkpoint.pt").unlink(missing_ok=True)
     return record
+
+
+def _require_floor(recipe: Recipe, teacher: str, measured: float | None) -> None:
+    if measured is None or measured <= recipe.teacher_floor:
+        found = "no AP that is defined" if measured is None else f"AP {measured:.1f}"
+        raise InputError(
+            f"the teacher {teacher} has {found} on this data, and must exceed teacher_floor "
+            f"{recipe.teacher_floor:.1f} to teach; train it longer, check its weights, or lower the floor"
+        )
 
 
 def _evaluate_once(

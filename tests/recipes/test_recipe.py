@@ -53,7 +53,7 @@ def refusal(**changes: Any) -> str:
         ("schedule.lr", float("inf"), ["'schedule.lr' = inf", "finite"]),
         ("schedule.steps", 2.5, ["'schedule.steps' = 2.5", "integer"]),
         ("schedule.steps", -1, ["'schedule.steps' = -1", "greater than or equal to 0"]),
-        ("schedule.steps", 0, ["schedule.steps 0", "that others trained"]),
+        ("schedule.steps", 0, ["schedule.steps 0 trains nothing", "--start MODEL"]),
         ("start", {"path": "a.pth", "sha256": "0"}, ["'start.sha256' = '0'", "should match pattern"]),
         ("schedule.epochs", 3, ["give either 'steps' or 'epochs', not both"]),
         ("schedule.accumulate", 3, ["'batch' 4 is not a multiple of 'accumulate' 3"]),
