@@ -141,6 +141,13 @@ def test_a_smaller_student_from_a_hugging_face_folder_with_two_commands(data: Pa
         assert message in capsys.readouterr().err
 
 
+def test_a_weak_teacher_is_refused_before_a_backbone_is_trained(data: Path, tmp_path: Path) -> None:
+    recipe = chosen("detrdistill", data, teacher=str(write_model("official deformable", tmp_path / "theirs")))
+    with pytest.raises(InputError, match=r"-published-.* must exceed teacher_floor 50\.0 to teach"):
+        go(recipe.replace(teacher_floor=50), tmp_path / "results")
+    assert [path.parent.name[:15] for path in (tmp_path / "results" / "runs").glob("*/record.json")] == ["deformable_detr"], "no crops"
+
+
 def test_measured_once_a_file_and_a_data_set(data: Path, tmp_path: Path, monkeypatch) -> None:
     path = write_model("official deformable", tmp_path / "theirs")
     measured, kept = [], runs.evaluate
