@@ -166,9 +166,10 @@ class Session:
 
     def save(self, figure: "Figure", name: str) -> "Figure":
         """Save a figure as PNG and PDF in the preset's `figures/`, and return it for the notebook to show."""
+        from detrdistill.checkpoints.presets import report_folder
         from detrdistill.figures.style import save
 
-        save(figure, self.store.root / "figures" / name)
+        save(figure, report_folder(self.store.root, [self.preset]) / "figures" / name)
         return figure
 
     def provenance(self, record: Record) -> str:

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 from pandas.io.formats.style import Styler
 
+from detrdistill.checkpoints.presets import report_folder
 from detrdistill.figures import style
 from detrdistill.figures.bars import bars
 from detrdistill.figures.comparison import comparison
@@ -55,6 +57,7 @@ class SessionTable:
         # A verdict depends on all runs of a detector, in whichever table they are.
         self._tables = all_compared(presets, seeds)
         self._store, self._train = store, train
+        self._root = report_folder(store.root, presets)
         self.rows = self._table.rows
 
     def run(self) -> None:
@@ -103,7 +106,7 @@ class SessionTable:
 
     def plot(self) -> Figure:
         """The table as a picture, saved in the preset's `figures/` under the table's name."""
-        return _saved(comparison(self.frame, self.summary, self.provenance), self._store, self._table.name)
+        return _saved(comparison(self.frame, self.summary, self.provenance), self._root, self._table.name)
 
     def curves(self) -> Figure:
         """AP while training, of the first detector's rows at the end of the schedule."""
@@ -170,9 +173,9 @@ class SessionWeights:
 
     def plot(self) -> Figure:
         """AP by multiplier as a picture, saved in the preset's `figures/` as "weights"."""
-        return _saved(weight_trials(self.frame, NOTE), self._store, WEIGHTS)
+        return _saved(weight_trials(self.frame, NOTE), self._store.root, WEIGHTS)
 
 
-def _saved(figure: Figure, store: Store, name: str) -> Figure:
-    style.save(figure, store.root / "figures" / name)
+def _saved(figure: Figure, root: Path, name: str) -> Figure:
+    style.save(figure, root / "figures" / name)
     return figure

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from detrdistill.checkpoints.locate import locate
@@ -77,6 +78,13 @@ def choose_presets(
             say(f"as the published detector has it: {', '.join([f'preset {name} for {detector} alone', *_followed(preset, changed)])}")
         made.append(changed)
     return made
+
+
+def report_folder(root: Path, presets: Sequence[Preset]) -> Path:
+    """Where tables, figures and page of these presets go: those with a published detector do not overwrite the preset's own in `root`."""
+    starts = {"taught": presets[0].teacher.start, "started": presets[0].student.start}
+    name = "-".join(f"{word}-{start.sha256[:8]}" for word, start in starts.items() if start is not None)
+    return root / f"published-{name}" if name else root
 
 
 def read_published(model: str, changes: Mapping[str, Any], part: str) -> Published:

@@ -47,7 +47,7 @@ def _together(ran: Runs, is_level: bool, note: str) -> Figure:
         text = "\n".join([*style.even(_title(setting), 0.3 * style.room(), 7.5), final]) if style.narrow() else f"{_title(setting)} {final}"
         if setting == "teacher" and is_level:
             axes.axhline(_mean(runs), color=colour, **LEVEL)
-            text += f"\nafter {runs[0].index[-1]:,} steps"
+            text += f"\n{_trained(runs)}"
         else:
             draw(axes, runs, colour)
         ends.append((_mean(runs), text, colour))
@@ -79,7 +79,7 @@ def _apart(ran: Runs, is_level: bool, note: str) -> Figure:
         keys.append(Line2D([], [], color=style.GREY, label=f"{_title('student')} {_final(ran['student'])}"))
     if is_level:
         near = _mean(ran["teacher"]) <= 1.3 * highest
-        text = f"Teacher {_final(ran['teacher'])} after {ran['teacher'][0].index[-1]:,} steps{'' if near else ', above the panels'}"
+        text = f"Teacher {_final(ran['teacher'])} {_trained(ran['teacher'])}{'' if near else ', above the panels'}"
         text = "\n".join(style.even(text, style.room() - 0.6, 8.5))
         keys.append(Line2D([], [], color=style.COLOURS["teacher"], label=text, **LEVEL if near else {"linestyle": "none"}))
         highest = max(highest, _mean(ran["teacher"]) if near else 0)
@@ -102,6 +102,11 @@ def _apart(ran: Runs, is_level: bool, note: str) -> Figure:
     figure.legend(handles=keys, loc="outside upper left", ncols=1 if style.narrow() else max(1, len(keys)), handlelength=1.8)
     style.note(figure, note)
     return figure
+
+
+def _trained(runs: Sequence[pd.Series]) -> str:
+    steps = runs[0].index[-1]
+    return f"after {steps:,} steps" if steps else "(published)"
 
 
 def _title(setting: str) -> str:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator, model_validator
 
 from detrdistill.recipes.schema import Fraction, Strict
 
@@ -49,6 +49,10 @@ class DetectorWeights(Strict):
         return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
+def _frozen_by_default(weights: object) -> int:
+    return -1 if weights in ("none", "crops") else 1
+
+
 class BackboneRecipe(Strict):
     """Convolutional backbone. Its BatchNorm is frozen when it starts from learned weights, trained when it starts from none."""
 
@@ -68,6 +72,12 @@ class BackboneRecipe(Strict):
         "given, 1 for weights from a file or torchvision's, else -1",
     )
     stride_in_1x1: bool = Field(False, description="stride in a block's first 1x1 convolution, as MSRA's weights want it (ResNet-50, -101)")
+
+    @field_validator("frozen_stages")
+    @classmethod
+    def _unstated(cls, stages: int | None, info: ValidationInfo) -> int | None:
+        """None where it is what it would be anyway: such recipes are one run."""
+        return None if stages == _frozen_by_default(info.data.get("weights")) else stages
 
     @model_validator(mode="after")
     def _weights_fit(self) -> Self:
@@ -94,9 +104,7 @@ class BackboneRecipe(Strict):
     @property
     def stages_frozen(self) -> int:
         """`frozen_stages`, or what it is where it is not stated."""
-        if self.frozen_stages is not None:
-            return self.frozen_stages
-        return -1 if self.weights in ("none", "crops") else 1
+        return _frozen_by_default(self.weights) if self.frozen_stages is None else self.frozen_stages
 
     @property
     def frozen_norm(self) -> bool:

@@ -75,7 +75,8 @@ def measured_on(preset: Preset) -> str:
         name = f"embedded digits, {data.size} px"
     else:
         name = f"folder {data.path.name}, shorter side {preset.student.resize.short} px"
-    name += "; taught by a published detector" * preset.teacher.published + "; started from one" * (preset.student.start is not None)
+    taught, started = preset.teacher.published, preset.student.start is not None
+    name += "; taught by a published detector" * taught + f"; started from {'one' if taught else 'a published detector'}" * started
     return name if preset.name == "coco" else f"{name}; not a COCO result"
 
 

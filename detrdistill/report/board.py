@@ -1,19 +1,21 @@
 """The claims of a preset as its page tells them: a line a claim, and one sentence over all. No torch here."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import pandas as pd
 
-from detrdistill.recipes.claims import AP
+from detrdistill.recipes.claims import AP, INSIDE
 from detrdistill.recipes.words import NOT_RUN
 from detrdistill.report.claims import sentence
 from detrdistill.statistics import AGAINST, HOLDS, NO_EFFECT, NO_GAIN, ONE_SEED, SMALL, UNDECIDED, VERDICTS
 
-IN_PART, BOTH = " in part", f"{HOLDS} and {AGAINST}"
+IN_PART, BOTH, WHERE_RUN = " in part", f"{HOLDS} and {AGAINST}", " where it was run"
 # What is said of one claim and of several, in the order of the headline.
 OUTCOMES = {
+    HOLDS: ("1 holds", "{} hold"),
+    HOLDS + SMALL: ("1 holds by less than the margin", "{} hold by less than the margin"),
     HOLDS + IN_PART: ("1 holds in part", "{} hold in part"),
     BOTH: ("1 holds in part and came out against in part", "{} hold in part and came out against in part"),
     AGAINST: ("1 came out against", "{} came out against"),
@@ -32,7 +34,7 @@ class Verdict:
 
     Attributes:
         counts: how many of its parts have which verdict word.
-        where: the same, for each detector.
+        where: the same, for each detector, as `_place` calls it.
         sentence: of `claims.sentence`.
         tables: names of those that decide it.
         harms: what harms the student itself, among the rows that DETRDistill is said to be ahead of: of `harms`.
@@ -55,13 +57,19 @@ def verdicts(weighed: pd.DataFrame, harms: Mapping[tuple[str, str, str], str]) -
     """
     found = []
     for text, parts in weighed.groupby("claim", sort=False) if len(weighed) else ():
-        where = {str(detector): _counts(lines["verdict"]) for detector, lines in parts.groupby("detector", sort=False)}
+        where = {_place(lines): _counts(lines["verdict"]) for _, lines in parts.groupby("detector", sort=False)}
         ahead = parts[parts["verdict"].isin([HOLDS, HOLDS + SMALL]) & (parts["measure"] == AP)]
         led = [row for row in ahead[["table", "detector", "than"]].itertuples(index=False, name=None) if row in harms]
         sources, tables = (list(parts[name].unique()) for name in ("source", "table"))
         counts = _counts(parts["verdict"])
         found.append(Verdict(str(text), ", ".join(sources), counts, where, sentence(parts), tables, [harms[row] for row in led]))
     return found
+
+
+def _place(lines: pd.DataFrame) -> str:
+    """The detector; of Figure 4's claims, whose intervals are over images, also how few teachers they are of."""
+    detector, measure, seeds = (lines[name].iloc[0] for name in ("detector", "measure", "seeds"))
+    return f"{detector} ({seeds} teacher{'' if seeds == 1 else 's'})" if measure == INSIDE and seeds else str(detector)
 
 
 def _counts(words: pd.Series) -> dict[str, int]:
@@ -76,12 +84,20 @@ def harms_of(table: str, summary: pd.DataFrame) -> dict[tuple[str, str, str], st
 
 
 def outcome(counts: Mapping[str, int]) -> str:
-    """One word for a claim of several parts. Parts that were not run are left out, and "(small)" is no difference.
+    """One word for a claim of several parts, with "where it was run" if some of them were not, and the word does not say "in part".
 
     "holds" or "against" where all others say so, "in part" where some do. Else the weakest word: who reads that a claim has no effect
-    must be able to rely on all of its parts.
+    must be able to rely on all of its parts. "(small)" is no difference, but where all parts that hold are so.
     """
-    words = {word.removesuffix(SMALL) for word in counts} - {NOT_RUN}
+    word = _of_those_run(counts.keys() - {NOT_RUN})
+    whole = NOT_RUN not in counts or word in (NOT_RUN, BOTH) or word.endswith(IN_PART)
+    return word if whole else word + WHERE_RUN
+
+
+def _of_those_run(found: Set[str]) -> str:
+    if found == {HOLDS + SMALL}:
+        return HOLDS + SMALL
+    words = {word.removesuffix(SMALL) for word in found}
     if {HOLDS, AGAINST} <= words:
         return BOTH
     for word in (HOLDS, AGAINST):
@@ -97,6 +113,9 @@ def headline(claims: Sequence[Verdict]) -> str:
         return f"None of {len(claims)} claims about DETRDistill was run yet" if claims else "No claim is asked of these tables"
     held = counted[HOLDS]
     said = [f"{held or 'None'} of {len(claims)} claims about DETRDistill hold{'s' * (held < 2)}"]
-    said += [one if counted[word] == 1 else several.format(counted[word]) for word, (one, several) in OUTCOMES.items() if counted[word]]
+    for word, (one, several) in OUTCOMES.items():
+        for place, places in (("", ""), (WHERE_RUN, " where they were run")):
+            if (count := counted[word + place]) and word + place != HOLDS:
+                said.append(one + place if count == 1 else several.format(count) + places)
     *most, last = said
     return f"{', '.join(most)} and {last}" if most else last

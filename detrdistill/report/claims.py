@@ -121,11 +121,12 @@ def claim_cells(weighed: pd.DataFrame) -> pd.DataFrame:
 
 
 def board(weighed: pd.DataFrame) -> pd.DataFrame:
-    """A line a claim: how many of its parts hold and how many are against it, and its verdict as a sentence."""
+    """A line a claim: how many of its parts hold, are against it and were not run, and its verdict as a sentence."""
     lines = []
     for text, parts in weighed.groupby("claim", sort=False):
         holds, against = (int(parts["verdict"].isin([word, word + SMALL]).sum()) for word in (HOLDS, AGAINST))
-        counted = f"{holds} of {len(parts)} hold" + f", {against} against" * bool(against)
+        missing = int((parts["verdict"] == NOT_RUN).sum())
+        counted = f"{holds} of {len(parts)} hold" + f", {against} against" * bool(against) + f", {missing} {NOT_RUN}" * bool(missing)
         lines.append({"Claim": text, "Source": ", ".join(parts["source"].unique()), "Parts": counted, "Verdict": sentence(parts)})
     return pd.DataFrame(lines)
 

@@ -16,21 +16,22 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from detrdistill.files import write_text
-from detrdistill.recipes.claims import MARGIN, REPRODUCED_WITHIN
+from detrdistill.recipes.claims import INSIDE, MARGIN, MARGINS, REPRODUCED_WITHIN
 from detrdistill.recipes.words import MEASURED, NOT_RUN, STORED
 from detrdistill.report.board import Verdict
 from detrdistill.statistics import AGAINST, HOLDS, NO_EFFECT, NO_GAIN, ONE_SEED, SMALL, UNDECIDED
 
+SMALLEST = f"the margin of {MARGIN:g} AP (Figure 4's claims: {MARGINS[INSIDE]:g} points, by images of one or two teachers)"
 # Words that may be said of a difference or a row: a sign for those who do not see colours, the class of its look, and what they mean.
 # The signs are no arrows: "holds" may be a lead over a method that harms.
 STATUSES = {
     "reproduced": ("=", "good", f"on COCO itself: AP within {REPRODUCED_WITHIN:g} of the published value"),
     HOLDS: ("✓", "good", "positive: the adjusted interval excludes 0. Of a row, by its own interval: above the plain student"),
-    HOLDS + SMALL: ("(✓)", "good", f"positive, but smaller than the margin of {MARGIN:g} AP"),
+    HOLDS + SMALL: ("(✓)", "good", f"positive, but smaller than {SMALLEST}"),
     AGAINST: ("✗", "bad", "negative: the adjusted interval excludes 0. Of a row, by its own interval: below the plain student, a harm"),
-    AGAINST + SMALL: ("(✗)", "bad", f"negative, but smaller than the margin of {MARGIN:g} AP"),
-    NO_EFFECT: ("≈", "idle", f"whatever the difference is, it is smaller than {MARGIN:g} AP: the 90 % interval lies within the margin"),
-    NO_GAIN: ("≤", "idle", f"it may be harm, but no gain of {MARGIN:g} AP: the 90 % interval ends below the margin"),
+    AGAINST + SMALL: ("(✗)", "bad", f"negative, but smaller than {SMALLEST}"),
+    NO_EFFECT: ("≈", "idle", f"whatever the difference is, it is smaller than {SMALLEST}: the 90 % interval lies within the margin"),
+    NO_GAIN: ("≤", "idle", f"it may be harm, but no gain of {SMALLEST}: the 90 % interval ends below the margin"),
     UNDECIDED: ("?", "fair", "none of these can be said yet; so many seeds of both rows would decide it, if means and spreads stayed"),
     ONE_SEED: ("!", "fair", "measured once, so nothing is known about noise"),
     MEASURED: ("●", "idle", "measured here; nothing to compare with"),

@@ -1,4 +1,7 @@
-"""Tables, figures and the page of a preset from whatever runs are stored; in seconds, without training and without torch."""
+"""Tables, figures and the page of a preset from whatever runs are stored; in seconds, without training.
+
+Without torch too, but where a published detector's file is read for its sizes.
+"""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from detrdistill.checkpoints.presets import choose_presets
+from detrdistill.checkpoints.presets import choose_presets, report_folder
 from detrdistill.errors import InputError
 from detrdistill.figures import style
 from detrdistill.figures.bars import bars
@@ -87,7 +90,8 @@ def write_report(
     Figures are drawn in the look of `figures.style.drawn_as`.
 
     Args:
-        store_root: the preset's results folder; by default that of `store.open_store`.
+        store_root: the preset's results folder; by default that of `store.open_store`. With a published detector, tables, figures and
+            page go to a folder of their own in it (`report_folder`).
         tables: those to write; by default the preset's usual ones. Tables that are there already are written again.
         detectors: those to compare; by default all that the preset has.
         source: where the records lie; by default in the folder that is written to.
@@ -106,7 +110,7 @@ def write_report(
     presets = choose_presets(preset_name, detectors, teacher, start)
     store = open_store(preset_name) if store_root is None else Store(store_root)
     style.check_formats(formats)
-    source, place = source or store, Place(out or store.root, tuple(formats), tuple(figures))
+    source, place = source or store, Place(out or report_folder(store.root, presets), tuple(formats), tuple(figures))
     names = tables if out and tables else tables_of(presets, tables, store, source)
     made = [make_table(name, presets, seeds) for name in names]
     check_figures(figures, made)
@@ -143,10 +147,10 @@ def write_report(
         raise InputError(f"figure '{absent[0]}' has nothing to show: no run that it needs is stored; the others are written")
     if out:
         return paths
-    sections += beside(sections, store.root, verdicts(weighed[weighed["table"].isin(BESIDE)], harms) if claims else [])
+    sections += beside(sections, place.root, verdicts(weighed[weighed["table"].isin(BESIDE)], harms) if claims else [])
     lead = [f"Preset {preset_name}, on {everything[0].measured_on}. {own}".strip()]
     lead += [f"{claims[0].text}: {claims[0].sentence}."] if claims else []
-    return [*paths, write_page(store.root, headline(claims), lead, sections, claims, [about, NOTES])]
+    return [*paths, write_page(place.root, headline(claims), lead, sections, claims, [about, NOTES])]
 
 
 def stored_seeds(
@@ -172,7 +176,8 @@ def stored_seeds(
 
 def tables_of(presets: Sequence[Preset], tables: Sequence[str], *stores: Store) -> list[str]:
     """Those named, or else the preset's usual ones, and those that are there already; in the paper's order. (Not `WEIGHTS`.)"""
-    there = {name for name in possible_tables(presets) if any((store.root / "tables" / f"{name}.csv").exists() for store in stores)}
+    folders = [report_folder(store.root, presets) / "tables" for store in stores]
+    there = {name for name in possible_tables(presets) if any((folder / f"{name}.csv").exists() for folder in folders)}
     names = (there | set(tables or usual_tables(presets))) - {WEIGHTS}
     return sorted(names, key=[*TABLES, *names].index)
 

@@ -15,6 +15,8 @@ from detrdistill.training.logging import is_logged, read_log, write_log
 
 LOG = logging.getLogger(__name__)
 OF_LENGTH = {"schedule.steps": 1, "schedule.epochs": None, "schedule.evaluations": 2}  # the same for all that differ in length alone
+# What says which weights a parent has. Where they lay, and what the teacher's AP was measured to be, may differ.
+ORIGIN = ("run", "weights_sha256", "sha256", "entry", "classes", "fresh", "dropped", "weights")
 
 
 class _Obstacle(Exception):
@@ -96,8 +98,7 @@ def _continuable(record: Record, recipe: Recipe, total: int, store: Store, paren
 
 
 def _origin(parents: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    """Which weights they are; what the teacher's AP was measured to be may differ in rounding."""
-    return {key: value for key, value in parents.get(name, {}).items() if key != "AP"}
+    return {key: value for key, value in parents.get(name, {}).items() if key in ORIGIN}
 
 
 def _last_checkpoint(path: Path, step: int) -> dict[str, Any]:

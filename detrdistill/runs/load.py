@@ -7,6 +7,7 @@ from functools import cache
 
 from torch import nn
 
+from detrdistill.checkpoints.locate import pinned_weights
 from detrdistill.checkpoints.pretrained import load_detector_weights
 from detrdistill.data.coco import CocoDataset, open_dataset, require_same_categories
 from detrdistill.data.layout import data_cache, how_found
@@ -108,6 +109,7 @@ def start_detector(detector: nn.Module, recipe: Recipe, categories: Sequence[str
     about = load_detector_weights(
         detector, nearby(start.path), categories=categories, outputs=outputs, replace_head=True, part=start.part or None
     )
+    pinned_weights(start)  # what was read may have been put there after the run was named
     fresh = [name for name, row in zip(categories, about.rows, strict=True) if row is None]
     dropped = [name for row, name in enumerate(about.names) if name is not None and row not in about.rows]
     if fresh and recipe.published:

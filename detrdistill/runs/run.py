@@ -24,7 +24,7 @@ from detrdistill.recipes.parts import Digits, Folder, WeightsFile
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.records import Record
 from detrdistill.runs.continuing import continue_shorter
-from detrdistill.runs.load import load_detector, open_splits, open_test, start_backbone, start_detector, tell
+from detrdistill.runs.load import load_detector, open_split, open_splits, open_test, start_backbone, start_detector, tell
 from detrdistill.runs.pinned import pinned
 from detrdistill.runs.provenance import code, provenance
 from detrdistill.runs.reference import take

@@ -90,6 +90,17 @@ def test_drawing_leaves_the_users_settings_alone() -> None:
     assert dict(matplotlib.rcParams) == before
 
 
+@pytest.mark.parametrize("others", [(), ("fgd", "mgd")])
+def test_a_published_teacher_is_called_so(others: tuple[str, ...]) -> None:
+    curves = {"teacher": [[{"step": 0, "AP": 40.0}]], "student": [curve(5, 15)]} | {
+        name: [curve(4, 10)] for name in ("detrdistill", *others)
+    }
+    figure = convergence(curves)
+    keys = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    said = [text.replace("\n", " ") for text in (*texts(figure), *keys)]
+    assert any(text.startswith("Teacher 40.0 (published)") for text in said) and not any("0 steps" in text for text in said)
+
+
 def test_convergence_ends_at_the_mean_over_seeds() -> None:
     figure = FIGURES["convergence"]()
     axes = figure.axes[0]

@@ -48,3 +48,12 @@ def test_runs_of_one_row_have_one_treatment_and_a_block_each() -> None:
     assert treatment(first) != treatment(preset.recipe("fgd", 0))
     moved = [on(get_preset("bccd").recipe("detrdistill"), path, content) for path, content in (("a", None), ("b", "1" * 64))]
     assert len({treatment(one) for one in moved}) == len({block(one) for one in moved}) == 1
+
+
+@pytest.mark.parametrize(("weights", "stages"), [("imagenet", 1), ("none", -1)])
+def test_frozen_stages_stated_at_their_default_are_the_same_run(weights: str, stages: int) -> None:
+    unstated = STUDENT.replace(**{"backbone.weights": weights})
+    stated = unstated.replace(**{"backbone.frozen_stages": stages})
+    assert same_run(stated, unstated) and run_id(stated) == run_id(unstated)
+    other = STUDENT.replace(**{"backbone.frozen_stages": 2})
+    assert other.backbone.frozen_stages == 2 and run_id(other) != run_id(STUDENT)

@@ -136,7 +136,7 @@ def test_the_verdict_is_a_sentence() -> None:
     ]
     parts = pd.DataFrame([about | {"seeds_to_decide": 0} | line for line in lines])
     counted = board(parts.assign(source="Table 3", verdict=["holds", "against", "holds (small)", "not run"]))
-    assert counted["Parts"].tolist() == ["2 of 4 hold, 1 against"]
+    assert counted["Parts"].tolist() == ["2 of 4 hold, 1 against, 1 not run"]
     assert sentence(parts) == (
         "holds on Deformable DETR (+4.6 [+2.1, +7.1]) and AdaMixer (+6.1 [+4.0, +8.2]); "
         "undecided on Conditional DETR (+12.7 [-5.1, +30.5], about 9 seeds); not run on Other"

@@ -13,13 +13,16 @@ from detrdistill.errors import InputError
 from detrdistill.recipes.presets import Preset, get_preset, get_presets, smoke
 from detrdistill.recipes.tables import all_compared, make_table
 from detrdistill.records import InsideObjects, Record, read_record, record_text
+from detrdistill.report.board import verdicts
 from detrdistill.report.claims import board, claim_cells, weigh, write_claims
 from detrdistill.report.comparisons import Comparisons
+from detrdistill.report.page import STATUSES
 from detrdistill.report.register import planned_seeds, register
 from detrdistill.report.write import write_report
 from detrdistill.runs import reference
 from detrdistill.runs.load import load_detector, open_split
 from detrdistill.runs.store import SHARES, Store
+from detrdistill.statistics import AGAINST, HOLDS, NO_EFFECT, NO_GAIN, SMALL
 from tests.report.test_claims import put
 
 TEACHER, GAMMA, COMMIT = smoke().teacher, smoke().method.gamma, "0123456789abcdef0123456789abcdef01234567"
@@ -123,6 +126,9 @@ def test_claims_are_taken_image_by_image(tmp_path: Path) -> None:
     assert text["Seeds"] == "2 of 2 teachers, 3 images" and text["Measure"] == "weight inside objects, percent, image by image"
     verdict = board(weighed).set_index("Claim").loc["Query masks single out objects", "Verdict"]
     assert verdict.startswith("holds on AdaMixer (+35.8 points [+11.0, +60.7])")
+    places = {claim.text: list(claim.where) for claim in verdicts(weighed, {})}
+    assert places["Query masks single out objects"] == ["AdaMixer (2 teachers)"] and places["DETRDistill helps the student"] == ["AdaMixer"]
+    assert all("5 points, by images" in STATUSES[word][2] for word in (HOLDS + SMALL, AGAINST + SMALL, NO_EFFECT, NO_GAIN))
     csv, _ = write_claims(weighed, "", tmp_path)
     images = pd.read_csv(csv).set_index("claim")["images"]
     assert images["Query masks single out objects"] == "3" and images["DETRDistill helps the student"] == "none"

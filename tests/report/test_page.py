@@ -311,8 +311,12 @@ def test_what_is_wide_scrolls_by_itself(folder: Path) -> None:
 
 def test_one_word_for_a_claim_of_several_parts() -> None:
     cases = {
-        HOLDS: {HOLDS: 2, HOLDS + SMALL: 1, "not run": 3},
-        "holds in part": {HOLDS: 1, UNDECIDED: 2},
+        HOLDS: {HOLDS: 2, HOLDS + SMALL: 1},
+        HOLDS + SMALL: {HOLDS + SMALL: 2},
+        "holds where it was run": {HOLDS: 1, "not run": 8},
+        "holds (small) where it was run": {HOLDS + SMALL: 1, "not run": 8},
+        "no effect above the margin where it was run": {NO_EFFECT: 1, "not run": 1},
+        "holds in part": {HOLDS: 1, UNDECIDED: 2, "not run": 1},
         "holds and against": {HOLDS: 3, AGAINST + SMALL: 1, UNDECIDED: 1},
         AGAINST: {AGAINST: 1},
         "against in part": {AGAINST: 1, NO_GAIN: 1},
@@ -325,11 +329,14 @@ def test_one_word_for_a_claim_of_several_parts() -> None:
     assert {word: outcome(counts) for word, counts in cases.items()} == {word: word for word in cases}
     claims = [claim(counts=counts) for counts in cases.values()]
     assert headline(claims) == (
-        "1 of 10 claims about DETRDistill holds, 1 holds in part, 1 holds in part and came out against in part, 1 came out against, "
-        "1 came out against in part, 1 shows no effect above the margin, 1 shows no gain above the margin, 1 is undecided, 1 has one seed "
-        "and 1 was not run"
+        "1 of 14 claims about DETRDistill holds, 1 holds where it was run, 1 holds by less than the margin, 1 holds by less than the "
+        "margin where it was run, 1 holds in part, 1 holds in part and came out against in part, 1 came out against, 1 came out against "
+        "in part, 1 shows no effect above the margin, 1 shows no effect above the margin where it was run, 1 shows no gain above the "
+        "margin, 1 is undecided, 1 has one seed and 1 was not run"
     )
-    assert headline([*claims[1:3], *claims[1:2]]).startswith("None of 3 claims about DETRDistill holds, 2 hold in part and 1 holds in part")
+    assert headline(claims[2:3] * 2) == "None of 2 claims about DETRDistill holds and 2 hold where they were run"
+    partly = [one for one in claims if outcome(one.counts) in ("holds in part", "holds and against")]
+    assert headline([*partly, partly[0]]).startswith("None of 3 claims about DETRDistill holds, 2 hold in part and 1 holds in part")
     assert headline(claims[:1] * 3) == "3 of 3 claims about DETRDistill hold"
     assert headline(claims[-1:] * 2) == "None of 2 claims about DETRDistill was run yet"
     assert headline([]) == "No claim is asked of these tables"

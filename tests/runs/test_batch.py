@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from detrdistill.checkpoints.locate import weights_hash
 from detrdistill.recipes.identity import parents, run_id
 from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.presets import coco, get_preset, get_presets, smoke
@@ -18,11 +19,14 @@ from detrdistill.recipes.tables import make_table
 from detrdistill.runs.pinned import pinned
 from detrdistill.runs.plan import missing_runs, takable
 from detrdistill.runs.store import Store
+from tests.checkpoints import test_locate
 from tests.checkpoints.test_pretrained import of_classes
 from tests.folders import write_folder
+from tests.runs.test_published import write_model
 from tests.warm import python_m
 
 ROOT = Path(__file__).parents[2]
+COMMIT, hub = test_locate.COMMIT, test_locate.hub
 
 
 def snakemake(folder: Path, *words: str) -> list[str]:
@@ -116,9 +120,34 @@ def test_a_published_teacher_teaches_in_every_job(tmp_path: Path, environment: N
     commands = [line for line in jobs.splitlines() if " -m detrdistill " in line]
     assert {re.search(r"-m detrdistill (\w+)", line)[1] for line in commands} == {"train", "notebook", "report"}, jobs
     assert all(f"--teacher {teacher}" in line or f"teacher={teacher}" in line for line in commands)
+    of_teacher = f"results/smoke/published-taught-{weights_hash(Path(teacher))[:8]}/"
+    for name in ("index.html", "tables/main_results.csv", "notebooks/01_main_results.ipynb"):
+        assert of_teacher + name in jobs and f"results/smoke/{name}" not in jobs, "beside the preset's own"
     assert len(set(re.findall(r"runs/(\S+-published-\S+)/record.json", jobs))) == 1 and "adamixer-" not in jobs
     assert "06_components" in jobs and "05_self_distillation" not in jobs and "tables/full_schedule" not in jobs
     assert "preset smoke for deformable_detr alone" in jobs
+
+
+def test_a_hub_id_is_looked_up_once(hub, tmp_path: Path, environment: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every job gets the commit."""
+    endpoint, _, files, _ = hub
+    model = write_model("hugging face", tmp_path / "theirs")
+    files.clear()
+    files.update({path.name: path.read_bytes() for path in model.iterdir()})
+    for name, value in {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    place = workplace(tmp_path / "clone")
+    with (place / "workflow" / "Snakefile").open("a") as file:
+        file.write("\nprint('handed on:', *workflow.config_settings.config_args)\n")
+    words = [sys.executable, "-m", *snakemake(place, "detectors=", "teacher=org/name", "--dry-run", "--printshellcmds")]
+    words[words.index("workflow/Snakefile")] = str(place / "workflow" / "Snakefile")
+    plan = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    jobs = plan.stdout + plan.stderr
+    commands = [line for line in jobs.splitlines() if " -m detrdistill " in line]
+    assert commands and all(f"teacher org/name@{COMMIT}" in line or f"teacher=org/name@{COMMIT}" in line for line in commands), jobs
+    (handed,) = [line for line in jobs.splitlines() if line.startswith("handed on:")]
+    assert f"teacher=org/name@{COMMIT}" in handed.split() and "preset=smoke" in handed.split()
 
 
 def test_nothing_stated_is_the_preset_s_own_choice(tmp_path: Path, environment: None) -> None:

@@ -125,6 +125,13 @@ def test_where_it_cannot_be_continued_it_says_why(
     assert re.search(f": {why}; a run that starts from its weights needs --start$", line), line
 
 
+def test_a_start_that_was_renamed_is_the_same_weights() -> None:
+    here = {"file": "a.pth", "source": "org/a@1", "origin": "kit", "sha256": "1", "classes": "3 of 3 outputs"}
+    there = here | {"file": "b.pth", "source": "", "AP": 1.0}
+    first, renamed, other = ({"start": one} for one in (here, there, here | {"sha256": "2"}))
+    assert continuing._origin(first, "start") == continuing._origin(renamed, "start") != continuing._origin(other, "start")
+
+
 @pytest.mark.parametrize(
     ("changes", "why"),
     [

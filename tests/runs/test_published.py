@@ -9,16 +9,19 @@ import pytest
 import torch
 
 from detrdistill.checkpoints.hugging_face import export_hugging_face
-from detrdistill.checkpoints.presets import choose_presets
+from detrdistill.checkpoints.locate import weights_hash
+from detrdistill.checkpoints.presets import choose_presets, report_folder
 from detrdistill.checkpoints.pretrained import load_pretrained
 from detrdistill.errors import InputError
 from detrdistill.models import build_detector
 from detrdistill.recipes.identity import parents, run_id
 from detrdistill.recipes.parts import BackboneRecipe, Resize, Schedule
 from detrdistill.recipes.recipe import Recipe
+from detrdistill.recipes.rows import measured_on
 from detrdistill.recipes.tables import make_table, possible_tables
+from detrdistill.report.write import write_report
 from detrdistill.runs import run as runs
-from detrdistill.runs.load import load_detector, open_split
+from detrdistill.runs.load import load_detector, open_split, start_detector
 from detrdistill.runs.pinned import pinned
 from detrdistill.runs.run import run
 from detrdistill.runs.store import Store
@@ -208,6 +211,34 @@ def test_classes_that_are_unknown(data: Path, tmp_path: Path, caplog: pytest.Log
         go(nameless, tmp_path / "results")
     named = go(nameless.replace(**{"start.outputs": "person, cat,zebra"}), tmp_path / "results")
     assert named.parents["start"]["classes"] == "3 of 3 outputs"
+
+
+def test_a_start_that_is_replaced_after_its_run_was_named_is_refused(data: Path, tmp_path: Path) -> None:
+    path = write_model("official deformable", tmp_path)
+    recipe = pinned(chosen("student", data, start=str(path)))
+    torch.save(torch.load(path, weights_only=False) | {"epoch": 7}, path)
+    with pytest.raises(InputError, match=r"their hash is [0-9a-f]{64}, the recipe says [0-9a-f]{64}; put the recipe's weights there"):
+        start_detector(build_detector(recipe, 3), recipe, NAMES)
+
+
+def test_a_table_says_what_is_published(tmp_path: Path) -> None:
+    path = str(write_model("official deformable", tmp_path))
+    said = [measured_on(choose_presets("smoke", **models)[0]) for models in ({"start": path}, {"teacher": path, "start": path})]
+    assert "; started from a published detector" in said[0] and "; taught by a published detector; started from one" in said[1]
+
+
+def test_a_report_with_a_published_detector_does_not_replace_the_preset_s_own(data: Path, tmp_path: Path) -> None:
+    path, root = write_model("official deformable", tmp_path), tmp_path / "results"
+    (root / "tables").mkdir(parents=True)
+    for name in ("index.html", "tables/main_results.csv", "tables/components.csv"):
+        (root / name).write_text("the preset's own")
+    written = write_report("smoke", [0], root, formats=["png"], teacher=str(path))
+    (folder,) = root.glob("published-*")
+    assert folder.name == f"published-taught-{weights_hash(path)[:8]}" and folder / "index.html" in written
+    assert all(file.is_relative_to(folder) for file in written)
+    assert not (folder / "tables" / "components.csv").exists(), "a table of the preset's own asks for none here"
+    (preset,) = choose_presets("smoke", teacher=str(path), start=str(path))
+    assert report_folder(root, [preset]).name == f"{folder.name}-started-{weights_hash(path)[:8]}"
 
 
 def test_refusals(data: Path, tmp_path: Path, trained: list[str]) -> None:
