@@ -24,7 +24,7 @@ from detrdistill.recipes.parts import Digits, Folder, WeightsFile
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.records import Record
 from detrdistill.runs.continuing import continue_shorter
-from detrdistill.runs.load import load_detector, open_splits, open_test, start_backbone, start_detector, tell
+from detrdistill.runs.load import load_detector, open_split, open_splits, open_test, start_backbone, start_detector, tell
 from detrdistill.runs.pinned import pinned
 from detrdistill.runs.provenance import code, provenance
 from detrdistill.runs.reference import take
@@ -206,8 +206,8 @@ def _run_detector(
         keep_freed_memory()
     watch = Watch(fabric)
 
-    def measure(detector):
-        return _evaluate_once(fabric, detector, val_set, recipe, workers)
+    def measure(detector, dataset=val_set):
+        return _evaluate_once(fabric, detector, dataset, recipe, workers)
 
     lineage: dict[str, dict[str, Any]] = {
         name: {"run": record.id, "weights_sha256": record.provenance["weights_sha256"]} for name, record in records.items()
@@ -235,7 +235,9 @@ def _run_detector(
             source |= records["teacher"].parents["start"]
             metrics = records["teacher"].metrics  # measured once, on images as it wants them
         else:
-            metrics, _ = measure(detector)
+            own = {f"resize.{name}": getattr(recipe.teacher.resize, name) for name in ("mean", "std")}
+            seen = recipe.replace(**own)  # as its images are normalised when it teaches
+            metrics, _ = measure(detector, val_set if seen.resize == recipe.resize else open_split(seen, "val"))
         source["AP"] = measured = metrics["AP"]
         if measured is None or measured <= recipe.teacher_floor:
             found = "no AP that is defined" if measured is None else f"AP {measured:.1f}"
