@@ -123,7 +123,6 @@ def _download(name: str) -> DetectorWeights:
         ) from None
 
     model, _, revision = name.partition("@")
-    held = "the model is not in its cache"
     try:
         for whole in WHOLE:
             stem, _, kind = whole.partition(".")
@@ -131,10 +130,9 @@ def _download(name: str) -> DetectorWeights:
             folder = Path(snapshot_download(model, revision=revision or None, allow_patterns=wanted))
             if any((folder / f"{whole}{end}").is_file() for end in ("", ".index.json")):
                 return DetectorWeights(path=folder, source=f"{model}@{folder.name}")  # a snapshot is called by its commit
-        held = f"its cache of the model is incomplete, without {' and '.join(WHOLE)}"
         hf_hub_download(model, WHOLE[0], revision=folder.name)  # asks the hub itself, where a snapshot takes what is held
     except LocalEntryNotFoundError:  # also what a network that fails comes to
-        why = f"the hub cannot be reached and {held}; download it where there is a network"
+        why = "the hub cannot be reached and the model is not, or not wholly, in its cache; download it where there is a network"
     except RemoteEntryNotFoundError:
         why = f"on the hub, but without {' and '.join(WHOLE)}; give a model that has weights of transformers"
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:

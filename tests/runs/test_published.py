@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,7 +75,7 @@ def write_model(kind: str, folder: Path) -> Path:
 def chosen(setting: str, data: Path, kind: str = "", **models: str) -> Recipe:
     """A row of the smoke preset on `data`, with published detectors, on small images."""
     changes = {f"{part}{name}": value for name, value in UNTOLD.get(kind, {}).items() for part in ("teacher.", "")}
-    (preset,) = choose_presets("smoke", teacher=models.get("teacher", ""), start=models.get("start", ""), changes=changes)
+    preset, *_ = choose_presets("smoke", teacher=models.get("teacher", ""), start=models.get("start", ""), changes=changes)
     recipe = preset.recipe(setting)
     quick = {name: value for name, value in QUICK.items() if not (name.startswith("backbone") and recipe.start)}
     small = {"data": {"name": "folder", "path": data}, "resize.short": 64, "resize.long": 64}
@@ -171,8 +170,8 @@ def test_a_teacher_is_gated_on_images_normalised_as_when_it_teaches(data: Path, 
 
 
 def test_a_start_from_a_run_freezes_what_the_run_froze(data: Path, tmp_path: Path) -> None:
-    for frozen, weights in ((None, "crops"), (2, "crops"), (None, "none")):
-        first = go(chosen("student", data).replace(**{"backbone.frozen_stages": frozen, "backbone.weights": weights}), tmp_path / "results")
+    for frozen in (None, 2):
+        first = go(chosen("student", data).replace(**{"backbone.frozen_stages": frozen}), tmp_path / "results")
         folder = Store(tmp_path / "results").folder(first.recipe)
         (preset,) = choose_presets("smoke", start=str(folder))
         assert preset.student.backbone.stages_frozen == first.recipe.backbone.stages_frozen
@@ -321,6 +320,6 @@ def test_a_session_with_a_published_teacher(data: Path, tmp_path: Path, capsys) 
         and session.summary(teacher=teacher, student=student) is not None
     )
     own = session.val(teacher)
-    other = session.val(replace(teacher, recipe=teacher.recipe.replace(**{"resize.mean": (0.1, 0.2, 0.3)})))
+    other = session.val(teacher.model_copy(update={"recipe": teacher.recipe.replace(**{"resize.mean": (0.1, 0.2, 0.3)})}))
     assert not torch.equal(own[0][0], other[0][0]) and torch.equal(own[0][0], session.val()[0][0])
     assert session.curves({"student": [student], "teacher": [teacher]})
