@@ -164,7 +164,8 @@ def evaluate(
         split: val, train or test.
         out: folder for results.json.
         outputs: names of the classes of the file's outputs, where it does not say them.
-        set: what the file does not say, such as heads=8 or points=4, or resize.short=640; may be repeated.
+        set: what the file does not say, such as heads=8 or points=4, or resize.short=640, or part=student of a file that holds several
+            models; may be repeated.
         batch: images at once; padding changes the numbers of some detectors a little.
         device: auto, cpu, cuda, or cuda:1 for the second GPU.
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.

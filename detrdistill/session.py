@@ -111,6 +111,13 @@ class Session:
         """Those of the runs whose weights are stored: of some results the repository holds records and logs alone."""
         return [record for record in records if self.store.weights(record.recipe).exists()]
 
+    def val(self, record: Record | None = None) -> "CocoDataset":
+        """The validation images, prepared for a run's detector; without, for the preset's student."""
+        from detrdistill.runs.load import open_split
+
+        student = self.preset.student
+        return open_split(student.replace(resize=record.recipe.resize) if record else student, "val")
+
     def detector(self, record: Record, dataset: "CocoDataset") -> "nn.Module":
         """The detector that a run trained, ready to use."""
         from detrdistill.runs.load import load_detector
@@ -156,12 +163,11 @@ class Session:
         """
         from detrdistill.analysis import detections
         from detrdistill.figures.detections import compare
-        from detrdistill.runs.load import open_split
 
-        val = open_split(self.preset.student, "val")
+        val = self.val()
         drawn = {setting: record for setting, record in records.items() if self.with_weights([record])}
         columns = {"ground truth": detections.ground_truth(val, images)}
-        columns |= {setting: detections.detect(self.detector(record, val), val, images) for setting, record in drawn.items()}
+        columns |= {setting: detections.detect(self.detector(record, val), self.val(record), images) for setting, record in drawn.items()}
         return compare(detections.pictures(val, images), columns, self.provenance(_named(drawn)) if drawn else "")
 
     def save(self, figure: "Figure", name: str) -> "Figure":

@@ -37,6 +37,7 @@ class About:
         rows: for each class of the detector that was loaded, the output of the file that it got; None where it started afresh.
         left_out: beginnings of names of tensors that are not the detector's, in a file that holds more.
         entry: which entry of the file the tensors are, where it holds a moving average (EMA) of them.
+        unclear: settings of its images that it says in several ways, or in one that is not understood.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class About:
     rows: tuple[int | None, ...] = ()
     left_out: tuple[str, ...] = ()
     entry: str | None = None
+    unclear: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -108,7 +110,7 @@ def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[di
             f"weights {path}: no Conditional DETR, Deformable DETR or AdaMixer in any format known here ({len(tensors)} tensors: "
             f"{few(sorted(tensors))}); {hint or 'give a checkpoint of one of these'}"
         )
-    classes, entry = stated.pop("names", None), stated.pop("entry", None)
+    classes, entry, unclear = stated.pop("names", None), stated.pop("entry", None), stated.pop("unclear", ())
     try:
         state = _our_state(tensors, layout, stated)
     except InputError as error:
@@ -117,7 +119,7 @@ def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[di
     head = state.get("class_embed.weight", state.get("class_embed.0.weight", state.get("stages.0.fc_cls.weight")))
     if head is None:
         raise InputError(f"weights {path}: a {layout.detector} without its class head; give the complete checkpoint")
-    return state, About(path, layout.origin, settings, _classes(classes, len(head)), left_out=left_out, entry=entry)
+    return state, About(path, layout.origin, settings, _classes(classes, len(head)), left_out=left_out, entry=entry, unclear=unclear)
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> Layout | None:
@@ -145,7 +147,10 @@ def _unwrapped(tensors: dict[str, Tensor], part: str | None, path: Path) -> tupl
     tensors = bare(tensors)
     parts = [one for one in ("student", "teacher") if any(name.startswith(f"{one}.") for name in tensors)]
     if part is None and len(parts) == 2:
-        raise InputError(f"weights {path} hold a student and a teacher; say part='student' or part='teacher'")
+        raise InputError(
+            f"weights {path} hold a student and a teacher; say part='student' or part='teacher' (--set part=student of evaluate, --set "
+            "teacher.start.part=student of train, or start.part with --start)"
+        )
     if part is not None and part not in parts:
         raise InputError(f"weights {path} hold no tensors of a '{part}' ({' and '.join(parts) or 'no prefix'} instead); leave out 'part'")
     if not parts:
@@ -189,7 +194,7 @@ def _plain(tensors: dict[str, Tensor], layout: Layout, stated: Mapping[str, Any]
     """Whether a Deformable DETR's stages share one head: as the file says, or else if all heads are equal."""
     if "form" in stated:
         return stated["form"] == "plain"
-    if any(re.search(r"decoder\.bbox_embed\.|\benc_output\.", name) for name in tensors):
+    if any(re.search(r"decoder\.bbox_embed\.|\benc_output\.|\bmemory_trans_fc\.", name) for name in tensors):
         return False
     ours = {names.our_name(name, layout.table): value for name, value in tensors.items()}
     heads = [(name, value) for name, value in ours.items() if re.match(r"(class|bbox)_embed\.", name)]
@@ -241,7 +246,7 @@ def _read(path: Path, part: str | None) -> tuple[dict[str, Tensor], dict[str, An
 def _entry(content: dict[str, Any], part: str | None, path: Path) -> tuple[Any, dict[str, Any]]:
     """The entry of a file that holds the wanted tensors, and its name, where there is a choice."""
     there = {
-        kind: next(((name, content[name]) for name in entries if content.get(name) and isinstance(content[name], dict)), None)
+        kind: next(((name, content[name]) for name in entries if isinstance(content.get(name), dict) and content[name]), None)
         for kind, entries in (("model", MODEL), ("ema", AVERAGE))
     }
     if "mmengine_version" in (content["meta"] if isinstance(content.get("meta"), dict) else {}) and there["ema"]:

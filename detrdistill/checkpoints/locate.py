@@ -27,7 +27,7 @@ def locate(model: str | Path) -> DetectorWeights:
         InputError: there is no such thing, or the hub does not hand it out.
     """
     text = str(model)
-    path = nearby(Path(text).expanduser())
+    path = nearby(Path(os.path.expanduser(text)))  # which leaves a user that it does not know
     if path.exists():
         return pinned_weights(DetectorWeights(path=path))
     if re.fullmatch(r"[\w+.-]+-[0-9a-f]{8}", text):
@@ -114,8 +114,8 @@ def _shards(index: Path) -> list[str]:
 def _download(name: str) -> DetectorWeights:
     """A hub model's configuration and weights, as safetensors if it has them."""
     try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+        from huggingface_hub import hf_hub_download, snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
     except ModuleNotFoundError:
         raise InputError(
             f"model '{name}': no such file or folder, and for a hub id huggingface_hub is not installed; install the extra: "
@@ -130,10 +130,13 @@ def _download(name: str) -> DetectorWeights:
             folder = Path(snapshot_download(model, revision=revision or None, allow_patterns=wanted))
             if any((folder / f"{whole}{end}").is_file() for end in ("", ".index.json")):
                 return DetectorWeights(path=folder, source=f"{model}@{folder.name}")  # a snapshot is called by its commit
+        hf_hub_download(model, WHOLE[0], revision=folder.name)  # asks the hub itself, where a snapshot takes what is held
     except LocalEntryNotFoundError:  # also what a network that fails comes to
-        why = "the hub cannot be reached and the model is not in its cache; download it where there is a network"
+        why = "the hub cannot be reached and the model is not, or not wholly, in its cache; download it where there is a network"
+    except RemoteEntryNotFoundError:
+        why = f"on the hub, but without {' and '.join(WHOLE)}; give a model that has weights of transformers"
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         why = f"no such file or folder, and the hub refuses it ({' '.join(str(error).split())[:160]}); correct the name or the revision"
     else:
-        why = f"on the hub, but without {' and '.join(WHOLE)}; give a model that has weights of transformers"
+        why = "the download was interrupted; call again"
     raise InputError(f"model '{name}': {why}")

@@ -27,8 +27,11 @@ def resize_of(folder: Path) -> Resize:
 def _sides(config: Mapping[str, Any], path: Path) -> tuple[Any, Any]:
     """Shorter side and limit of the longer one."""
     size = config.get("size", {"shortest_edge": 800, "longest_edge": 1333})
-    if isinstance(size, int):  # as older versions of transformers write it
-        size = {"shortest_edge": size, "longest_edge": config.get("max_size") or 1333}
+    limit = config.get("max_size")  # beside it, as older versions of transformers write it
+    if type(size) is int:
+        size = {"shortest_edge": size, "longest_edge": limit or 1333}
+    elif isinstance(size, dict) and size.keys() == {"shortest_edge"} and limit:
+        size = {"shortest_edge": size["shortest_edge"], "longest_edge": limit}
     if config.get("do_resize") is False:
         raise InputError(f"{path}: 'do_resize' is false, and the kit resizes every image; set it to true and 'size' to the images' size")
     if config.get("resample", 2) not in (2, None):

@@ -12,6 +12,7 @@ from detrdistill.recipes.presets import Preset, get_preset, get_presets
 from detrdistill.recipes.recipe import Recipe
 
 NEEDED = ("heads", "points", "queries")  # what a file's tensors do not show, and what lies beside them may not say
+PREPARED = ("resize.short", "resize.long", "resize.mean", "resize.std")  # which a file may say in several ways
 MEASURED = Schedule(steps=0, batch=4)  # so many images at once
 FOLLOWED = ("detector", "form", "levels", "backbone.dilation", "resize.short", "resize.long")
 OF_TEACHER, OF_STUDENT = "teacher.", ""  # how changes call their fields
@@ -56,7 +57,7 @@ def choose_presets(
     Args:
         detectors: of the students; without, those of the preset, or of the family of the published detector.
         teacher, start: as `locate` takes them; "" for none.
-        changes: what the user states: settings that the files do not tell, such as "teacher.heads" or "points".
+        changes: what the user states: settings that the files do not tell, such as "teacher.heads" or "points"; None where it cannot.
         say: called with a line on what follows the published detector instead of the preset.
 
     Raises:
@@ -64,9 +65,9 @@ def choose_presets(
     """
     if not teacher and not start:
         return get_presets(name, detectors)
-    changes = changes or {}
     teaches = read_published(teacher, changes, OF_TEACHER) if teacher else None
     starts = read_published(start, changes, OF_STUDENT) if start else None
+    changes = changes or {}
     family = (starts or teaches).detector
     if starts and (other := [one for one in detectors if one != family]):
         raise InputError(f"detector '{other[0]}': a student that starts from {start} is a {family}; leave the detector out")
@@ -87,7 +88,7 @@ def report_folder(root: Path, presets: Sequence[Preset]) -> Path:
     return root / f"published-{name}" if name else root
 
 
-def read_published(model: str, changes: Mapping[str, Any], part: str) -> Published:
+def read_published(model: str, changes: Mapping[str, Any] | None, part: str) -> Published:
     """What a recipe needs to know of the detector called `model`.
 
     Args:
@@ -98,12 +99,21 @@ def read_published(model: str, changes: Mapping[str, Any], part: str) -> Publish
     """
     from detrdistill.checkpoints.pretrained import read_with_settings  # only now: torch takes seconds
 
+    ask, hint = f"--set {part}{{}}=", ""
+    if changes is None:  # a run's record says them all
+        ask, hint, changes = (
+            "--set teacher.{}=",
+            f" to 'detrdistill train PRESET teacher --teacher {model}', then name that run's id here",
+            {},
+        )
     start = locate(model).replace(part=changes.get(f"{part}start.part", ""))
-    stated = {name: changes[part + name] for name in NEEDED if part + name in changes}
-    _, about = read_with_settings(start.path, stated, part=start.part or None, ask=f"--set {part}{{}}=")
+    stated = {name: changes[part + name] for name in (*NEEDED, *PREPARED) if part + name in changes}
+    _, about = read_with_settings(start.path, stated, part=start.part or None, ask=ask, hint=hint)
     known = dict(about.settings)
     resize = known.pop("resize", Resize())
     backbone = dict(known["backbone"])
+    if backbone["weights"] == "crops":  # which freeze no stage by default, where weights of a start freeze one
+        backbone["frozen_stages"] = known["backbone"].stages_frozen
     # Norms that were trained go on training in the kit's own runs alone: elsewhere they are frozen, or in evaluation mode.
     trained = about.origin == "kit" and backbone["weights"] == "none"
     known["backbone"] = BackboneRecipe.read(backbone | {"weights": "none" if trained else "start", "crops": None}, where=str(start.path))

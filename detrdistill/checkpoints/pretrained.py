@@ -17,7 +17,7 @@ from detrdistill.checkpoints.sizes import recipe_fields
 from detrdistill.errors import InputError
 from detrdistill.models import build_detector
 from detrdistill.models.weights import few, fit
-from detrdistill.recipes.parts import Schedule
+from detrdistill.recipes.parts import Resize, Schedule
 from detrdistill.recipes.recipe import Recipe
 
 
@@ -56,21 +56,29 @@ def load_pretrained(
 
 
 def read_with_settings(
-    path: Path | str, settings: Mapping[str, Any], *, part: str | None = None, ask: str = "{}="
+    path: Path | str, settings: Mapping[str, Any], *, part: str | None = None, ask: str = "{}=", hint: str = ""
 ) -> tuple[dict[str, Tensor], About]:
     """A detector's tensors, and what is known of it with every setting that a recipe of it needs; `settings` override the file's.
 
     Args:
+        settings: fields of a recipe, and of its `resize` and `backbone` by dotted name.
         ask: how the user gives a setting, for the message that asks for those that nothing tells.
+        hint: what else the message says.
 
     Raises:
         InputError: as `load_pretrained`.
     """
     state, about = read_detector_weights(path, part)
-    known = recipe_fields(state, about.path, about.settings | settings)
+    whole = {name: value for name, value in settings.items() if "." not in name}
+    for name, has in (("resize", about.settings.get("resize", Resize())), ("backbone", about.settings["backbone"])):
+        if inner := {key.partition(".")[2]: value for key, value in settings.items() if key.startswith(f"{name}.")}:
+            whole[name] = has.replace(**inner) if isinstance(has, Resize) else dict(has) | inner
+    known = recipe_fields(state, about.path, about.settings | whole)
     needed = {"heads": True, "points": known["detector"] == "deformable_detr", "queries": True}
     if missing := [ask.format(name) for name, here in needed.items() if here and name not in known]:
-        raise InputError(f"{about.title}: nothing tells these settings of it; give {', '.join(missing)} as the model was trained")
+        raise InputError(f"{about.title}: nothing tells these settings of it; give {', '.join(missing)} as the model was trained{hint}")
+    if unclear := [ask.format(name) for name in about.unclear if name not in settings]:
+        raise InputError(f"{about.title}: its config does not say clearly how images are prepared; give {', '.join(unclear)}{hint}")
     return state, replace(about, settings=known)
 
 

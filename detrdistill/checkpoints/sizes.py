@@ -22,7 +22,7 @@ def recipe_fields(state: Mapping[str, Tensor], path: Path, stated: Mapping[str, 
     try:
         found = _adamixer(state) if detector == "adamixer" else _detr(state)
         if detector == "deformable_detr":
-            found |= _deformable(state, stated)
+            found |= _deformable(state, stated, path)
     except (KeyError, IndexError) as error:
         raise InputError(f"weights {path}: a {detector} without {error}; give the complete checkpoint") from None
     found["backbone"] = backbone_of(state, path)
@@ -66,15 +66,16 @@ def _detr(state: Mapping[str, Tensor]) -> dict[str, Any]:
     return found | ({"queries": _size(state, "query_embed.weight")} if "query_embed.weight" in state else {})
 
 
-def _deformable(state: Mapping[str, Tensor], stated: Mapping[str, Any]) -> dict[str, Any]:
+def _deformable(state: Mapping[str, Tensor], stated: Mapping[str, Any], path: Path) -> dict[str, Any]:
     levels = _size(state, "level_embed")
     refines = _count(state, "class_embed.") > 1
     found = {"levels": levels, "form": "two_stage" if "enc_output.weight" in state else "box_refine" if refines else "plain"}
     product = _size(state, "decoder.0.cross_attn.attention_weights.bias") // levels  # of heads and points
-    if "heads" in stated:
-        found["points"] = max(1, product // int(stated["heads"]))
-    elif "points" in stated:
-        found["heads"] = max(1, product // int(stated["points"]))
+    for one, other in (("points", "heads"), ("heads", "points")):
+        if one in stated and (not str(stated[one]).isdecimal() or not int(stated[one])):
+            raise InputError(f"weights {path}: '{one}' = {stated[one]!r}: a whole number above 0 is meant; correct it")
+        if one in stated:
+            found[other] = max(1, product // int(stated[one]))
     return found
 
 

@@ -171,6 +171,11 @@ class Resize(Strict):
     mean: tuple[float, float, float] = Field(MEAN, description="of red, green and blue from 0 to 1: subtracted, then divided by `std`")
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = STD
 
+    @field_validator("mean", "std", mode="before")
+    @classmethod
+    def _listed(cls, value: object) -> object:
+        return value.replace(",", " ").split() if isinstance(value, str) else value
+
 
 class Schedule(Strict):
     """Optimisation: AdamW, warm-up, then step or cosine decay."""

@@ -99,7 +99,8 @@ class Recipe(Strict):
             if not same and (method.compares_maps or method.shares_queries):
                 raise ValueError(
                     f"{method.name}: features and queries of detector {teacher.detector} mean something else to {self.detector}; take a "
-                    "teacher of the same detector, or compare predictions alone: --set detrdistill.features=0 --set detrdistill.assignment=0"
+                    "teacher of the same detector, or compare predictions alone: "
+                    "--set detrdistill.features=0 --set detrdistill.assignment=0"
                 )
             if method.compares_maps and self.levels != teacher.levels:
                 raise ValueError(f"'levels' {self.levels} must be the teacher's {teacher.levels}: {method.name} compares level with level")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from detrdistill.checkpoints.formats import About
+from detrdistill.checkpoints.presets import NEEDED, PREPARED
 from detrdistill.checkpoints.pretrained import load_pretrained
 from detrdistill.data.coco import CocoDataset, open_dataset
 from detrdistill.data.layout import data_cache
@@ -15,9 +16,11 @@ from detrdistill.data.transforms import build_transform
 from detrdistill.errors import InputError
 from detrdistill.files import write_text
 from detrdistill.models.weights import few
-from detrdistill.recipes.parts import Folder, Resize
+from detrdistill.recipes.parts import DetectorWeights, Folder, Resize
 from detrdistill.training.evaluation import coco_evaluation, detect
 from detrdistill.training.fabric import loaders, make_fabric
+
+SETTINGS = (*NEEDED, "backbone.dilation", *PREPARED, "part")
 
 
 @dataclass(frozen=True)
@@ -88,24 +91,22 @@ def evaluate_model(
         folder: of COCO json and images.
         batch: images at once. GroupNorm counts padding, so that more than one may change AP a little.
         outputs: names of the classes of the file's outputs, where it does not say them.
-        settings: what neither the file nor its tensors say, such as heads, or resize.short.
+        settings: of `SETTINGS`: what neither the file nor its tensors say, such as heads, or resize.short, and which part of it is meant.
 
     Raises:
         InputError: model, data or settings are not usable, or the model does not know a class of the data.
         NonFiniteError: a prediction is NaN or infinite.
     """
     settings = dict(settings or {})
-    prepared = {name.partition(".")[2]: settings.pop(name) for name in [*settings] if name.startswith("resize.")}
+    if strange := sorted(settings.keys() - {*SETTINGS}):
+        raise InputError(f"setting '{strange[0]}' is none that an evaluation takes; known are {', '.join(SETTINGS)}")
+    part = DetectorWeights(path=model).replace(part=settings.pop("part", "")).part or None
     if batch < 1:
         raise InputError(f"batch {batch}: a number of images; give 1 or more")
-    for name, value in settings.items():
-        if not value.isdecimal() or not int(value):
-            raise InputError(f"setting '{name}' = '{value}': a whole number above 0 is meant")
     spec = Folder(path=folder)
     names = [category.name for category in open_dataset(spec, split, data_cache(), None).categories]
     fabric = make_fabric(device, "fp32")
-    numbers = {name: int(value) for name, value in settings.items()}
-    detector, about = load_pretrained(model, categories=names, outputs=outputs or None, replace_head=True, **numbers)
+    detector, about = load_pretrained(model, categories=names, outputs=outputs or None, replace_head=True, part=part, **settings)
     if not any(about.names):
         raise InputError(f"{about.title} does not say its classes; name its {len(about.names)} outputs as 'outputs'")
     if unknown := [name for name, row in zip(names, about.rows, strict=True) if row is None]:
@@ -113,7 +114,7 @@ def evaluate_model(
             f"{about.title} does not know {len(unknown)} of the {len(names)} classes of {folder} ({few(unknown)}; it knows "
             f"{few([name for name in about.names if name])}); give data of its classes, or train it on yours"
         )
-    resize = about.settings.get("resize", Resize()).replace(**prepared)
+    resize = about.settings.get("resize", Resize())
     data = open_dataset(spec, split, data_cache(), build_transform(resize, train=False))
     found, _ = detect(detector.to(fabric.device), data, batch, fabric.device, loaders(fabric) if workers is None else workers, detector.top)
     return Evaluation(about, resize, data, *coco_evaluation(data.coco.dataset, found), found)

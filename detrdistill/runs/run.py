@@ -210,8 +210,8 @@ def _run_detector(
         keep_freed_memory()
     watch = Watch(fabric)
 
-    def measure(detector):
-        return _evaluate_once(fabric, detector, val_set, recipe, workers)
+    def measure(detector, dataset=val_set):
+        return _evaluate_once(fabric, detector, dataset, recipe, workers)
 
     lineage: dict[str, dict[str, Any]] = {
         name: {"run": record.id, "weights_sha256": record.provenance["weights_sha256"]} for name, record in records.items()
@@ -239,7 +239,9 @@ def _run_detector(
             source |= records["teacher"].parents["start"]
             metrics = records["teacher"].metrics  # measured once, on images as it wants them
         else:
-            metrics, _ = measure(detector)
+            own = {f"resize.{name}": getattr(recipe.teacher.resize, name) for name in ("mean", "std")}
+            seen = recipe.replace(**own)  # as its images are normalised when it teaches
+            metrics, _ = measure(detector, val_set if seen.resize == recipe.resize else open_split(seen, "val"))
         source["AP"] = metrics["AP"]
         _require_floor(recipe, source["run"], metrics["AP"])
         teacher = Teacher(detector, distiller, kept, (recipe.resize, recipe.teacher.resize))

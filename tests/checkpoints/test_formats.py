@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from detrdistill.checkpoints.pretrained import load_pretrained
+from detrdistill.checkpoints.pretrained import load_pretrained, read_with_settings
 from detrdistill.errors import InputError
 from detrdistill.models.weights import read_pickle, save_weights
 from detrdistill.recipes.parts import Resize
@@ -105,9 +105,64 @@ def test_what_an_mmdetection_config_says(tmp_path: Path) -> None:
     for text in ("num_heads=4", "num_heads=4, num_heads=8, num_points=2", "a[num_heads=len([4])]"):  # of which attention, and then?
         with pytest.raises(InputError, match="give heads=, points="):
             load(text)
-    for text in ("bgr_to_rgb=False", "dict(type='Resize', keep_ratio=False)"):
+    for text in ("bgr_to_rgb=False", "to_rgb = False", "{'to_rgb': False}", "dict(type='Resize', keep_ratio=False)"):
         with pytest.raises(InputError, match=r"its config wants BGR images or stretches them"):
             load(text)
+
+
+def test_how_an_mmdetection_config_says_how_images_are_prepared(tmp_path: Path) -> None:
+    state, path = mmdet3_state("deformable", without_neck_bias("deformable")), tmp_path / "w.pth"
+
+    def load(text, settings=None):
+        torch.save({"state_dict": state, "meta": {"cfg": text, "CLASSES": ("a", "b", "c")}}, path)
+        return read_with_settings(path, {"heads": 4} | (settings or {}))[1].settings["resize"]
+
+    for text in (
+        "scale = [ 640, 480 ], mean=(127.5, 0., .0,), std=[1.0, 1.0, 1.0]",
+        "{'img_scale': (480, 640), 'mean': [127.5, 0, 0], 'std': (1, 1, 1)}",
+    ):
+        found = load(text)
+        assert (found.short, found.long, found.mean) == (480, 640, (0.5, 0, 0)) and found.std == pytest.approx([1 / 255] * 3, rel=1e-11)
+    train, test = "train_pipeline = [\n  dict(scale=[(400, 4200), (500, 4200)]),\n]\n", "test_pipeline = [\n  dict(scale=(640, 480)),\n]\n"
+    rest = "x = dict(scale=(96, 96), std=0.01)\n"
+    assert load(train + test + rest) == load(rest + test + train) == Resize(short=480, long=640)
+    for text, asked in (
+        (train, r"resize\.short=, resize\.long="),
+        (rest + "y = dict(scale=(64, 64))", r"resize\.short=, resize\.long="),
+        (rest + train + "test_pipeline = []", r"resize\.short=, resize\.long="),
+        ("mean=[0, 0]", r"resize\.mean="),
+        ("std=[1, 1, 1], std=[x, 1, 1]", r"resize\.std="),
+    ):
+        with pytest.raises(InputError, match=rf"does not say clearly how images are prepared; give {asked}$") as error:
+            load(text)
+        assert "\n" not in str(error.value)
+    stated = {"resize.short": "64", "resize.long": "96", "resize.mean": "0.5, 0.5,0.5"}
+    assert load(train + "mean=[0]", stated) == Resize(short=64, long=96, mean=(0.5, 0.5, 0.5))
+
+
+def test_heads_of_two_stages_are_not_shared_though_they_are_equal(tmp_path: Path) -> None:
+    detector, path = without_neck_bias("deformable-two-stage"), tmp_path / "w.pth"
+    for heads in (detector.class_embed, detector.bbox_embed):
+        for head in heads[1:]:
+            head.load_state_dict(heads[0].state_dict())
+    torch.save({"state_dict": mmdet3_state("deformable-two-stage", detector)}, path)
+    again, about = load_pretrained(path, heads=4, queries=QUERIES)
+    assert about.settings["form"] == "two_stage"
+    same(detector, again)
+
+
+@pytest.mark.parametrize("name", ["heads", "points"])
+@pytest.mark.parametrize("value", ["0", "abc", "1.5", 0])
+def test_numbers_that_are_none(name: str, value: object, tmp_path: Path) -> None:
+    torch.save(small_detector("deformable").state_dict(), tmp_path / "w.pth")
+    with pytest.raises(InputError, match=f"'{name}' = {value!r}: a whole number above 0 is meant"):
+        load_pretrained(tmp_path / "w.pth", **{name: value})
+
+
+def test_a_tensor_called_ema(tmp_path: Path) -> None:
+    torch.save(small_detector("conditional").state_dict() | {"ema": torch.ones(2), "model": torch.ones(2)}, tmp_path / "w.pth")
+    with pytest.raises(InputError, match=r"do not fit this ConditionalDETR"):
+        load_pretrained(tmp_path / "w.pth", heads=4)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -82,6 +83,7 @@ def test_runs_and_paths_that_lie_above(tmp_path: Path, monkeypatch) -> None:
         ("absent.pth", "no such file or folder .*; give a checkpoint file, a Hugging Face folder"),
         ("weights/absent.pth", "no such file or folder"),
         ("a b", "no such file or folder"),
+        ("~nosuchuser/x", "model '~nosuchuser/x': no such file or folder"),
     ):
         with pytest.raises(InputError, match=message) as error:
             locate(name)
@@ -117,6 +119,7 @@ class Hub(BaseHTTPRequestHandler):
         headers = {"Content-Length": len(content), "ETag": f'"{sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
         headers |= {"X-Error-Code": "RepoNotFound"} if status == 404 and "absent" not in self.path else {}
         headers |= {"X-Error-Code": "RevisionNotFound"} if status == 404 and "absent" in self.path else {}
+        headers |= {"X-Error-Code": "EntryNotFound"} if status == 404 and COMMIT in self.path else {}
         for name, value in headers.items():
             self.send_header(name, str(value))
         self.end_headers()
@@ -165,11 +168,16 @@ def test_a_hub_id(hub, tmp_path: Path, monkeypatch) -> None:
     del files["model.safetensors"]
     monkeypatch.setenv("HF_HOME", str(tmp_path / "another"))
     assert DetectorWeights.model_validate_json(ask("org/name")).sha256 != found.sha256 and "pytorch_model.bin" in given
+    del files["pytorch_model.bin"]
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "third"))
+    assert ask("org/name").startswith("model 'org/name': on the hub, but without model.safetensors and pytorch_model.bin; give")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
     server.shutdown()
     server.server_close()
     assert DetectorWeights.model_validate_json(ask("org/name")) == found, "without a network too"
-    assert (
-        ask("org/new")
-        == "model 'org/new': the hub cannot be reached and the model is not in its cache; download it where there is a network"
-    )
+    found.path.joinpath("model.safetensors").unlink()
+    why = "the hub cannot be reached and the model is not, or not wholly, in its cache; download it where there is a network"
+    assert ask("org/name") == f"model 'org/name': {why}"
+    shutil.rmtree(found.path.parents[1] / "trees")  # as where transformers downloaded single files
+    assert ask("org/name") == f"model 'org/name': {why}"
+    assert ask("org/new") == f"model 'org/new': {why}"

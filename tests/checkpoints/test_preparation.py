@@ -27,6 +27,7 @@ def folder(path: Path, **config: object) -> Path:
         ({"size": {"shortest_edge": 480, "longest_edge": 640}}, Resize(short=480, long=640)),
         ({"size": {"max_height": 640, "max_width": 640}}, Resize(short=640, long=640)),
         ({"size": 600, "max_size": 1000}, Resize(short=600, long=1000)),
+        ({"size": {"shortest_edge": 600}, "max_size": 1000}, Resize(short=600, long=1000)),
         ({"size": 600}, Resize(short=600, long=1333)),
     ],
 )
@@ -45,6 +46,8 @@ def test_without_a_file_images_are_prepared_as_in_the_papers(tmp_path: Path) -> 
         ({"size": {"max_height": 640, "max_width": 800}}, "'size' is "),
         ({"size": {"shortest_edge": 0, "longest_edge": 640}}, "'short' = 0"),
         ({"size": "big"}, "'size' is big"),
+        ({"size": True}, "'size' is True"),
+        ({"size": {"shortest_edge": 600}}, "'size' is "),
         ({"do_resize": False}, "'do_resize' is false"),
         ({"resample": 3}, "'resample' is 3"),
         ({"image_mean": [0.5, 0.5]}, r"'image_mean' is \[0\.5, 0\.5\]"),

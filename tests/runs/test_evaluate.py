@@ -106,13 +106,39 @@ def test_what_a_file_does_not_say_is_asked_for(data: Path, tmp_path: Path) -> No
     assert found.about.rows == (0, 2, 1) and len(found.metrics) == 12 and found.classes.keys() == {3, 17, 90}
     with pytest.raises(InputError, match=r"does not know 1 of the 3 classes of .*mine \(disc; it knows cross, bar, cup\); give data"):
         evaluate_model(path, data, device="cpu", outputs=["cross", "bar", "cup"], settings=small)
-    for wrong, message in (({"heads": "many"}, "'heads' = 'many': a whole number"), ({"resize.short": "x"}, "'short' = 'x'")):
+    for wrong, message in (
+        ({"heads": "many"}, "'heads' = 'many': a whole number"),
+        ({"resize.short": "x"}, "'short' = 'x'"),
+        (
+            {"categories": "2"},
+            r"setting 'categories' is none that an evaluation takes; known are heads, points, queries, backbone\.dilation",
+        ),
+        ({"part": "2"}, "'part' = '2'"),
+        ({"backbone.dilation": "x"}, "'backbone.dilation' = 'x'"),
+        ({"queries": "0"}, "'queries' = '0'"),
+    ):
         with pytest.raises(InputError, match=message):
             evaluate_model(path, data, device="cpu", outputs=["cross", "bar", "disc"], settings=small | wrong)
     with pytest.raises(InputError, match="batch 0"):
         evaluate_model(path, data, device="cpu", batch=0)
     with pytest.raises(InputError, match="no annotations of the split 'test'"):
         evaluate_model(path, data, "test", device="cpu")
+
+
+def test_which_part_and_dilation_can_be_stated(data: Path, tmp_path: Path) -> None:
+    path, small = tmp_path / "w.pth", {"heads": "4", "resize.short": "64", "resize.mean": "0.5,0.5,0.5"}
+    states = {part: small_detector("deformable", seed=seed).state_dict() for seed, part in enumerate(("student", "teacher"))}
+    torch.save({f"{part}.{name}": value for part, state in states.items() for name, value in state.items()}, path)
+
+    def measure(**settings):
+        return evaluate_model(path, data, device="cpu", outputs=["cross", "bar", "disc"], settings=small | settings)
+
+    with pytest.raises(InputError, match=r"--set part=student of evaluate, --set teacher\.start\.part=student of train"):
+        measure()
+    student = measure(part="student")
+    assert student.resize.mean == (0.5, 0.5, 0.5) and student.about.left_out == ("teacher",)
+    assert student.results != measure(part="teacher").results
+    assert student.results != measure(part="student", **{"backbone.dilation": "1"}).results
 
 
 def test_adamixer_counts_as_many_detections_as_its_code(data: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def write_model(kind: str, folder: Path) -> Path:
 def chosen(setting: str, data: Path, kind: str = "", **models: str) -> Recipe:
     """A row of the smoke preset on `data`, with published detectors, on small images."""
     changes = {f"{part}{name}": value for name, value in UNTOLD.get(kind, {}).items() for part in ("teacher.", "")}
-    (preset,) = choose_presets("smoke", teacher=models.get("teacher", ""), start=models.get("start", ""), changes=changes)
+    preset, *_ = choose_presets("smoke", teacher=models.get("teacher", ""), start=models.get("start", ""), changes=changes)
     recipe = preset.recipe(setting)
     quick = {name: value for name, value in QUICK.items() if not (name.startswith("backbone") and recipe.start)}
     small = {"data": {"name": "folder", "path": data}, "resize.short": 64, "resize.long": 64}
@@ -166,6 +166,25 @@ def test_measured_once_a_file_and_a_data_set(data: Path, tmp_path: Path, monkeyp
     Path(moved).unlink()
     third = go(second.replace(seed=2), tmp_path / "results")
     assert third.parents["teacher"] == first.parents["teacher"] and len(measured) == 4, "the run has the weights, the file is not needed"
+
+
+def test_a_teacher_is_gated_on_images_normalised_as_when_it_teaches(data: Path, tmp_path: Path, monkeypatch) -> None:
+    seen, kept = [], runs.evaluate
+    monkeypatch.setattr(runs, "evaluate", lambda detector, val, *rest, **how: seen.append(val[0]) or kept(detector, val, *rest, **how))
+    recipe = chosen("detrdistill", data)
+    own = {"teacher.resize.mean": (0.5, 0.5, 0.5), "teacher.resize.std": (0.1, 0.2, 0.3), "teacher.backbone.crops.steps": 1}
+    own |= {f"teacher.schedule.{name.partition('.')[2]}": value for name, value in QUICK.items() if name.startswith("schedule")}
+    go(recipe.replace(**own), tmp_path / "results")
+    trained, gated, student = (sample[0] for sample in seen)
+    assert torch.equal(gated, trained) and not torch.equal(gated, student)
+
+
+def test_a_start_from_a_run_freezes_what_the_run_froze(data: Path, tmp_path: Path) -> None:
+    for frozen in (None, 2):
+        first = go(chosen("student", data).replace(**{"backbone.frozen_stages": frozen}), tmp_path / "results")
+        folder = Store(tmp_path / "results").folder(first.recipe)
+        (preset,) = choose_presets("smoke", start=str(folder))
+        assert preset.student.backbone.stages_frozen == first.recipe.backbone.stages_frozen
 
 
 def test_resume_after_a_kill_is_exact(data: Path, tmp_path: Path, monkeypatch) -> None:
@@ -258,8 +277,13 @@ def test_refusals(data: Path, tmp_path: Path, trained: list[str]) -> None:
     torch.save({"model": official_state("deformable", small_detector("deformable"))}, path)
     with pytest.raises(InputError, match=r"nothing tells these settings of it; give --set teacher\.heads=, --set teacher\.points="):
         choose_presets("smoke", teacher=str(path))
-    with pytest.raises(InputError, match=r"give --set heads=, --set points= as the model"):
-        choose_presets("smoke", start=str(path))
+    with pytest.raises(InputError, match=r"give --set heads=, --set points= as the model was trained$"):
+        choose_presets("smoke", start=str(path), changes={})
+    for models in ({"teacher": str(path)}, {"start": str(path)}):  # of commands that cannot state them
+        with pytest.raises(
+            InputError, match=r"teacher\.points= as the model was trained to 'detrdistill train PRESET teacher --teacher .*run's id"
+        ):
+            choose_presets("smoke", **models)
     assert trained == []
 
 
@@ -333,4 +357,7 @@ def test_a_session_with_a_published_teacher(data: Path, tmp_path: Path, capsys) 
         and session.detections({"teacher": teacher}, [0])
         and session.summary(teacher=teacher, student=student) is not None
     )
+    own = session.val(teacher)
+    other = session.val(teacher.model_copy(update={"recipe": teacher.recipe.replace(**{"resize.mean": (0.1, 0.2, 0.3)})}))
+    assert not torch.equal(own[0][0], other[0][0]) and torch.equal(own[0][0], session.val()[0][0])
     assert session.curves({"student": [student], "teacher": [teacher]})
