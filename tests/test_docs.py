@@ -64,13 +64,13 @@ def line(
         (
             [line("holds", "6.0"), line("holds", "2.5", than="FGFI, whole schedule"), line("undecided", "0.7", than="MGD", seeds=8)],
             "2 of 3 comparisons hold, 1 undecided. On AdaMixer, DETRDistill is above FGD (+6.0) and FGFI (+2.5): *holds*; "
-            "*undecided* whether DETRDistill is above MGD (+0.7, about 8 seeds).",
+            "*undecided* whether DETRDistill is above MGD (+0.7 [-1.3, +2.7], about 8 seeds).",
         ),
         (
             [line("undecided", "3.0", "Logits", "Student", 8), line("against", "-3.2", "Features", "Student")],
             "0 of 2 comparisons hold, 1 against, 1 undecided. "
             "On AdaMixer, its feature loss is 3.2 AP below the plain student (*against*, [-5.2, -1.2]); "
-            "*undecided* whether its logits loss is above the plain student (+3.0, about 8 seeds).",
+            "*undecided* whether its logits loss is above the plain student (+3.0 [+1.0, +5.0], about 8 seeds).",
         ),
         (
             [line("no gain above the margin", "-1.7")],
@@ -98,10 +98,10 @@ def test_a_word_that_is_no_verdict_is_refused() -> None:
 def test_findings_say_whose_weights_were_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(findings, "TUNED", {"deformable_detr": {}, "conditional_detr": {}, "adamixer": {"fgd": 3e-4}})
     assert re.fullmatch(
-        "On AdaMixer, those of every row .* Not on Deformable DETR and Conditional DETR: .* published .*", findings.weights()
+        "On AdaMixer, those of every row .* Not yet on Deformable DETR and Conditional DETR: .* published .*", findings.weights()
     )
     monkeypatch.setattr(findings, "TUNED", {detector: {"fgd": 3e-4} for detector in findings.TUNED})
-    assert "Not on" not in findings.weights()
+    assert "Not yet" not in findings.weights()
 
 
 def test_a_finding_without_its_claim_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
