@@ -91,7 +91,7 @@ def _apart(ran: Runs, is_level: bool, note: str) -> Figure:
             axes.axhline(_mean(ran["teacher"]), color=style.COLOURS["teacher"], **LEVEL)
         draw(axes, ran[setting], colour, marker="")
         axes.set_title("\n".join(title), loc="left", fontsize=style.points(8), color=style.ink(colour))
-        axes.set(xlim=(0, None), ylim=(0, 1.06 * highest))
+        axes.set(xlim=(0, None), ylim=(0, 1.06 * (highest or 1.0)))
         axes.tick_params(labelbottom=i + columns >= len(settings))  # also where none is below
         _steps(axes, 3)
     for axes in panels[len(settings) :]:
