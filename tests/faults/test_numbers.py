@@ -232,6 +232,7 @@ UNFIT = {
     "teacher of another family": r"weights\.safetensors.*(miss|unexpected|lack)",
     "teacher of other classes": r"weights .* were trained for the classes 0, 1, .*, the data has cross, disc, bar; use a detector of this",
     "teacher exactly at its floor": r"AP 0\.0 on this data, and must exceed teacher_floor 0\.0 .*, check its weights, or lower the floor",
+    "teacher without an AP": r"no AP that is defined on this data, and must exceed teacher_floor -1\.0 to teach",
 }
 
 
@@ -245,9 +246,10 @@ def test_an_unfit_teacher_does_not_teach(tmp_path, store, monkeypatch, tries, fa
         put_weights(store, "conditional_detr")
     elif fault == "teacher of other classes":
         recipe = of_other_classes(tmp_path)
-    else:  # AP without any object counts as 0
-        recipe = DISTILLED.replace(teacher_floor=0.0)
-        monkeypatch.setattr(runs, "evaluate", lambda *_, **__: (dict.fromkeys(METRICS), torch.zeros(2, 8, 20)))
+    else:  # of no object, AP is undefined, and that is not 0
+        measured = 0.0 if fault == "teacher exactly at its floor" else None
+        recipe = DISTILLED.replace(teacher_floor=-1.0 if measured is None else 0.0)
+        monkeypatch.setattr(runs, "evaluate", lambda *_, **__: (dict.fromkeys(METRICS, measured), torch.zeros(2, 8, 20)))
     with tries(fault):
         with pytest.raises(InputError, match=UNFIT[fault]) as error:
             go(recipe, store)
