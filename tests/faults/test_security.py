@@ -46,9 +46,22 @@ ALLOWED = {
     ("detrdistill/process.py", "ctypes.CDLL"): (1, "the C library that is loaded already, for one call with two fixed numbers"),
     ("detrdistill/training/batches.py", "multiprocessing.active_children"): (2, "only lists which processes this one has started"),
 }
-# What the Snakefile's shell commands may name: made from words that were compared with known names, or from whole numbers.
+# What the Snakefile's shell commands may name: made from words that were compared with known names, or from whole numbers; names of
+# published detectors, which may be anything, are quoted by shlex.
 SNAKEFILE = {
-    *("CLI", "TRAIN", "TRAIN_ON", "NAME", "ROOT", "REPORT", "SEEDS", "params.seed", "params.detectors"),
+    *(
+        "CLI",
+        "TRAIN",
+        "TRAIN_ON",
+        "NAME",
+        "ROOT",
+        "REPORT",
+        "params.seed",
+        "params.seeds",
+        "params.detectors",
+        "params.models",
+        "WITH_MODELS",
+    ),
     *("wildcards.run", "input.notebook", "output", "params.row.name", "params.row.key"),
 }
 
@@ -121,6 +134,7 @@ def test_the_snakefile_hands_over_only_checked_words(tries) -> None:
     assert len(commands) == len(re.findall(r"\bshell\b", text.partition('"""')[2].partition('"""')[2])) == 5
     with tries("unchecked words in a shell command"):
         assert {word for command in commands for word in re.findall(r"\{([^{}]+)\}", command)} <= SNAKEFILE
+        assert len(re.findall(r"shlex\.quote\(model\)", text)) == len(re.findall(r"in MODELS\.items\(\)\)|in MODELS\.items\(\)\]", text))
         # Everything before the rules is plain Python.
         assert not list(dangers(text.partition("\nrule all")[0]))
 
