@@ -26,7 +26,7 @@ REFUSED = {
     "text for yes or no": ({"progress": "perhaps"}, "'progress' = 'perhaps': Input should be a valid boolean"),
     "device unknown": ({"device": "tpu"}, "'device' = 'tpu': use auto, cpu, cuda, or cuda:1 for the second GPU"),
     "field mistyped": ({"changes": {"schedule.lrr": 1e-3}}, "unknown parameter 'schedule.lrr' = 0.001; known here: steps, epochs, batch"),
-    "field negative": ({"changes": {"schedule.steps": -5}}, "'schedule.steps' = -5: Input should be greater than 0"),
+    "field negative": ({"changes": {"schedule.steps": -5}}, "'schedule.steps' = -5: Input should be greater than or equal to 0"),
     "field not a number": ({"changes": {"schedule.lr": float("nan")}}, "'schedule.lr' = nan: Input should be"),
 }
 
