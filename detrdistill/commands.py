@@ -75,7 +75,7 @@ def train(
     if record.test:
         shown += "; on the test images " + ", ".join(f"{name} {value:.1f}" for name, value in record.test.items() if value is not None)
     if (taught := record.parents.get("teacher")) is not None:
-        print(f"teacher {taught['run']}: AP {taught['AP']:.1f} on these images")
+        shown += f"; taught by {taught['run']} (AP {taught['AP']:.1f})"
     print(f"{record.id}: {shown}" + " (stored: taken from results/reference, not trained here)" * store.is_stored(record))
 
 

@@ -82,7 +82,7 @@ def test_equal_data_gives_equal_bytes(make, tmp_path: Path) -> None:
 
 def test_a_column_of_a_paper_says_once_what_was_not_run() -> None:
     with style.drawn_as(style.Look(3.3)):
-        ap, _ = forest(weighed(), "A note.").axes
+        ap, *_ = forest(weighed(), "A note.").axes
     words = [text.get_text() for text in ap.texts]
     assert words.count("AdaMixer") == 3 and words.count("DETRDistill over Student") == 3 and words.count("not run") == 1
     assert "undecided" in words and not [word for word in words if "99" in word], "no room for the number of seeds"

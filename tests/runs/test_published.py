@@ -251,12 +251,12 @@ def test_a_report_with_a_published_detector_does_not_replace_the_preset_s_own(da
     (root / "tables").mkdir(parents=True)
     for name in ("index.html", "tables/main_results.csv", "tables/components.csv"):
         (root / name).write_text("the preset's own")
-    written = write_report("smoke", [0], root, formats=["png"], teacher=str(path))
+    written = write_report("quick", [0], root, formats=["png"], teacher=str(path))
     (folder,) = root.glob("published-*")
     assert folder.name == f"published-taught-{weights_hash(path)[:8]}" and folder / "index.html" in written
     assert all(file.is_relative_to(folder) for file in written)
     assert not (folder / "tables" / "components.csv").exists(), "a table of the preset's own asks for none here"
-    (preset,) = choose_presets("smoke", teacher=str(path), start=str(path))
+    (preset,) = choose_presets("quick", teacher=str(path), start=str(path))
     assert report_folder(root, [preset]).name == f"{folder.name}-started-{weights_hash(path)[:8]}"
 
 
@@ -309,7 +309,7 @@ def test_a_recipe_says_what_it_starts_from(tmp_path: Path) -> None:
     assert student.start.sha256 and not parents(student) and student.detector == "conditional_detr" and student.temperature == 10000
     moved = student.replace(**{"start.path": "elsewhere", "start.source": "org/name@main"})
     assert run_id(moved) == run_id(student) != run_id(student.replace(**{"start.sha256": "0" * 64}))
-    with pytest.raises(InputError, match="need a 'start'; give its weights"):
+    with pytest.raises(InputError, match="trains nothing: name a detector that others trained"):
         student.replace(start=None)
     with pytest.raises(InputError, match="which nobody teaches"):
         preset.recipe("detrdistill").replace(**{"schedule.steps": 0})
