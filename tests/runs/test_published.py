@@ -144,6 +144,14 @@ def test_a_smaller_student_from_a_hugging_face_folder_with_two_commands(data: Pa
         assert message in capsys.readouterr().err
 
 
+def test_all_but_the_head_is_a_start_whose_outputs_have_no_names(data: Path, tmp_path: Path) -> None:
+    recipe = chosen("student", data, start=str(write_model("official deformable", tmp_path / "theirs")))
+    afresh = recipe.replace(**{"start.outputs": [""] * 91})
+    assert run_id(pinned(afresh)) != run_id(pinned(recipe))
+    start = go(afresh, tmp_path / "results").parents["start"]
+    assert start["fresh"] == ", ".join(NAMES) and start["classes"].startswith("0 of 91")
+
+
 def test_a_weak_teacher_is_refused_before_a_backbone_is_trained(data: Path, tmp_path: Path) -> None:
     recipe = chosen("detrdistill", data, teacher=str(write_model("official deformable", tmp_path / "theirs")))
     with pytest.raises(InputError, match=r"-published-.* must exceed teacher_floor 50\.0 to teach"):
