@@ -6,7 +6,7 @@ H W grid (_ where levels differ), N targets. (The classes are not frozen because
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -65,6 +65,7 @@ class DetectorOutput:
         cross_attention: how much a query takes from each cell of `features`, all levels flattened row by row and concatenated (T
             cells), averaged over heads. Rows sum to 1, or to less where points are sampled: what falls outside of the maps or on
             padding is lost.
+        own: what a detector that brings its own loss needs for it; nobody else looks at it.
     """
 
     logits: Float[Tensor, "S B Q C"]
@@ -77,6 +78,7 @@ class DetectorOutput:
     neck: Sequence[Float[Tensor, "B E _ _"]] = ()
     self_attention: Float[Tensor, "S B Q Q"] | None = None
     cross_attention: Float[Tensor, "S B Q T"] | None = None
+    own: Any = None
 
     def split(self, groups: Sequence[Queries], maps: "AttentionMaps | None" = None) -> "list[DetectorOutput]":
         """One output for each of the `groups` that `Queries.join` put side by side, with the attention that was recorded."""

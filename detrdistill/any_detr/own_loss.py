@@ -1,0 +1,73 @@
+"""The loss that a model of transformers brings (varifocal, distribution focal, matchability aware, ...), divided as the step wants it."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from detrdistill.matching import Pairs, Problem
+from detrdistill.models.outputs import DetectorOutput, Targets
+from detrdistill.recipes.families import Family
+
+Recorded = tuple[tuple, dict[str, Any]]
+
+
+class OwnLoss:
+    """In the place of `criterion.SetCriterion` for a detector that has a loss of its own, with its own matching and its own groups.
+
+    The model's forward pass calls its loss; the call is written down, and made later, in full precision. transformers divides by the objects
+    of the batch it sees; a step may have several batches and devices, so parts are multiplied by batch / step: objects, or images where a
+    part is a mean over queries.
+    """
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        self.model, self.family = model, family
+
+    @contextmanager
+    def recorded(self) -> Iterator[list[Recorded]]:
+        """The model's forward pass writes its loss's arguments into the list, instead of calling it."""
+        calls: list[Recorded] = []
+
+        def write_down(*args, **kwargs):
+            calls.append((args, kwargs))
+            return None, {}, None
+
+        self.model.loss_function = write_down
+        try:
+            yield calls
+        finally:
+            del self.model._loss_function
+
+    def problems(self, student: DetectorOutput, targets: Targets) -> dict[str, Problem]:
+        """None: the model's loss matches for itself."""
+        return {}
+
+    def __call__(self, student: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]) -> dict[str, Tensor]:
+        """The weighted parts of the loss by transformers' names, divided by the step's objects or images."""
+        args, kwargs = tree_map(_full_precision, student.own)
+        _, parts, _ = self.model.loss_function(*args, **kwargs)
+        by_objects = max(float(sum(targets.counts)), 1.0) / targets.step_boxes
+        by_images = len(targets.counts) / targets.step_images
+        losses = {}
+        for name, value in parts.items():
+            if (weight := self._weight(name)) is not None:
+                losses[name] = value * weight * (by_images if name.startswith(self.family.averaged) else by_objects)
+        # Embeddings of denoising queries have no gradient without an object, for which DDP would wait in vain.
+        idle = [p.sum() * 0 for name, p in self.model.named_parameters() if "denoising" in name and p.requires_grad]
+        first = next(iter(losses))
+        return losses | {first: losses[first] + sum(idle)}
+
+    def _weight(self, name: str) -> float | None:
+        """What a part counts in the sum; None for one that only tells."""
+        if self.family.loss_weights is None:
+            return 1.0
+        entries = (entry for part, entry in self.family.loss_weights.items() if name.startswith(part))
+        entry = next(entries, None)
+        return None if entry is None else float(getattr(self.model.config, entry)) if entry else 1.0
+
+
+def _full_precision(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype == torch.bfloat16 else value
