@@ -10,7 +10,7 @@ from detrdistill.parameters import make_presets, only_seed, read_parameters, req
 from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.presets import Preset
 from detrdistill.recipes.recipe import Recipe
-from detrdistill.recipes.words import DETECTORS
+from detrdistill.recipes.words import NAMES
 from detrdistill.records import Record, short_commit
 from detrdistill.runs.provenance import provenance
 from detrdistill.runs.store import Store, open_store
@@ -52,7 +52,7 @@ class Session:
 
     def each(self) -> dict[str, Self]:
         """A session a detector, by the detector's name in words."""
-        return {DETECTORS[name]: replace(self, preset=preset) for name, preset in self.presets.items()}
+        return {NAMES[name]: replace(self, preset=preset) for name, preset in self.presets.items()}
 
     def on_data(self, folder: Path) -> Self:
         """The same recipes on another data folder.

@@ -20,6 +20,7 @@ ORDER = (
     "models",
     "criterion",
     "distill",
+    "any_detr",
     "data",
     "checkpoints",
     "training",

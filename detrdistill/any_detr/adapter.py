@@ -229,7 +229,7 @@ class AnyDETR(nn.Module):
 
     @contextmanager
     def _whole_decoder(self) -> Iterator[None]:
-        """D-FINE's decoders tell all stages only while they believe to be in training; the flag of the decoder alone changes nothing else."""
+        """D-FINE's decoder tells of all stages only while it believes to be in training; its own flag changes nothing else."""
         before = self.decoder.training
         if self.family.head == "recorded":
             self.decoder.training = True
@@ -254,8 +254,8 @@ class AnyDETR(nn.Module):
     def _check_sides(self, size: Sequence[int]) -> None:
         if any(side % self.sides for side in size):
             raise InputError(
-                f"{self.family.title}: images of {size[0]} x {size[1]} pixels; both sides must be multiples of {self.sides}: set resize.stretch "
-                "and such a resize.short"
+                f"{self.family.title}: images of {size[0]} x {size[1]} pixels; both sides must be multiples of {self.sides}: set "
+                "resize.stretch=true, and resize.short and resize.long to such numbers"
             )
 
     @property

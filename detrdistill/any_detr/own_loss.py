@@ -18,9 +18,9 @@ Recorded = tuple[tuple, dict[str, Any]]
 class OwnLoss:
     """In the place of `criterion.SetCriterion` for a detector that has a loss of its own, with its own matching and its own groups.
 
-    The model's forward pass calls its loss; the call is written down, and made later, in full precision. transformers divides by the objects
-    of the batch it sees; a step may have several batches and devices, so parts are multiplied by batch / step: objects, or images where a
-    part is a mean over queries.
+    The model's forward pass calls its loss; the call is written down, and made later, in full precision. transformers divides by the
+    objects of the batch that it sees. A step may have several batches and devices, so that parts are multiplied by batch / step: of
+    objects, or of images where a part is a mean over queries.
     """
 
     def __init__(self, model: nn.Module, family: Family) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from detrdistill.any_detr.build import family_of, read_family
 from detrdistill.checkpoints import names
 from detrdistill.checkpoints.hugging_face import equal, fields_of_config, form_of, positive, read_folder
 from detrdistill.checkpoints.mmdetection import fields_of_text
@@ -18,10 +19,13 @@ from detrdistill.checkpoints.sizes import recipe_fields
 from detrdistill.errors import InputError
 from detrdistill.models import AdaMixer, ConditionalDETR, DeformableDETR
 from detrdistill.models.weights import classes_of, few, named_tensors, read_pickle, read_weights
+from detrdistill.recipes.families import FAMILIES as OF_TRANSFORMERS
 from detrdistill.recipes.recipe import OWNERS, Recipe
+from detrdistill.recipes.words import NAMES
 from detrdistill.records import read_record
 
 FAMILIES = {"conditional_detr": ConditionalDETR, "deformable_detr": DeformableDETR, "adamixer": AdaMixer}
+RESIZED = ("resize.short", "resize.long", "resize.stretch", "resize.mean", "resize.std")
 SHARED_FIELDS = ("detector", "backbone", "dim", "heads", "ffn", "decoder_layers", "queries", "dropout")
 
 
@@ -52,7 +56,7 @@ class About:
     @property
     def title(self) -> str:
         entry = f", entry '{self.entry}'" if self.entry else ""
-        return f"{self.path}{entry} ({self.origin} weights of a {FAMILIES[self.settings['detector']].__name__})"
+        return f"{self.path}{entry} ({self.origin} weights of a {NAMES[self.settings['detector']]})"
 
 
 @dataclass(frozen=True)
@@ -99,7 +103,11 @@ def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[di
         InputError: the file is missing, damaged, holds code, or another model.
     """
     path = Path(path)
+    if part is None and family_of(path if path.is_dir() else path.parent) and not path.with_name("record.json").is_file():
+        return _read_family(path if path.is_dir() else path.parent)
     tensors, stated = _read(path, part if part in ("model", "ema") else None)
+    if stated.get("detector") in OF_TRANSFORMERS:  # a run of the kit
+        return tensors, About(path, "kit", stated, tuple(stated.pop("names")))
     if part == "ema" and "entry" not in stated:
         raise InputError(f"weights {path} hold no moving average; leave out 'part'")
     tensors, left_out = _unwrapped(tensors, part if part not in ("model", "ema") else None, path)
@@ -120,6 +128,13 @@ def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[di
     if head is None:
         raise InputError(f"weights {path}: a {layout.detector} without its class head; give the complete checkpoint")
     return state, About(path, layout.origin, settings, _classes(classes, len(head)), left_out=left_out, entry=entry, unclear=unclear)
+
+
+def _read_family(folder: Path) -> tuple[dict[str, Tensor], About]:
+    """A folder of transformers' in one of the families that the kit has through transformers itself."""
+    state, fields, labels = read_family(folder)
+    said = (folder / "preprocessor_config.json").is_file()
+    return state, About(folder, "Hugging Face", fields | {"resize": resize_of(folder)}, tuple(labels), unclear=() if said else RESIZED)
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> Layout | None:

@@ -12,12 +12,14 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from detrdistill.any_detr.build import write_family
 from detrdistill.checkpoints import names
 from detrdistill.checkpoints.sizes import backbone_of, recipe_fields
 from detrdistill.errors import InputError
 from detrdistill.files import atomic, write_text
 from detrdistill.models import ConditionalDETR, DeformableDETR
 from detrdistill.models.weights import named_tensors, read_json, read_pickle, read_weights
+from detrdistill.recipes.families import FAMILIES
 from detrdistill.recipes.parts import Resize
 
 # Transformers' words for the ResNets.
@@ -37,7 +39,7 @@ def export_hugging_face(detector: nn.Module, folder: Path | str, categories: Seq
     be one to three pixels shorter.
 
     Args:
-        detector: a Conditional or Deformable DETR on a ResNet-18, -50 or -101.
+        detector: a Conditional or Deformable DETR on a ResNet-18, -50 or -101, or one of transformers' own.
         categories: the name of each class.
         resize: the recipe's; by default 800 pixels on the shorter side and at most 1333 on the longer.
 
@@ -45,27 +47,36 @@ def export_hugging_face(detector: nn.Module, folder: Path | str, categories: Seq
         InputError: transformers has no such detector or backbone, or not one name a class.
     """
     folder, resize = Path(folder), resize or Resize()
+    if (family := getattr(detector, "family", None)) is not None:
+        write_family(detector, folder, categories)
+        write_text(folder / "preprocessor_config.json", json.dumps(_processor(family.processor, resize), indent=2) + "\n")
+        return folder
     config = _config(detector, folder, list(categories))
     state = {name: value.detach().cpu() for name, value in detector.state_dict().items()}
     tensors = _their_state(state, detector)
     with atomic(folder / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    processor = {
-        "image_processor_type": f"{_CLASSES[config['model_type']]}ImageProcessor",
+    processor = _processor(f"{_CLASSES[config['model_type']]}ImageProcessor", resize)
+    for name, content in (("preprocessor_config.json", processor), ("config.json", config)):
+        write_text(folder / name, json.dumps(content, indent=2) + "\n")
+    return folder
+
+
+def _processor(kind: str, resize: Resize) -> dict[str, Any]:
+    sides = ("height", "width") if resize.stretch else ("shortest_edge", "longest_edge")
+    return {
+        "image_processor_type": kind,
         "format": "coco_detection",
         "do_resize": True,
-        "size": {"shortest_edge": resize.short, "longest_edge": resize.long},
+        "size": dict(zip(sides, (resize.short, resize.long), strict=True)),
         "resample": 2,  # bilinear
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
         "image_mean": list(resize.mean),
         "image_std": list(resize.std),
-        "do_pad": True,
+        "do_pad": not resize.stretch,
     }
-    for name, content in (("preprocessor_config.json", processor), ("config.json", config)):
-        write_text(folder / name, json.dumps(content, indent=2) + "\n")
-    return folder
 
 
 def _config(detector: nn.Module, folder: Path, categories: list[str]) -> dict[str, Any]:
@@ -201,7 +212,7 @@ def fields_of_config(path: Path) -> dict[str, Any]:
 def _fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
     kind = config.get("model_type")
     if kind not in ("conditional_detr", "deformable_detr"):
-        raise InputError(f"{path}: the model is a {kind!r}; only 'conditional_detr' and 'deformable_detr' can be read")
+        raise InputError(f"{path}: the model is a {kind!r}; the kit reads {', '.join((*_CLASSES, *FAMILIES))}")
     expected = {"activation_function": "relu", "position_embedding_type": "sine"}
     if kind == "conditional_detr":
         expected["auxiliary_loss"] = False

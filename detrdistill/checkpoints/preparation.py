@@ -20,8 +20,12 @@ def resize_of(folder: Path) -> Resize:
     if not path.is_file():
         return Resize()
     config = read_json(path)
-    sizes, (mean, std) = _sides(config, path), _statistics(config, path)
-    return Resize.read({"short": sizes[0], "long": sizes[1], "mean": mean, "std": std}, where=str(path))
+    size, (mean, std) = config.get("size"), _statistics(config, path)
+    if isinstance(size, dict) and size.keys() == {"height", "width"}:
+        sides = {"short": size["height"], "long": size["width"], "stretch": True}
+    else:
+        sides = dict(zip(("short", "long"), _sides(config, path), strict=True))
+    return Resize.read(sides | {"mean": mean, "std": std}, where=str(path))
 
 
 def _sides(config: Mapping[str, Any], path: Path) -> tuple[Any, Any]:

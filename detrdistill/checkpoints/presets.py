@@ -7,12 +7,14 @@ from typing import Any
 
 from detrdistill.checkpoints.locate import locate
 from detrdistill.errors import InputError
+from detrdistill.recipes.families import FAMILIES
 from detrdistill.recipes.parts import BackboneRecipe, Resize, Schedule
 from detrdistill.recipes.presets import Preset, get_preset, get_presets
 from detrdistill.recipes.recipe import Recipe
+from detrdistill.recipes.words import DEFORMABLE
 
 NEEDED = ("heads", "points", "queries")  # what a file's tensors do not show, and what lies beside them may not say
-PREPARED = ("resize.short", "resize.long", "resize.mean", "resize.std")  # which a file may say in several ways
+PREPARED = ("resize.short", "resize.long", "resize.stretch", "resize.mean", "resize.std")  # which a file may say in several ways
 MEASURED = Schedule(steps=0, batch=4)  # so many images at once
 FOLLOWED = ("detector", "form", "levels", "backbone.dilation", "resize.short", "resize.long")
 OF_TEACHER, OF_STUDENT = "teacher.", ""  # how changes call their fields
@@ -73,7 +75,8 @@ def choose_presets(
         raise InputError(f"detector '{other[0]}': a student that starts from {start} is a {family}; leave the detector out")
     made = []
     for detector in detectors or [family]:
-        preset = get_preset(name, detector)
+        # A model of transformers brings its own architecture; the rest is the preset's.
+        preset = get_preset(name, DEFORMABLE if starts and detector in FAMILIES else detector)
         changed = _with_published(preset, teaches, starts, changes)
         if say:
             say(f"as the published detector has it: {', '.join([f'preset {name} for {detector} alone', *_followed(preset, changed)])}")
@@ -111,6 +114,8 @@ def read_published(model: str, changes: Mapping[str, Any] | None, part: str) -> 
     _, about = read_with_settings(start.path, stated, part=start.part or None, ask=ask, hint=hint)
     known = dict(about.settings)
     resize = known.pop("resize", Resize())
+    if known["detector"] in FAMILIES:
+        return Published({"start": start} | known, resize)
     backbone = dict(known["backbone"])
     if backbone["weights"] == "crops":  # which freeze no stage by default, where weights of a start freeze one
         backbone["frozen_stages"] = known["backbone"].stages_frozen
@@ -124,11 +129,13 @@ def _with_published(preset: Preset, teaches: Published | None, starts: Published
     student, teacher, method = preset.student, preset.teacher, preset.method
     if starts:
         student = starts.recipe(student)
+        if student.family:  # of whose maps nothing was measured yet
+            method = method.replace(features=0.0, normalised=True)
     if teaches:
         teacher = teaches.recipe(student, schedule=MEASURED, seed=0, precision="fp32", dropout=0.0)
         teacher = teacher.replace(**{"resize.train": "none"})
         student = student if starts else student.replace(**_needs(teacher, student))
-        if teacher.detector != student.detector:  # the method that the user makes of it must fit before the rest is changed
+        if teacher.query_form != student.query_form:  # the method that the user makes of it must fit before the rest is changed
             parts = {part: changes[f"detrdistill.{part}"] for part in ("features", "assignment") if f"detrdistill.{part}" in changes}
             method = method.replace(**parts)
         preset = replace(preset, floor=min(preset.floor, 0.0), students_a_teacher=None)
@@ -139,8 +146,8 @@ def _with_published(preset: Preset, teaches: Published | None, starts: Published
 
 def _needs(leading: Recipe, following: Recipe) -> dict[str, Any]:
     """Sizes of images, and what must be alike for the methods that compare maps and share queries, taken from `leading`."""
-    sizes = {f"resize.{side}": getattr(leading.resize, side) for side in ("short", "long")}
-    if leading.detector != following.detector:
+    sizes = {f"resize.{side}": getattr(leading.resize, side) for side in ("short", "long", "stretch")}
+    if leading.detector != following.detector or leading.family:
         return sizes
     other_form = (leading.form == "two_stage") != (following.form == "two_stage")
     form = {"form": leading.form} if other_form else {}

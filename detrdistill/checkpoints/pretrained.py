@@ -12,12 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from detrdistill.any_detr.build import build_any
 from detrdistill.checkpoints.formats import FAMILIES, About, read_detector_weights
 from detrdistill.checkpoints.sizes import recipe_fields
 from detrdistill.errors import InputError
-from detrdistill.models import build_detector
 from detrdistill.models.weights import few, fit
-from detrdistill.recipes.parts import Resize, Schedule
+from detrdistill.recipes.families import FAMILIES as OF_TRANSFORMERS
+from detrdistill.recipes.parts import BackboneRecipe, Resize, Schedule
 from detrdistill.recipes.recipe import Recipe
 
 
@@ -51,7 +52,8 @@ def load_pretrained(
     """
     state, about = read_with_settings(path, settings, part=part)
     recipe = Recipe.read(about.settings | {"schedule": Schedule(steps=1)}, where=str(about.path))
-    detector = build_detector(recipe, len(categories) if categories is not None else len(about.names))
+    names = categories if categories is not None else [name or f"class {row}" for row, name in enumerate(about.names)]
+    detector = build_any(recipe, names)
     return detector.eval(), _load(detector, state, about, categories, outputs, replace_head)
 
 
@@ -70,11 +72,12 @@ def read_with_settings(
     """
     state, about = read_detector_weights(path, part)
     whole = {name: value for name, value in settings.items() if "." not in name}
-    for name, has in (("resize", about.settings.get("resize", Resize())), ("backbone", about.settings["backbone"])):
+    for name, has in (("resize", about.settings.get("resize", Resize())), ("backbone", about.settings.get("backbone", BackboneRecipe()))):
         if inner := {key.partition(".")[2]: value for key, value in settings.items() if key.startswith(f"{name}.")}:
             whole[name] = has.replace(**inner) if isinstance(has, Resize) else dict(has) | inner
-    known = recipe_fields(state, about.path, about.settings | whole)
-    needed = {"heads": True, "points": known["detector"] == "deformable_detr", "queries": True}
+    of_transformers = about.settings["detector"] in OF_TRANSFORMERS  # whose configuration says all sizes
+    known = about.settings | whole if of_transformers else recipe_fields(state, about.path, about.settings | whole)
+    needed = {"heads": not of_transformers, "points": known["detector"] == "deformable_detr", "queries": True}
     if missing := [ask.format(name) for name, here in needed.items() if here and name not in known]:
         raise InputError(f"{about.title}: nothing tells these settings of it; give {', '.join(missing)} as the model was trained{hint}")
     if unclear := [ask.format(name) for name in about.unclear if name not in settings]:
@@ -108,8 +111,9 @@ def _load(
     outputs: Sequence[str | None] | None,
     replace_head: bool,
 ) -> About:
-    family = FAMILIES[about.settings["detector"]]
-    if not isinstance(detector, family):
+    kind = about.settings["detector"]
+    family = getattr(detector, "family", None)  # of transformers'
+    if not (family is OF_TRANSFORMERS[kind] if kind in OF_TRANSFORMERS else isinstance(detector, FAMILIES[kind])):
         raise InputError(
             f"{about.title} cannot be loaded into a {type(detector).__name__}; give weights of that detector, or build this one with "
             "load_pretrained"
@@ -119,8 +123,9 @@ def _load(
             raise InputError(f"{about.title}: 'outputs' names {len(outputs)} classes, the head has {len(about.names)}; name each output")
         about = replace(about, names=tuple(outputs))
     own = detector.state_dict()
-    heads = [name for name in own if re.match(r"class_embed\.|stages\.\d+\.fc_cls\.", name)]
-    count = len(own[heads[0]])
+    parts = [rf"(?:.*[._])?{part}[._]" for part in family.classes] if family else [r"class_embed\.", r"stages\.\d+\.fc_cls\."]
+    heads = [name for name in own if re.match("|".join(parts), name)]
+    count = min(len(own[name]) for name in heads) - (family.extra_rows if family else 0)
     if categories is None:
         rows = tuple(range(len(about.names)))
         if count != len(rows):
@@ -137,6 +142,7 @@ def _load(
             if name in state and state[name].shape[1:] == own[name].shape[1:]:  # what does not fit is reported below
                 fresh = own[name].clone()
                 fresh[kept] = state[name][[rows[i] for i in kept]].to(fresh)
+                fresh[len(categories) :] = state[name][len(about.names) :].to(fresh)  # beyond the classes: "no object"
                 # The first output of a two-stage detector's last head is how good a proposal is, whatever the classes.
                 if getattr(detector, "two_stage", False) and name.startswith(f"class_embed.{len(detector.class_embed) - 1}."):
                     fresh[0] = state[name][0]

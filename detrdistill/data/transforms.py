@@ -40,13 +40,14 @@ def build_transform(resize: Resize, train: bool) -> ImageTransform:
     The numbers of "detr" are those of the papers, which have 800 pixels on the shorter side; here they scale with `resize.short`.
     """
     scale = resize.short / 800
-    fixed: Any = ShorterSide([resize.short], resize.long)
+    fixed: Any = Stretch((resize.short, resize.long)) if resize.stretch else ShorterSide([resize.short], resize.long)
     flip = v2.RandomHorizontalFlip()
     drawn: list[Any] = []
     if train and resize.train == "flip":
         drawn = [flip]
     elif train and resize.train == "detr":
-        any_scale = ShorterSide([round(side * scale) for side in range(480, 801, 32)], resize.long)
+        sides = [round(side * scale) for side in range(480, 801, 32)]
+        any_scale = fixed if resize.stretch else ShorterSide(sides, resize.long)
         before_crop = ShorterSide([round(side * scale) for side in (400, 500, 600)])
         crop = RandomCropOfAnySize(round(384 * scale), round(600 * scale))
         fixed, drawn = (
@@ -100,6 +101,17 @@ class ShorterSide(v2.Transform):
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         return F.resize(inpt, list(params["size"]), antialias=True)
+
+
+class Stretch(v2.Transform):
+    """Resize to `size` (height, width) whatever the shape, as the detectors do that take square images alone."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.size = size
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return F.resize(inpt, list(self.size), antialias=True)
 
 
 class RandomCropOfAnySize(v2.Transform):

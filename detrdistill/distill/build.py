@@ -75,7 +75,7 @@ def detrdistill(method: methods.DETRDistill, queries: tuple[int, int], maps: tup
     """Logits (Eq. 3 to 5), features (Eq. 6 to 9) and assignment (Eq. 10)."""
     head = ContrastiveHead(*queries) if method.contrast else None
     logits = LogitsDistillation(method.matching, method.normaliser, head, method.contrast)
-    features = FeatureDistillation(*maps, method.gamma, method.mask, method.maps, method.mask_queries, method.adapter)
+    features = FeatureDistillation(*maps, method.gamma, method.mask, method.maps, method.mask_queries, method.adapter, method.normalised)
     assignment = AssignmentDistillation(*queries, position, method.pairing, method.references)
     return [
         Term("logits", method.logits, logits, method.stages),

@@ -48,7 +48,7 @@ class Distiller(nn.Module):
     def __init__(self, student: nn.Module, terms: Sequence[Term] = ()) -> None:
         super().__init__()
         self.student = student
-        self.criterion = SetCriterion()
+        self.criterion = student.own_loss or SetCriterion()
         self.terms = tuple(terms)
         self.losses = nn.ModuleDict({term.name: term.loss for term in terms})
         self.with_student_queries = tuple(term for term in terms if term.loss.student_queries is not None)
@@ -82,7 +82,9 @@ class Distiller(nn.Module):
             NonFiniteError: a prediction is NaN or infinite, found when it is matched.
         """
         teachers = self._by_term(teacher_outputs, self.with_teacher_queries)
-        memory = self.student.encode(pixels, padding)
+        # A loss of the student's own may add groups of queries that start from the targets.
+        seen = (pixels, padding) if self.student.own_loss is None else (pixels, padding, targets)
+        memory = self.student.encode(*seen)
         groups = [term.loss.student_queries(teachers[term.name]) for term in self.with_student_queries]
         decoded = self.student.decode(memory, self.student.queries(memory), *groups, **self._with_attention())
 

@@ -13,6 +13,7 @@ from detrdistill.distill.loss import DistillationLoss
 from detrdistill.matching import Pairs
 from detrdistill.models.outputs import DetectorOutput, Targets
 
+TINY = 1e-12
 Mask = Literal["quality", "query", "boxes", "ones", "released"]
 
 
@@ -28,6 +29,8 @@ class FeatureDistillation(DistillationLoss):
         maps: `features`, what the decoder attends to (Fig. 3: after the encoder), or `neck`, before the encoder, as released.
         queries: Q_i of Eq. 7: the teacher's decoder outputs of every stage, over which the loss is summed; those of the last stage;
             or the queries that its decoder starts from, content plus position, with the last stage's quality.
+        normalised: the teacher's maps are divided by their root mean square over an image's level, and the weights by their mean: Eq. 9
+            grows with the fourth power of the maps' scale, which transformers' detectors leave at anything between 1 and 300.
         adapter: phi of Eq. 6 is a learned 1x1 convolution, also where the widths agree: with the identity instead, a student can
             make the error small by letting its own features shrink to the teacher's mean. False: the identity where it fits, as
             released.
@@ -44,9 +47,10 @@ class FeatureDistillation(DistillationLoss):
         maps: Literal["neck", "features"] = "features",
         queries: Literal["stages", "last", "initial"] = "stages",
         adapter: bool = True,
+        normalised: bool = False,
     ) -> None:
         super().__init__()
-        self.gamma, self.mask, self.maps, self.queries = gamma, mask, maps, queries
+        self.gamma, self.mask, self.maps, self.queries, self.normalised = gamma, mask, maps, queries, normalised
         self.adapter = nn.Conv2d(student_dim, teacher_dim, 1) if adapter or student_dim != teacher_dim else nn.Identity()
 
     def forward(
@@ -56,8 +60,12 @@ class FeatureDistillation(DistillationLoss):
         levels = zip(adapted, getattr(teacher, self.maps), self.weights(teacher, targets), teacher.padding, strict=True)
         total = adapted[0].new_zeros(())
         for f_student, f_teacher, weight, padding in levels:
+            valid = (~padding).to(f_teacher.dtype)
+            if self.normalised:
+                scale = (f_teacher.square().mean(1) * valid).sum((1, 2)) / valid.sum((1, 2))
+                f_teacher = f_teacher / scale.sqrt().clamp(min=TINY)[:, None, None, None]
+                weight = weight / ((weight * valid).sum((1, 2)) / valid.sum((1, 2))).clamp(min=TINY)[:, None, None]
             error = (f_teacher - f_student).square().mean(1)  # 1/d of Eq. 9
-            valid = (~padding).to(error.dtype)
             total = total + ((weight * error * valid).sum((1, 2)) / valid.sum((1, 2))).sum()
         return {"features": total / targets.step_images}
 

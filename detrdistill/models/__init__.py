@@ -3,6 +3,7 @@
 `queries(memory)` are a detector's own; `query_position` says whether queries carry an embedding beside content and reference, and
 `top` how many detections an image the official evaluation keeps. `most_objects` is how many objects of an image count where losses are
 divided by objects: all (None) in the DETRs' codes, as many as there are queries where the official code counts matched queries.
+`own_loss` is None, or stands in the place of `criterion.SetCriterion`; `encode` then takes targets as well.
 """
 
 import torch

@@ -164,7 +164,7 @@ class AdaMixer(nn.Module):
         dropout: in attention and feed-forward network; officially 0.
     """
 
-    query_position = False  # the decoder derives positions from the boxes
+    query_position, own_loss = False, None  # the decoder derives positions from the boxes; the criterion of the DETRs
 
     def __init__(
         self,

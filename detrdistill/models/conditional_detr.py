@@ -122,6 +122,7 @@ class ConditionalDETR(nn.Module):
     levels = 1  # maps in its outputs
     top = 100  # detections an image in the official evaluation
     most_objects = None  # losses are divided by all objects
+    own_loss = None  # the criterion of the DETRs
 
     def __init__(
         self,

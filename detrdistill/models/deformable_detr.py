@@ -123,6 +123,7 @@ class DeformableDETR(nn.Module):
     query_position = True  # queries carry an embedding of their own
     top = 100  # detections an image in the official evaluation
     most_objects = None  # losses are divided by all objects
+    own_loss = None  # the criterion of the DETRs
 
     def __init__(
         self,

@@ -21,7 +21,10 @@ from detrdistill.files import atomic
 
 def save_weights(path: Path, module: nn.Module, about: dict[str, str]) -> None:
     """Write a module's parameters and buffers as safetensors, with `about` in its header."""
-    tensors = {name: value.detach().cpu().contiguous() for name, value in module.state_dict().items()}
+    tensors: dict[str, Tensor] = {}
+    for name, value in module.state_dict().items():
+        value, written = value.detach().cpu().contiguous(), {one.data_ptr() for one in tensors.values()}
+        tensors[name] = value.clone() if value.data_ptr() in written else value  # safetensors takes no memory twice, as tied heads have it
     with atomic(path) as temporary:
         save_file(tensors, temporary, metadata=about)
         _sort_metadata(temporary)

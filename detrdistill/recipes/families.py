@@ -28,6 +28,7 @@ class Family:
         padded: whether boxes are relative to the padded image instead of the image.
         sides: what image sides must be multiples of, where the backbone's own configuration does not say.
         dim: configuration's entry for the decoder's width.
+        processor: transformers' class that prepares its images.
         classes: parts of names of tensors with a row a class.
         extra_rows: rows that the head has beyond the classes.
         loss_weights: by which entries of the configuration the parts of the own loss are multiplied; None where they come weighted.
@@ -46,6 +47,7 @@ class Family:
     padded: bool = False
     sides: int = 32
     dim: str = "d_model"
+    processor: str = "RTDetrImageProcessor"
     classes: tuple[str, ...] = ("class_embed",)
     extra_rows: int = 0
     loss_weights: dict[str, str] | None = None
@@ -65,6 +67,7 @@ _GROUPS = {
     "queries": "boxes",
     "head": "boxes",
     "own": "first",
+    "processor": "RfDetrImageProcessor",
     "loss_weights": {"loss_ce": "class_loss_coefficient", "loss_bbox": "bbox_loss_coefficient", "loss_giou": "giou_loss_coefficient"},
 }
 _FIRST = {"neck": "model.input_projection", "sides": 1, "every_stage": True}
@@ -76,7 +79,7 @@ FAMILIES: dict[str, Family] = {
     "d_fine": Family("D-FINE", "d_fine", averaged=("loss_ddf",), **_RT),
     "deimv2": Family("DEIMv2", "deimv2", averaged=("loss_ddf",), **_RT | {"neck": "model.conv_encoder"}),
     "rf_detr": Family("RF-DETR", "rf_detr", **_GROUPS),
-    "lw_detr": Family("LW-DETR", "lw_detr", **_GROUPS),
+    "lw_detr": Family("LW-DETR", "lw_detr", **_GROUPS | {"processor": "DeformableDetrImageProcessor"}),
     "dab_detr": Family(
         "DAB-DETR",
         "dab-detr",
@@ -84,6 +87,7 @@ FAMILIES: dict[str, Family] = {
         "logits",
         reference="query_position_embeddings",
         dim="hidden_size",
+        processor="ConditionalDetrImageProcessor",
         loss_weights={"loss_ce": "", **_BOXES},
         **_FIRST,
     ),
@@ -94,6 +98,7 @@ FAMILIES: dict[str, Family] = {
         "softmax",
         reference="",
         position="object_queries_position_embeddings",
+        processor="DetrImageProcessor",
         classes=("class_labels_classifier",),
         extra_rows=1,
         loss_weights={"loss_ce": "", **_BOXES},

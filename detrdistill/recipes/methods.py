@@ -41,6 +41,11 @@ class Method(Strict):
         """Whether the student decodes queries of the teacher's."""
         return False
 
+    @property
+    def needs_own_layers(self) -> str:
+        """What it asks of a detector beyond outputs and queries, which the kit's own alone can give; "" for nothing."""
+        return ""
+
 
 class MapMethod(Method):
     """A method made for convolutional detectors: it compares feature maps, level by level."""
@@ -92,6 +97,9 @@ class DETRDistill(Method):
     mask_queries: Literal["stages", "last", "initial"] = Field(
         "stages", description="features: decoder outputs of every stage, of the last, or the queries that the decoder starts from"
     )
+    normalised: bool = Field(
+        False, description="features: maps of deviation 1 and masks of mean 1, for detectors whose maps nothing normalises"
+    )
     adapter: bool = Field(True, description="features: a learned 1x1 convolution also where the widths agree")
     pairing: Literal["teacher", "student"] = Field(
         "teacher", description="assignment: the teacher's own (Eq. 10), or, as released, matched anew with the student's predictions"
@@ -123,6 +131,10 @@ class DETRDistill(Method):
     @property
     def shares_queries(self) -> bool:
         return self.assignment > 0
+
+    @property
+    def needs_own_layers(self) -> str:
+        return "reference points that the student makes" if self.assignment and self.references == "student" else ""
 
     @property
     def multiplies_queries(self) -> bool:
@@ -239,6 +251,10 @@ class D3ETR(Method):
     self_attention: NonNegativeFloat = 1e4
     cross_attention: NonNegativeFloat = 1e3
     stages: Stages = Field("grouped", description=STAGES)
+
+    @property
+    def needs_own_layers(self) -> str:
+        return "attention maps"
 
     @property
     def compares_maps(self) -> bool:

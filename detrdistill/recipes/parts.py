@@ -168,6 +168,7 @@ class Resize(Strict):
     )
     short: PositiveInt = Field(800, description="shorter side in pixels at evaluation (and the largest of training)")
     long: PositiveInt = Field(1333, description="longer side at most")
+    stretch: bool = Field(False, description="to `short` pixels high and `long` wide, whatever the image's shape")
     mean: tuple[float, float, float] = Field(MEAN, description="of red, green and blue from 0 to 1: subtracted, then divided by `std`")
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = STD
 

@@ -4,10 +4,11 @@ Whatever does not change the numbers (device, worker processes, where results li
 `runs.run`. Unknown keys are refused, text such as "1e-4" is accepted where a number is meant (papermill's YAML passes it so).
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from detrdistill.recipes.families import FAMILIES, Family
 from detrdistill.recipes.methods import DETRDistill, Methods
 from detrdistill.recipes.parts import BackboneRecipe, DetectorWeights, Digits, Folder, Resize, Schedule
 from detrdistill.recipes.schema import Fraction, Strict
@@ -15,7 +16,8 @@ from detrdistill.recipes.schema import Fraction, Strict
 # Fields that not every detector has, and whose they are.
 OWNERS = {
     "form": ("deformable_detr",),
-    "levels": ("deformable_detr",),
+    "levels": ("deformable_detr", *FAMILIES),
+    "config": tuple(FAMILIES),
     "points": ("deformable_detr",),
     "encoder_layers": ("deformable_detr", "conditional_detr"),
     "temperature": ("conditional_detr",),
@@ -30,10 +32,14 @@ class Recipe(Strict):
     """One training run. The sizes that are the defaults are Deformable DETR's own (ICLR 2021, R50, 4 levels).
 
     Conditional DETR's own differ in ffn 2048; AdaMixer's in ffn 2048, queries 100 and dropout 0. Each detector's own schedule stands
-    in `presets.coco`; the schedule's defaults are Conditional DETR's.
+    in `presets.coco`; the schedule's defaults are Conditional DETR's. Of the sizes, the families of transformers (`families`) have dim,
+    decoder_layers, queries and levels; the rest of them, their backbone too, is in `config`.
     """
 
-    detector: Literal["deformable_detr", "conditional_detr", "adamixer"] = "deformable_detr"
+    detector: Literal[
+        "deformable_detr", "conditional_detr", "adamixer",
+        "rt_detr", "rt_detr_v2", "d_fine", "deimv2", "rf_detr", "lw_detr", "dab_detr", "detr",
+    ] = "deformable_detr"  # fmt: skip
     form: Literal["plain", "box_refine", "two_stage"] = Field(
         "plain", description="Deformable DETR: plain, iterative box refinement, or two-stage"
     )
@@ -52,6 +58,7 @@ class Recipe(Strict):
     in_points: PositiveInt = Field(32, description="AdaMixer: points sampled for a query, a group")
     out_points: PositiveInt = Field(128, description="AdaMixer: points that they are mixed to")
     groups: PositiveInt = Field(4, description="AdaMixer: groups of channels with points of their own")
+    config: dict[str, Any] = Field({}, description="families of transformers: entries of the configuration that are not its defaults")
     start: DetectorWeights | None = Field(
         None, description="weights of the whole detector that it starts from; with schedule.steps 0 the run is that detector as it is"
     )
@@ -66,7 +73,7 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def _parts_fit(self) -> Self:
-        if self.dim % self.heads or self.dim % 4:
+        if self.family is None and (self.dim % self.heads or self.dim % 4):
             raise ValueError(f"'dim' {self.dim} must be a multiple of 'heads' {self.heads} and of 4")
         for name, owners in OWNERS.items():
             held, default = getattr(self, name), type(self).model_fields[name].default
@@ -75,7 +82,7 @@ class Recipe(Strict):
         width = self.feature_width
         if self.detector == "adamixer" and (self.dim % 8 or width % self.groups):
             raise ValueError(f"AdaMixer's 'dim' {self.dim} must be a multiple of 8, its feature channels {width} of 'groups' {self.groups}")
-        if self.detector != "conditional_detr" and width % 32:
+        if self.detector in ("deformable_detr", "adamixer") and width % 32:
             raise ValueError(f"{width} feature channels cannot be normalised in 32 groups; choose a multiple of 32")
         if self.start is None and (self.backbone.weights == "start" or self.schedule.steps == 0):
             raise ValueError(
@@ -94,13 +101,18 @@ class Recipe(Strict):
 
     def _teacher_fits(self, teacher: "Recipe") -> None:
         """Refuse what no loss could make sense of."""
-        same = teacher.detector == self.detector
+        same = teacher.query_form == self.query_form
         for method in self.methods:
             if not same and (method.compares_maps or method.shares_queries):
                 raise ValueError(
                     f"{method.name}: features and queries of detector {teacher.detector} mean something else to {self.detector}; take a "
-                    "teacher of the same detector, or compare predictions alone: "
+                    "teacher whose queries have the same form, or compare predictions alone: "
                     "--set detrdistill.features=0 --set detrdistill.assignment=0"
+                )
+            if self.family and method.needs_own_layers:
+                raise ValueError(
+                    f"{method.name}: {method.needs_own_layers} cannot be had from transformers' {self.family.title}; "
+                    f"{'leave references at teacher' if method.name == 'detrdistill' else 'take another method'}"
                 )
             if method.compares_maps and self.levels != teacher.levels:
                 raise ValueError(f"'levels' {self.levels} must be the teacher's {teacher.levels}: {method.name} compares level with level")
@@ -124,6 +136,16 @@ class Recipe(Strict):
             raise ValueError("a two-stage detector has no layer that makes reference points; set 'references' to 'teacher'")
 
     @property
+    def family(self) -> Family | None:
+        """The facts of a detector of transformers; None for the kit's own."""
+        return FAMILIES.get(self.detector)
+
+    @property
+    def query_form(self) -> str:
+        """What its queries start from: models of one form can decode each other's, and have maps of one kind."""
+        return f"transformers, {self.family.queries}" if self.family else self.detector
+
+    @property
     def published(self) -> bool:
         """Whether it is a detector as others trained it, which is measured and not trained here."""
         return self.start is not None and self.schedule.steps == 0
@@ -136,7 +158,8 @@ class Recipe(Strict):
     @property
     def title(self) -> str:
         method = "+".join(method.name for method in self.methods) or ("published" if self.published else "plain")
-        return f"{self.detector}-{self.backbone.title}-{method}-seed{self.seed}"
+        size = f"dim{self.dim}" if self.family else self.backbone.title
+        return f"{self.detector}-{size}-{method}-seed{self.seed}"
 
 
 class CropRecipe(Strict):

@@ -7,7 +7,7 @@ from detrdistill.recipes.methods import Method
 from detrdistill.recipes.parts import Digits
 from detrdistill.recipes.presets import Preset
 from detrdistill.recipes.recipe import Recipe
-from detrdistill.recipes.words import DETECTORS, TITLES
+from detrdistill.recipes.words import NAMES, TITLES
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def row(
     plain = setting in ("teacher", "student")
     # By the recipe's own seed: a teacher of several students is one run.
     by_seed = {recipe.seed: recipe for recipe in recipes}
-    detector = DETECTORS[preset.student.detector]
+    detector = NAMES[preset.student.detector]
     if published != GAP and not published.startswith(detector):
         published = ""  # what the paper measured with another detector does not belong beside this one
     title = ", ".join(filter(None, [title or TITLES[setting], variant]))

@@ -12,7 +12,7 @@ from detrdistill.recipes.identity import all_runs, parents, run_id
 from detrdistill.recipes.methods import DETRDistill
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.recipes.rows import GAP, Presets, Seeds, Table, best, half, row, switched_row, table
-from detrdistill.recipes.words import ADAMIXER, CONDITIONAL, DETECTORS, TITLES
+from detrdistill.recipes.words import ADAMIXER, CONDITIONAL, NAMES, TITLES
 
 WEIGHTS = "weights"  # the table of what was tried to tune weights, which is made in `tuning`
 # Rows of several tables: the paper's names for them.
@@ -27,7 +27,7 @@ def main_results(presets: Presets, seeds: Seeds) -> Table:
     """Table 3 and Figure 1: teacher, student, rivals and distilled students with equally many stages."""
     rows = []
     for preset in presets:
-        detector = DETECTORS[preset.student.detector]
+        detector = NAMES[preset.student.detector]
         rows += [row(preset, seeds, setting, setting, published=f"{detector} / {IN_PAPER[setting]}") for setting in preset.settings]
     return table("main_results", presets, "table3", "Main results", rows)
 
@@ -156,7 +156,7 @@ def light_backbones(presets: Presets, seeds: Seeds) -> Table:
     """Table 10: students with lighter backbones."""
     rows = []
     for preset in presets:
-        detector = DETECTORS[preset.student.detector]
+        detector = NAMES[preset.student.detector]
         rows.append(row(preset, seeds, "teacher", "teacher", published=f"{detector} / Teacher / R101"))
         for backbone, paper in zip(preset.light, ("R18", "MobileNetV2"), strict=False):
             backbone = backbone.replace(dilation=preset.student.backbone.dilation)
@@ -205,7 +205,7 @@ def full_schedule(presets: Presets, seeds: Seeds) -> Table:
     """
     preset = presets[0]
     preset = replace(preset, student=preset.student.replace(schedule=preset.teacher.schedule))
-    detector = DETECTORS[preset.student.detector]
+    detector = NAMES[preset.student.detector]
     rows = [
         row(preset, seeds, setting, setting, published=f"{detector} / {IN_PAPER[setting]}")
         for setting in ("teacher", "student", "detrdistill")

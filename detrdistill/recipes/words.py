@@ -1,7 +1,10 @@
 """What detectors, settings and measures are called, once. No torch here."""
 
+from detrdistill.recipes.families import FAMILIES
+
 DEFORMABLE, CONDITIONAL, ADAMIXER = "deformable_detr", "conditional_detr", "adamixer"
 DETECTORS = {DEFORMABLE: "Deformable DETR", CONDITIONAL: "Conditional DETR", ADAMIXER: "AdaMixer"}
+NAMES = DETECTORS | {name: family.title for name, family in FAMILIES.items()}  # and those of transformers
 TITLES = {
     "teacher": "Teacher", "student": "Student", "detrdistill": "DETRDistill", "fitnet": "FitNet", "fgd": "FGD", "mgd": "MGD", "fkd": "FKD",
     "fgfi": "FGFI", "pkd": "PKD", "cwd": "CWD", "kd_detr": "KD-DETR", "d3etr": "D3ETR",

@@ -7,6 +7,7 @@ from functools import cache
 
 from torch import nn
 
+from detrdistill.any_detr.build import build_any
 from detrdistill.checkpoints.locate import pinned_weights
 from detrdistill.checkpoints.pretrained import load_detector_weights
 from detrdistill.data.coco import CocoDataset, open_dataset, require_same_categories
@@ -16,7 +17,6 @@ from detrdistill.data.transforms import build_transform
 from detrdistill.data.validation import NoObjectsError
 from detrdistill.errors import InputError
 from detrdistill.files import file_hash, nearby
-from detrdistill.models import Backbone, build_detector
 from detrdistill.models.backbones import file_weights, imagenet_version, imagenet_weights, weights_path
 from detrdistill.models.weights import classes_of, classes_text, few, load_weights, read_weights
 from detrdistill.recipes.identity import parents, run_id
@@ -83,7 +83,7 @@ def load_detector(recipe: Recipe, store: Store, dataset: CocoDataset) -> nn.Modu
     if record is None:
         raise InputError(f"run {run_id(recipe)} is not complete in {store.root}; run it first")
     names = [category.name for category in dataset.categories]
-    detector = build_detector(recipe, len(dataset.categories))
+    detector = build_any(recipe, names)
     path = store.check_weights(record)
     about = read_weights(path)[1]
     if classes_of(about) != names:
@@ -125,7 +125,7 @@ def start_detector(detector: nn.Module, recipe: Recipe, categories: Sequence[str
     return {name: text for name, text in found.items() if text}
 
 
-def start_backbone(backbone: Backbone, recipe: Recipe, store: Store) -> dict[str, str]:
+def start_backbone(detector: nn.Module, recipe: Recipe, store: Store) -> dict[str, str]:
     """Load the weights that the recipe's backbone starts from, if any; says aloud when there are none.
 
     Returns:
@@ -135,15 +135,17 @@ def start_backbone(backbone: Backbone, recipe: Recipe, store: Store) -> dict[str
         InputError: they are missing, damaged, or of another architecture.
     """
     weights = recipe.backbone.weights
-    if weights == "none":
+    if recipe.family:
+        warnings.warn(f"{recipe.title}: starts from random weights; name a trained model with --start to start from it", stacklevel=2)
+    elif weights == "none":
         warnings.warn(f"{recipe.title}: the backbone starts from random weights, as backbone.weights='none' says", stacklevel=2)
     elif weights == "crops":
         path = store.check_weights(store.record(parents(recipe)["backbone"]))
-        backbone.load(read_weights(path)[0], str(path))
+        detector.backbone.load(read_weights(path)[0], str(path))
     elif weights == "imagenet":
-        backbone.load(imagenet_weights(recipe.backbone.name), "of torchvision")
+        detector.backbone.load(imagenet_weights(recipe.backbone.name), "of torchvision")
         return {"weights": str(imagenet_version(recipe.backbone.name))}
     else:
-        backbone.load(file_weights(weights), str(weights))
+        detector.backbone.load(file_weights(weights), str(weights))
         return {"file": weights.name, "sha256": file_hash(weights_path(weights))}
     return {}

@@ -10,12 +10,12 @@ import torch
 from lightning_fabric import Fabric
 from torch import nn
 
+from detrdistill.any_detr.build import build_any
 from detrdistill.data.coco import CocoDataset, open_dataset
 from detrdistill.data.layout import data_cache, data_hash
 from detrdistill.distill.build import build_distiller
 from detrdistill.errors import InputError
 from detrdistill.files import file_hash, nearby
-from detrdistill.models import build_detector
 from detrdistill.models.backbones import file_weights, imagenet_version
 from detrdistill.models.weights import classes_text, save_weights
 from detrdistill.process import keep_freed_memory
@@ -105,7 +105,7 @@ def _run(
             file_weights(recipe.backbone.weights)  # refused now, not after a teacher has been trained
         if recipe.start is not None and parents(recipe):  # so is a start that does not fit
             names = [category.name for category in open_split(recipe, "val").categories]
-            start_detector(build_detector(recipe, len(names)), recipe, names)
+            start_detector(build_any(recipe, names), recipe, names)
         how = {"device": device, "workers": workers, "progress": progress, "keep_teacher_outputs": keep_teacher_outputs}
         records = {}
         for name, parent in parents(recipe).items():
@@ -173,7 +173,7 @@ def _run_published(fabric: Fabric, recipe: Recipe, store: Store, workers: int) -
     """Convert and measure a detector that others trained; the record, in the first process."""
     val_set, watch = open_split(recipe, "val"), Watch(fabric)
     names = [category.name for category in val_set.categories]
-    detector = build_detector(recipe, len(names))
+    detector = build_any(recipe, names)
     lineage = {"start": start_detector(detector, recipe, names)}
     detector.to(fabric.device, memory_format=torch.channels_last)
     metrics, held = _evaluate_once(fabric, detector, val_set, recipe, workers)
@@ -216,12 +216,13 @@ def _run_detector(
     lineage: dict[str, dict[str, Any]] = {
         name: {"run": record.id, "weights_sha256": record.provenance["weights_sha256"]} for name, record in records.items()
     }
-    student = build_detector(recipe, len(train_set.categories))
+    names = [category.name for category in train_set.categories]
+    student = build_any(recipe, names)
     if recipe.start is not None:
-        lineage["start"] = start_detector(student, recipe, [category.name for category in train_set.categories])
+        lineage["start"] = start_detector(student, recipe, names)
         if fabric.is_global_zero and (left := [f"{name}: {lineage['start'][name]}" for name in NOT_TAKEN if name in lineage["start"]]):
             LOG.warning("%s starts from %s; not taken of its head: classes %s", recipe.title, recipe.start.path, "; ".join(left))
-    elif about := start_backbone(student.backbone, recipe, store):
+    elif about := start_backbone(student, recipe, store):
         lineage["backbone"] = about
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mix(recipe.seed, 1))  # adapters of the losses; the student has its own stream
@@ -253,8 +254,7 @@ def _run_detector(
     tested = _evaluate_once(fabric, student, test_set, recipe, workers)[0] if test_set else None
     if not fabric.is_global_zero:
         return None
-    classes = classes_text([category.name for category in train_set.categories])
-    save_weights(store.weights(recipe), student, {"run": run_id(recipe), "categories": classes})
+    save_weights(store.weights(recipe), student, {"run": run_id(recipe), "categories": classes_text(names)})
     record = Record(
         id=run_id(recipe),
         recipe=recipe,

@@ -17,7 +17,7 @@ from detrdistill.recipes.presets import Preset
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.recipes.rows import Presets
 from detrdistill.recipes.tables import components, feature_masks, follow_ups, logits, main_results, prior_methods
-from detrdistill.recipes.words import ADAMIXER, DETECTORS, TITLES
+from detrdistill.recipes.words import ADAMIXER, NAMES, TITLES
 from detrdistill.records import Record
 from detrdistill.runs.store import Store
 
@@ -44,7 +44,7 @@ class TunedRow:
 
     @property
     def detector(self) -> str:
-        return DETECTORS[self.key]
+        return NAMES[self.key]
 
     @property
     def slug(self) -> str:

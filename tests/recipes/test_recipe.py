@@ -128,7 +128,7 @@ OTHER = {
     "backbone.crops.seed": 1, "backbone.crops.precision": "fp32",
     "backbone.name": "resnet18", "dim": 64, "heads": 8, "ffn": 128, "encoder_layers": 2, "decoder_layers": 1,
     "queries": 7, "levels": 2, "points": 2, "dropout": 0.1, "teacher_floor": 3.0, "data.size": 40, "data.train": 31, "data.val": 9,
-    "data.seed": 1, "resize.train": "flip", "resize.short": 63, "resize.long": 65, "resize.mean": (0, 0, 0),
+    "data.seed": 1, "resize.train": "flip", "resize.stretch": True, "resize.short": 63, "resize.long": 65, "resize.mean": (0, 0, 0),
     "resize.std": (1, 1, 1), "schedule.steps": 7, "schedule.batch": 8, "schedule.accumulate": 2,
     "schedule.lr": 2e-3, "schedule.backbone_lr": 0.1, "schedule.sampling_lr": 0.1, "schedule.weight_decay": 0.0,
     "schedule.clip_norm": 0.5, "schedule.warmup": 1, "schedule.decay": "step", "schedule.drops": (0.5,), "schedule.evaluations": 2,
@@ -140,7 +140,7 @@ BACKBONE = {name for name in OTHER if name.startswith(("backbone.", "data."))} -
 
 def test_every_field_has_another_value_here():
     """So that no field that is added later is forgotten in a run's name."""
-    told = {"detector", "methods", "teacher", "start", "schedule.epochs", "data.name", "backbone.dilation", "backbone.stride_in_1x1"}
+    told = {"config", "detector", "methods", "teacher", "start", "schedule.epochs", "data.name", "backbone.dilation", "backbone.stride_in_1x1"}
     adamixers = {"temperature", "feature_dim", "in_points", "out_points", "groups"}
     models = {"": Recipe, "backbone.": BackboneRecipe, "backbone.crops.": CropTraining}
     models |= {"data.": Digits, "resize.": Resize, "schedule.": Schedule}

@@ -1,0 +1,165 @@
+"""Models of transformers from recipes and from folders, and what a folder says as a recipe's fields.
+
+transformers is imported when a family needs it: it is an optional extra, and takes seconds.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from detrdistill.errors import InputError
+from detrdistill.models import build_detector
+from detrdistill.recipes.families import FAMILIES
+from detrdistill.recipes.recipe import Recipe
+
+# What a recipe does not keep of a configuration: said by other fields, or about the file instead of the model.
+_NOT_KEPT = (
+    "model_type",
+    "id2label",
+    "label2id",
+    "num_labels",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "architectures",
+    "_name_or_path",
+)
+_SIZES = {"queries": "num_queries", "decoder_layers": "decoder_layers", "levels": "num_feature_levels"}
+# Linear layers whose first weights have a meaning: transformers sets them as the official codes do.
+_MEANT = ("sampling_offsets", "attention_weights", "class_embed", "class_labels_classifier", "score_head", "bbox")
+
+
+def build_any(recipe: Recipe, names: Sequence[str]) -> nn.Module:
+    """The recipe's detector with fresh weights, of the kit or of transformers: a pure function of the recipe's seed.
+
+    Args:
+        names: of the classes.
+
+    Raises:
+        InputError: transformers is not installed, or refuses the recipe's `config`.
+    """
+    if recipe.family is None:
+        return build_detector(recipe, len(names))
+    from detrdistill.any_detr.adapter import AnyDETR
+
+    with _transformers(recipe.family.title) as transformers, torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        model = transformers.AutoModelForObjectDetection.from_config(_config(recipe, names, transformers))
+        initialise(model)
+    return AnyDETR(model, recipe.family)
+
+
+def _config(recipe: Recipe, names: Sequence[str], transformers: Any) -> Any:
+    """The configuration of the recipe's model; of a pretrained backbone it never loads weights."""
+    sizes = {_SIZES[name]: getattr(recipe, name) for name in _SIZES if name != "levels" or recipe.levels > 1}
+    sizes[recipe.family.dim] = recipe.dim
+    config = transformers.AutoConfig.for_model(recipe.family.model_type, **recipe.config, **sizes)
+    config.id2label, config.label2id = dict(enumerate(names)), {name: row for row, name in enumerate(names)}
+    if hasattr(config, "use_pretrained_backbone"):
+        config.use_pretrained_backbone = False
+    return config
+
+
+def initialise(model: nn.Module) -> None:
+    """Start convolutions, norms and linear layers as their papers do; heads and sampling offsets stay as transformers has them.
+
+    From a configuration alone transformers draws weights of deviation 0.01, BatchNorm's scales too: signals die out within a few layers,
+    and a model that is trained from there learns nothing.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm):
+            module.reset_parameters()
+        elif isinstance(module, nn.Linear) and not any(part in name for part in _MEANT):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def family_of(folder: Path) -> str | None:
+    """The family whose model lies in a folder, as its config.json says; None for another model or another file."""
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return next((name for name, family in FAMILIES.items() if family.model_type == model_type), None)
+
+
+def read_family(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str | None]]:
+    """A folder's tensors as `AnyDETR` names them, a recipe's fields, and the class of each output; None for one that nobody named.
+
+    Raises:
+        InputError: transformers is not installed, the folder asks for code of its own, or is damaged.
+    """
+    from detrdistill.any_detr.adapter import AnyDETR
+
+    name = family_of(folder)
+    family = FAMILIES[name]
+    stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "auto_map" in stated:
+        raise InputError(
+            f"{folder}: its config.json asks for code of its own ('auto_map'), which is never run; give a model of transformers itself"
+        )
+    with _transformers(family.title) as transformers:
+        try:
+            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            if hasattr(config, "use_pretrained_backbone"):
+                config.use_pretrained_backbone = False
+            model = transformers.AutoModelForObjectDetection.from_pretrained(
+                folder, config=config, local_files_only=True, dtype=torch.float32, trust_remote_code=False
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder}: transformers cannot open this {family.title} ({_short(error)}); restore the folder") from None
+    kept = json.loads(json.dumps(config.to_diff_dict()))
+    known = {family.dim, *_SIZES.values(), *_NOT_KEPT, "use_pretrained_backbone"}
+    fields = {"detector": name, "config": {key: value for key, value in kept.items() if key not in known}}
+    fields |= {"dim": getattr(config, family.dim), "levels": getattr(config, "num_feature_levels", 1)}
+    fields |= {field: getattr(config, _SIZES[field]) for field in ("queries", "decoder_layers")}
+    labels = [config.id2label[row] for row in range(config.num_labels)]
+    return AnyDETR(model, family).state_dict(), fields, [None if label == f"LABEL_{row}" else label for row, label in enumerate(labels)]
+
+
+def write_family(detector: nn.Module, folder: Path, categories: Sequence[str]) -> None:
+    """Write config.json and model.safetensors as transformers does, heads that it ties once."""
+    model = detector.model
+    model.config.id2label, model.config.label2id = dict(enumerate(categories)), {name: row for row, name in enumerate(categories)}
+    with _transformers(detector.family.title):
+        model.save_pretrained(folder)
+
+
+@contextmanager
+def _transformers(what: str) -> Iterator[Any]:
+    """The library, quiet about what the kit tells itself.
+
+    Raises:
+        InputError: it, or a library that a model of its needs, is not installed.
+    """
+    try:
+        import transformers
+        from transformers.utils import logging as its_logging
+    except ModuleNotFoundError:
+        raise InputError(
+            f"{what} is a model of transformers, which is not installed; install the extra: pip install 'detrdistill[transformers]'"
+        ) from None
+    before = its_logging.get_verbosity()
+    its_logging.set_verbosity(logging.ERROR)
+    its_logging.disable_progress_bar()
+    try:
+        yield transformers
+    except ImportError as error:
+        raise InputError(f"{what}: a library that this model needs is not installed ({_short(error)}); install it with pip") from None
+    finally:
+        its_logging.set_verbosity(before)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]
