@@ -47,8 +47,8 @@ def _sides(config: Mapping[str, Any], path: Path) -> tuple[Any, Any]:
     if isinstance(size, dict) and size.keys() == {"max_height", "max_width"} and size["max_height"] == size["max_width"]:
         return size["max_height"], size["max_width"]  # the longer side becomes this long, whatever the shorter is
     raise InputError(
-        f"{path}: 'size' is {str(size)[:80]}, and the kit keeps the shape of images: it resizes to a shorter side, within a longer; "
-        "set it to 'shortest_edge' and 'longest_edge' if the detector bears it"
+        f"{path}: 'size' is {str(size)[:80]}, and the kit resizes to a shorter side, within a longer, or to one size; set it to "
+        "'shortest_edge' and 'longest_edge', or to 'height' and 'width', if the detector bears it"
     )
 
 

@@ -140,7 +140,17 @@ BACKBONE = {name for name in OTHER if name.startswith(("backbone.", "data."))} -
 
 def test_every_field_has_another_value_here():
     """So that no field that is added later is forgotten in a run's name."""
-    told = {"config", "detector", "methods", "teacher", "start", "schedule.epochs", "data.name", "backbone.dilation", "backbone.stride_in_1x1"}
+    told = {
+        "config",
+        "detector",
+        "methods",
+        "teacher",
+        "start",
+        "schedule.epochs",
+        "data.name",
+        "backbone.dilation",
+        "backbone.stride_in_1x1",
+    }
     adamixers = {"temperature", "feature_dim", "in_points", "out_points", "groups"}
     models = {"": Recipe, "backbone.": BackboneRecipe, "backbone.crops.": CropTraining}
     models |= {"data.": Digits, "resize.": Resize, "schedule.": Schedule}
@@ -231,7 +241,8 @@ def test_presets_know_their_runs():
 SWITCHES = {
     "detrdistill": {
         "logits": 2, "features": 0, "assignment": 0.5, "gamma": 0.25, "stages": "last", "matching": "positives", "normaliser": "pairs",
-        "mask": "ones", "maps": "neck", "mask_queries": "initial", "adapter": False, "pairing": "student", "references": "student",
+        "mask": "ones", "maps": "neck", "mask_queries": "initial", "adapter": False, "normalised": True, "pairing": "student",
+        "references": "student",
     },
     "fitnet": {"weight": 1, "maps": "features"},
     "fgd": {"foreground": 0, "background": 0, "attention": 0, "relation": 0, "temperature": 1, "maps": "features"},
@@ -265,7 +276,7 @@ def test_lists_may_be_text():
 
 def test_variants_set_all_switches_together():
     released = DETRDistill(variant="released")
-    same = {"name", "gamma", "mask_queries", "logits", "features", "assignment"}
+    same = {"name", "gamma", "mask_queries", "normalised", "logits", "features", "assignment"}
     assert {field for field in DETRDistill.model_fields if getattr(released, field) == getattr(DETRDistill(), field)} == same
     stated = DETRDistill(variant="released", mask="ones", contrast=0)
     assert stated.mask == "ones" and stated.contrast == 0 and stated.matching == "joint"
@@ -298,8 +309,8 @@ TWO_STAGE = STUDENT.replace(form="two_stage")
     ("student", "teacher", "method", "reason"),
     [
         (ADAMIXER, TEACHER, {"name": "detrdistill"}, "features and queries of detector deformable_detr mean something else to adamixer"),
-        (ADAMIXER, TEACHER, {"name": "fgd"}, "take a teacher of the same detector"),
-        (ADAMIXER, TEACHER, {"name": "kd_detr"}, "take a teacher of the same detector"),
+        (ADAMIXER, TEACHER, {"name": "fgd"}, "take a teacher whose queries have the same form"),
+        (ADAMIXER, TEACHER, {"name": "kd_detr"}, "take a teacher whose queries have the same form"),
         (ADAMIXER, TEACHER, {"name": "detrdistill", "features": 0, "assignment": 0}, None),
         (STUDENT.replace(levels=2), TEACHER, {"name": "cwd"}, "cwd compares level with level"),
         (STUDENT.replace(levels=2), TEACHER, {"name": "kd_detr"}, None),
