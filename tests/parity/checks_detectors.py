@@ -167,14 +167,8 @@ def expect_model_outputs(oracle: Oracle, memory: Memory, queries: Queries, outpu
         oracle.expect("decoder_query_pos", queries.position)
     else:
         oracle.expect("enc_logits0", proposals.logits[0, :, :, 0])
-    # Unusable tokens (padding, border) are all one box, so that a query may be any of several proposals: the official one among them.
-    chosen = (queries.reference.sigmoid()[:, :, None] == proposals.boxes[0][:, None]).all(-1)
-    official = oracle.tensors["output.topk_index"].long()
-    among = chosen.gather(2, official[..., None]).squeeze(2)
-    assert bool(among.all()), "queries are not the official proposals"
-    oracle.expect_equal("topk_index", torch.where(among, official, chosen.int().argmax(-1)))
-    once = chosen.sum(-1) == 1
-    assert bool(once.any()) and bool((chosen.int().argmax(-1) == official)[once].all())
+    # By score, not by box: those of unusable tokens (padding, border) are all alike.
+    oracle.expect_equal("topk_index", proposals.logits[0, :, :, 0].topk(queries.reference.shape[1], dim=1).indices)
 
 
 def full_deformable(oracle: Oracle, _: pytest.MonkeyPatch) -> None:
