@@ -1,6 +1,7 @@
 """This process among others: SIGTERM, with which schedulers announce that it must end, its share of the cores, and free memory."""
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -83,3 +84,15 @@ def available_memory() -> int:
         if limit != "max":
             found.append(max(0, int(limit) - int(used)))
     return min(found, default=0)
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """For code that makes many objects and no circles of them."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()

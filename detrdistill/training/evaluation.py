@@ -14,6 +14,7 @@ from detrdistill.boxes import cxcywh_to_xyxy
 from detrdistill.criterion import matched_objects
 from detrdistill.data.coco import CocoDataset
 from detrdistill.errors import InputError, NonFiniteError
+from detrdistill.process import no_garbage_collection
 from detrdistill.recipes.words import METRICS
 from detrdistill.training.batches import loading
 
@@ -98,13 +99,14 @@ def coco_evaluation(
     """
     # The evaluator writes into what it is given, so it gets copies, and of what it needs: boxes, not masks.
     needed = ("id", "image_id", "category_id", "bbox", "area", "iscrowd")
-    objects = [{key: one[key] for key in needed if key in one} for one in annotations["annotations"]]
-    guesses = [one | {"id": i, "area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0} for i, one in enumerate(found, start=1)]
     images_and_categories = {key: annotations[key] for key in ("images", "categories")}
-    evaluator = COCOeval_faster(
-        COCO(images_and_categories | {"annotations": objects}), COCO(images_and_categories | {"annotations": guesses}), iouType="bbox"
-    )
-    evaluator.run()
+    with no_garbage_collection():  # which would look through half a million of dicts again and again
+        objects = [{key: one[key] for key in needed if key in one} for one in annotations["annotations"]]
+        guesses = [one | {"id": i, "area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0} for i, one in enumerate(found, start=1)]
+        evaluator = COCOeval_faster(
+            COCO(images_and_categories | {"annotations": objects}), COCO(images_and_categories | {"annotations": guesses}), iouType="bbox"
+        )
+        evaluator.run()
     metrics = {name: None if value < 0 else 100 * float(value) for name, value in zip(METRICS, evaluator.stats, strict=True)}
     precision = evaluator.eval["precision"][:, :, :, 0, -1]  # [IoUs, recalls, classes] for objects of all sizes, 100 detections
     classes = dict(zip(evaluator.params.catIds, precision.transpose(2, 0, 1), strict=True))
