@@ -14,7 +14,6 @@ SLOW = (
     "tests/report/test_inside_objects.py::test_they_are_shown",
     "tests/runs/test_batch.py",
     "tests/faults/",
-    "tests/training/test_devices.py::test_losses_wait_for_the_gpu_once_and_mix_no_devices",
     "tests/report/test_reference.py",
     "tests/test_gpu_check.py",
     "tests/test_benchmarks.py",
