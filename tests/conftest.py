@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+import tests.lean  # noqa: F401
+
 # `make test-fast` leaves these out: files or single tests that start processes, run notebooks or the batch, or draw whole reports.
 # The dearest come first, since workers take files in this order: none is left with a long one at the end.
 SLOW = (
