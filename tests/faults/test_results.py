@@ -18,7 +18,6 @@ from detrdistill.report.comparisons import Comparisons
 from detrdistill.report.tables import collect, summarise
 from detrdistill.report.write import write_report
 from detrdistill.runs.store import Store
-from tests.report.test_reference import check_report
 from tests.report.test_tables import SMOKE, fill, put
 
 RESULTS = Path(__file__).parents[2] / "results"
@@ -210,11 +209,3 @@ def test_a_table_edited_by_hand_is_written_again(tmp_path: Path, tries) -> None:
         table.write_text(committed.replace("28.9", "46.6"))
         write_report("quick", [0, 1, 2], tmp_path, formats=["png"], figures=["main_results"])
         assert table.read_text() == committed
-
-
-@pytest.mark.timeout(600)
-def test_every_committed_figure_of_mini_is_drawn_from_its_records(tmp_path: Path, times, tries) -> None:
-    if not times(0, 1):
-        pytest.skip("with --long; tests/report/test_reference.py draws two")
-    with tries("table edited"):
-        check_report("mini", (), tmp_path)

@@ -75,16 +75,9 @@ def words(figure: Figure) -> list[Text]:
     return found
 
 
-# Each in the narrowest, and in one of the others; tests/faults/test_figures.py takes all with --long.
-TRIED = [(name, look) for i, name in enumerate(FIGURES) for look in ("narrowest", ("column", "page")[i % 2])]
-
-
-@pytest.mark.parametrize(("name", "look"), TRIED)
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("name", FIGURES)
 def test_nothing_is_cut_too_small_or_over_other_text(name: str, look: str) -> None:
-    check_texts(name, look)
-
-
-def check_texts(name: str, look: str) -> None:
     with drawn_as(LOOKS[look]):
         figure = FIGURES[name]()
         figure.set_dpi(200)
