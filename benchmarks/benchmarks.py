@@ -77,7 +77,8 @@ def import_time(scale: Scale) -> Row:
 
 def report_time(scale: Scale) -> Row:
     """Of the runs that are committed, copied: the report is written beside them."""
-    code = "from detrdistill.report.write import write_report; write_report('quick', (0,))"
+    few = ", formats=['png'], figures=['main_results']" if scale.preset == "smoke" else ""
+    code = f"from detrdistill.report.write import write_report; write_report('quick', (0,){few})"
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(REFERENCE / "runs", Path(folder) / "quick" / "runs")
         found = command_time(code, scale.repeats[1], DETRDISTILL_RESULTS=folder)

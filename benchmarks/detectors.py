@@ -89,7 +89,7 @@ def prepare(detector: str, size: str, theirs: bool) -> dict[str, Callable[[], No
     return passes(model.to(memory_format=torch.channels_last), pixels, padding, theirs)
 
 
-def compare(detector: str, size: str, repeats: int) -> Iterator[dict[str, object]]:
+def compare(detector: str, size: str, repeats: int, memory: bool) -> Iterator[dict[str, object]]:
     ours = prepare(detector, size, theirs=False)
     theirs = prepare(detector, size, theirs=True) if detector != "adamixer" else None
     for name, action in ours.items():
@@ -99,7 +99,7 @@ def compare(detector: str, size: str, repeats: int) -> Iterator[dict[str, object
         row = {"detector": detector, "size": size, "pass": name, "seconds": statistics.median(own for own, _ in pairs)}
         if other:
             row |= spread([own / another for own, another in pairs], "of transformers")
-        if name == "step":
+        if name == "step" and memory:
             row["peak MiB"] = peak(detector, size, theirs=False)
             row["transformers' peak MiB"] = peak(detector, size, theirs=True) if other else None
         yield row
@@ -135,7 +135,8 @@ def main(words: Sequence[str] | None = None) -> None:
     table.start(f"commit {commit()}; torch {torch.__version__}, one CPU thread, float32; medians of {repeats}")
     for size in sizes:
         for detector in DETECTORS:
-            for row in compare(detector, size, repeats):
+            memory = arguments.scale != "small" or detector == DETECTORS[0]  # each peak needs a process
+            for row in compare(detector, size, repeats, memory):
                 table.add(row)
 
 

@@ -75,7 +75,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("commit", nargs="?", default=FIRST_ROUND, help="the earlier one")
     arguments = parser.parse_args(words)
     preset, steps, repeats = {"full": ("mini", 40, 3), "quick": ("mini", 30, 2), "small": ("smoke", 1, 1)}[arguments.scale]
-    detectors = (DEFORMABLE,) if arguments.scale == "small" else (DEFORMABLE, ADAMIXER, CONDITIONAL)
+    small = arguments.scale == "small"
+    detectors, settings = ((DEFORMABLE,), SETTINGS[1:]) if small else ((DEFORMABLE, ADAMIXER, CONDITIONAL), SETTINGS)
     table = Table(table_path(arguments, "since.csv"), COLUMNS)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -84,7 +85,7 @@ def main(words: Sequence[str] | None = None) -> None:
             parser.exit(2, f"error: {missing}\n")
         table.start(f"commit {commit()} against {arguments.commit}; preset {preset}, {steps} steps, one thread; medians of {repeats}")
         for detector in detectors:
-            for setting in SETTINGS:
+            for setting in settings:
                 recipe = short(get_preset(preset, detector).recipe(setting), steps)
                 pairs = [(milliseconds(before, recipe), milliseconds(ROOT, recipe)) for _ in range(repeats)]
                 then, now = (spread([pair[i] for pair in pairs])["value"] for i in (0, 1))

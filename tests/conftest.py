@@ -6,18 +6,20 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+import tests.lean  # noqa: F401
+
 # `make test-fast` leaves these out: files or single tests that start processes, run notebooks or the batch, or draw whole reports.
 # The dearest come first, since workers take files in this order: none is left with a long one at the end.
 SLOW = (
     "tests/test_notebooks.py",
+    "tests/runs/test_batch.py",
+    "tests/test_benchmarks.py",
+    "tests/faults/test_batch_kills.py",
+    "tests/test_gpu_check.py",
+    "tests/faults/",
+    "tests/report/test_reference.py",
     "tests/test_sliders.py",
     "tests/report/test_inside_objects.py::test_they_are_shown",
-    "tests/runs/test_batch.py",
-    "tests/faults/",
-    "tests/training/test_devices.py::test_losses_wait_for_the_gpu_once_and_mix_no_devices",
-    "tests/report/test_reference.py",
-    "tests/test_gpu_check.py",
-    "tests/test_benchmarks.py",
     "tests/training/test_trainer.py::test_two_processes_are_one",
     "tests/test_notebook_runner.py",
     "tests/report/test_claims.py",

@@ -15,13 +15,12 @@ from benchmarks import gpu_check
 from benchmarks.gpu_numbers import WAITED, waits
 from benchmarks.gpu_report import COLUMNS, Check, Report
 from benchmarks.measure import ROOT, Table
-from tests.warm import CHILDREN
+from tests.warm import CHILDREN, python_m
 
 
 @pytest.mark.timeout(900)  # a minute on a core of its own
 def test_it_works(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/gpu_check.py", "--small", "--out", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=880)
+    done = python_m("benchmarks.gpu_check", "--small", "--out", tmp_path, cwd=ROOT, timeout=880)
     table = Table(tmp_path / "gpu.csv", COLUMNS)
     rows = table.rows()
     assert done.returncode == 0, f"{[row for row in rows if row['passed'] == 'no']} {done.stderr[-2000:]}"
@@ -29,6 +28,13 @@ def test_it_works(tmp_path: Path) -> None:
     assert {row["note"] for row in rows} == {"", "needs CUDA"} and {row["passed"] for row in rows} == {"", "yes"}
     assert {"ms", "x", "relative", "images a second"} <= {row["unit"] for row in rows}
     assert table.path.read_text(encoding="utf-8").startswith("# commit ") and len(rows) > 50
+
+
+def test_it_is_called_by_its_path(tmp_path: Path) -> None:
+    """From any folder, without installing the kit."""
+    command = [sys.executable, ROOT / "benchmarks" / "gpu_check.py", "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    assert "--small" in done.stdout and "--oracles" in done.stdout
 
 
 def measure(report: Report) -> None:

@@ -7,16 +7,18 @@ import pytest
 
 import detrdistill
 
-TIMED = "import sys, time; start = time.perf_counter(); import detrdistill{}; print(time.perf_counter() - start, 'torch' in sys.modules)"
+SLOW = {"torch", "torchvision", "transformers"}
+DRAWS = {"matplotlib", "seaborn", "scipy", "statsmodels", "sklearn", "skimage", "pandas"}
 
 
 @pytest.mark.parametrize("module", ["", ".cli", ".recipes.recipe", ".runs.store", ".report.write"])
 def test_import_is_quick_and_without_torch(module):
-    done = subprocess.run([sys.executable, "-c", TIMED.format(module)], capture_output=True, text=True, timeout=60, check=True)
-    seconds, torch_imported = done.stdout.split()
-    assert torch_imported == "False"
-    if module in ("", ".cli", ".recipes.recipe"):
-        assert float(seconds) < 2
+    """Nothing is imported that takes seconds; how many depends on the machine."""
+    code = f"import sys, detrdistill{module}; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    imported = set(done.stdout.split())
+    assert f"detrdistill{module}" in imported
+    assert imported.isdisjoint(SLOW if module == ".report.write" else SLOW | DRAWS)
 
 
 WINDOWS = """

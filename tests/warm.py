@@ -24,7 +24,7 @@ from detrdistill.notebooks import unfinished
 CHILDREN = multiprocessing.get_context("forkserver")
 CHILDREN.set_forkserver_preload(
     [
-        *("pytest", "ipykernel.kernelapp", "papermill", "snakemake.cli", "benchmarks.gpu_report"),
+        *("tests.lean", "pytest", "ipykernel.kernelapp", "papermill", "snakemake.cli", "benchmarks.gpu_report"),
         *("detrdistill.cli", "detrdistill.session", "detrdistill.models", "detrdistill.runs.run", "detrdistill.report.write"),
     ]
 )

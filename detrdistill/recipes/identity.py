@@ -83,7 +83,7 @@ def stated(value: Any, content: bool = True) -> Any:
         name: stated(getattr(value, name), content)
         for name, field in type(value).model_fields.items()
         # What kind of thing it is counts even where it is the default of its class.
-        if name in ("name", "kind") or (getattr(value, name) != field.get_default() and name not in left_out)
+        if name in ("name", "kind") or (getattr(value, name) != field.default and name not in left_out)
     }
 
 

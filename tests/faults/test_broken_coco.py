@@ -179,7 +179,7 @@ def reproducible(times, few: int, many: int) -> settings:
 def test_broken_fields(folder: Path, times, tries) -> None:
     ends = set()
 
-    @reproducible(times, 60, 1500)
+    @reproducible(times, 30, 1500)
     @given(st.lists(CHANGES, min_size=1, max_size=4))
     def run(changes: list[tuple]) -> None:
         write(folder, json.dumps(broken(changes)).encode())
@@ -208,7 +208,7 @@ def test_broken_text(folder: Path, times, tries) -> None:
 def test_broken_images(folder: Path, times, tries) -> None:
     ends = set()
 
-    @reproducible(times, 80, 1500)
+    @reproducible(times, 40, 1500)
     @given(st.lists(PICTURES, min_size=1, max_size=3))
     def run(pictures: list[tuple]) -> None:
         write(folder, json.dumps(GOOD).encode(), pictures)

@@ -294,7 +294,7 @@ print(len(data.coco.anns), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - 
 @pytest.mark.timeout(600)
 def test_large_json(root: Path, tries, times) -> None:
     """100 MB of json take at most 1.25 GB above what the process has before; 0.5 GB if half of them are outlines of objects, unused."""
-    megabytes = times(10, 100)
+    megabytes = times(5, 100)
     outline = {"segmentation": [[k * 1.25 for k in range(30)]]}
     for fault, extra, factor in (("json", {}, 12.5), ("json with outlines", outline, 5.0))[: times(1, 2)]:
         one = {"image_id": 1, "category_id": 3, "bbox": [1.5, 2.5, 30.25, 20.75], "area": 627.6875, "iscrowd": 0} | extra

@@ -30,19 +30,19 @@ REFUSED = {
     "field not a number": ({"changes": {"schedule.lr": float("nan")}}, "'schedule.lr' = nan: Input should be"),
 }
 
-# Runs a notebook's first cells in a new interpreter, without papermill and kernel: time counts from the first line of the
-# first cell, as processor time, which a busy machine does not stretch.
+# Runs a notebook's first cells in a new interpreter, without papermill and kernel.
 CELLS = """
-import json, sys, time
+import json, sys
 from detrdistill.errors import InputError
 cells, names = json.loads(sys.stdin.read()), {}
-start = time.process_time()
 try:
     for cell in cells:
         exec(cell, names)
 except InputError as error:
-    print(json.dumps([time.process_time() - start, str(error)]))
+    print(json.dumps([sorted(sys.modules), str(error)]))
 """
+# What takes seconds to import. How long it takes depends on the machine; that nothing waits for it does not.
+SLOW = {"torch", "torchvision", "transformers", "matplotlib", "seaborn", "scipy", "statsmodels", "sklearn", "skimage", "nbformat"}
 
 
 def until_checked(path: Path, given: dict) -> list[str]:
@@ -54,22 +54,22 @@ def until_checked(path: Path, given: dict) -> list[str]:
 
 
 @pytest.mark.parametrize("fault", REFUSED)
-def test_bad_parameters_are_refused_within_a_second(fault: str, tmp_path: Path, times, tries) -> None:
-    """Of a notebook's first cell, imports and all."""
+def test_bad_parameters_are_refused_before_anything_slow_is_imported(fault: str, tmp_path: Path, times, tries) -> None:
+    """Within a second of a notebook's first cell, on a usual machine."""
     given, message = REFUSED[fault]
     for number in range(times(1, 4)):
         path = NOTEBOOKS[(list(REFUSED).index(fault) + 5 * number) % len(NOTEBOOKS)]
         with tries(f"parameter: {fault}"):
             command, cells = [sys.executable, "-c", CELLS], json.dumps(until_checked(path, given))
             done = subprocess.run(command, input=cells, capture_output=True, text=True, timeout=60, check=True, cwd=tmp_path)
-            seconds, error = json.loads(done.stdout)
+            imported, error = json.loads(done.stdout)
             assert message in error and error.startswith("parameters: ") and "\n" not in error, path.name
-            assert seconds < 1, path.name
+            assert "detrdistill.session" in imported and SLOW.isdisjoint(imported), path.name
             assert not list(tmp_path.iterdir())
 
 
 def test_a_name_that_papermill_only_warns_of_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times, tries) -> None:
-    """In a kernel, by the cell that checks the parameters; the second is that of this cell, as papermill notes it."""
+    """In a kernel, by the cell that checks the parameters, which is the last that runs."""
     monkeypatch.setenv("DETRDISTILL_RESULTS", str(tmp_path / "results"))
     executed = tmp_path / "out.ipynb"
     for path in NOTEBOOKS[1 :: times(len(NOTEBOOKS), 5)]:
@@ -78,8 +78,8 @@ def test_a_name_that_papermill_only_warns_of_is_refused(tmp_path: Path, monkeypa
             done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
             assert done.returncode == 1
             assert "InputError: parameters: unknown sede, injected by papermill; known here: preset, seeds" in done.stderr
-            (checking,) = [cell for cell in nbformat.read(executed, as_version=4).cells if "open_session(" in cell.source]
-            assert checking.metadata.papermill.duration < 5  # a fraction of a second where nothing else runs
+            ran = [cell.source for cell in nbformat.read(executed, as_version=4).cells if cell.get("execution_count")]
+            assert "open_session(" in ran[-1]
             assert not (tmp_path / "results").exists()
 
 
@@ -134,7 +134,7 @@ def pictures(executed: Path) -> list[str]:
 @pytest.mark.parametrize("name", ["10_query_masks", "05_self_distillation", "12_stability"])
 def test_running_twice_gives_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times, tries, name: str) -> None:
     """In two empty folders: runs, weights, logs, figures. With --long also in the same one, where nothing is trained again."""
-    if not times(name == "10_query_masks", True):
+    if not times(name == "05_self_distillation", True):
         pytest.skip("with --long")
     source = ROOT / "notebooks" / f"{name}.ipynb"
     given = {"preset": "smoke", "progress": False}
