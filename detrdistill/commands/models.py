@@ -1,0 +1,69 @@
+"""Commands on a trained detector."""
+
+from pathlib import Path
+
+import tyro
+
+from detrdistill.errors import InputError
+
+
+def evaluate(
+    model: tyro.conf.Positional[str],
+    /,
+    data: Path,
+    split: str = "val",
+    out: Path = Path("evaluation"),
+    outputs: tuple[str, ...] = (),
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    batch: int = 1,
+    device: str = "auto",
+    workers: int | None = None,
+) -> None:
+    """Measure any detector that the kit reads: the twelve COCO numbers, AP a class, and results.json in COCO's format.
+
+    Images are prepared as the detector wants them. Classes are found by name; the detector may know more than the data has.
+
+    Args:
+        model: a checkpoint file, a Hugging Face folder, a run's folder or id, or a hub id.
+        data: folder of COCO json and images.
+        split: val, train or test.
+        out: folder for results.json.
+        outputs: names of the classes of the file's outputs, where it does not say them.
+        set: what the file does not say, such as heads=8 or points=4, or resize.short=640, or part=student of a file that holds several
+            models; may be repeated.
+        batch: images at once; padding changes the numbers of some detectors a little.
+        device: auto, cpu, cuda, or cuda:1 for the second GPU.
+        workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
+    """
+    from detrdistill.checkpoints.locate import locate
+    from detrdistill.parameters import assigned
+    from detrdistill.runs.evaluate import evaluate_model
+
+    settings = assigned(set)
+    how = {"device": device, "batch": batch, "workers": workers, "outputs": outputs, "settings": settings}
+    found = evaluate_model(locate(model).path, data, split, **how)
+    print(found.text())
+    print(f"\n{found.write(out)}")
+
+
+def export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path], /) -> None:
+    """Write a run's detector as a folder that transformers opens (AutoModelForObjectDetection, AutoImageProcessor).
+
+    Args:
+        run: the run's folder, results/<preset>/runs/<id>.
+        folder: where the new folder goes.
+    """
+    from detrdistill.recipes.recipe import Recipe
+    from detrdistill.records import read_record
+
+    if not (run / "record.json").is_file():
+        raise InputError(f"run {run}: no record.json, so it is not a complete run; give the folder of one")
+    recipe = read_record(run / "record.json").recipe
+    if not isinstance(recipe, Recipe):
+        raise InputError(f"run {run}: of a backbone that was trained on crops; give the folder of a detector's run")
+
+    from detrdistill.checkpoints.hugging_face import export_hugging_face
+    from detrdistill.checkpoints.pretrained import load_pretrained
+
+    detector, about = load_pretrained(run)
+    print(export_hugging_face(detector, folder, [name or f"class {i}" for i, name in enumerate(about.names)], recipe.resize))
