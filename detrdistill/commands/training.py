@@ -23,6 +23,7 @@ def train(
     results: Path | None = None,
     device: str = "auto",
     workers: int | None = None,
+    logger: str = "",
 ) -> None:
     """Train one row of a preset's tables, and what it depends on; nothing is trained twice.
 
@@ -46,11 +47,14 @@ def train(
         results: folder for runs instead of results/<preset>.
         device: auto, cpu, cuda, or cuda:1 for the second GPU.
         workers: processes that load images; without, up to four beside a GPU, and none on the CPU.
+        logger: tensorboard, to watch: tensorboard --logdir results/<preset>/runs. No number depends on it.
     """
     from detrdistill.checkpoints.presets import choose_presets
     from detrdistill.parameters import assigned, is_run_id, named_run, on_other_data, refuse_models, shared_with_teacher, with_switches
     from detrdistill.runs.store import Store, open_store
+    from detrdistill.training.logging import check_logger
 
+    check_logger(logger)
     changes = assigned(set)
     refuse_models(changes)
     detectors = [detector] if detector and not is_run_id(row) else []  # an id is looked for in the tables of all
@@ -64,7 +68,8 @@ def train(
 
     from detrdistill.runs.run import run  # only now: torch takes seconds, a mistyped parameter should not
 
-    record = run(recipe, store, device=device, workers=workers, reference=reference and not set and data is None)
+    taken = reference and not set and data is None
+    record = run(recipe, store, device=device, workers=workers, reference=taken, logger=logger)
     shown = ", ".join(f"{name} {value:.1f}" for name, value in record.metrics.items() if value is not None)
     if record.test:
         shown += "; on the test images " + ", ".join(f"{name} {value:.1f}" for name, value in record.test.items() if value is not None)
