@@ -27,6 +27,7 @@ ORDER = (
     "figures",
     "analysis",
     "report",
+    "predict",
     "parameters session session_table notebooks",
     "commands",
     "cli",

@@ -1,5 +1,6 @@
 """Commands on a trained detector."""
 
+import sys
 from pathlib import Path
 
 import tyro
@@ -44,6 +45,50 @@ def evaluate(
     found = evaluate_model(locate(model).path, data, split, **how)
     print(found.text())
     print(f"\n{found.write(out)}")
+
+
+def predict(
+    model: tyro.conf.Positional[str],
+    images: tyro.conf.Positional[str],
+    /,
+    threshold: float = 0.5,
+    out: Path = Path("predictions"),
+    outputs: tuple[str, ...] = (),
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+    batch: int = 1,
+    device: str = "auto",
+    draw: bool = True,
+) -> None:
+    """Detect on images: pictures with boxes, results.json and images.json in COCO's formats, and detections.csv.
+
+    Images are prepared as for an evaluation, and turned upright as EXIF says. One that cannot be read is named and passed over.
+
+    Args:
+        model: a run's folder or id, a checkpoint file, a Hugging Face folder, a hub id, or an .onnx that the kit wrote.
+        images: a folder, a pattern in quotes such as 'photos/*.jpg', or a file.
+        threshold: the least score, from 0 to 1.
+        out: folder for what is written.
+        outputs: names of the classes of the file's outputs, where it does not say them.
+        set: what the file does not say, as in evaluate; may be repeated.
+        batch: images at once; padding changes the numbers of some detectors a little.
+        device: auto, cpu, cuda, or cuda:1 for the second GPU.
+        draw: write pictures with boxes.
+    """
+    from detrdistill.parameters import assigned
+    from detrdistill.predict.images import check_options, find_images, require_writable
+
+    settings = assigned(set)
+    check_options(threshold, batch)
+    find_images(images, out)
+    require_writable(out)
+
+    from detrdistill.predict.models import open_model
+    from detrdistill.predict.predict import predict
+
+    found = predict(open_model(model, device, outputs, settings), images, out, threshold=threshold, batch=batch, drawn=draw)
+    for reason in found.passed_over:
+        print(f"passed over: {reason}", file=sys.stderr)
+    print(f"{found.text()}\n{out}")
 
 
 def export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path], /) -> None:

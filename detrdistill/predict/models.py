@@ -1,0 +1,137 @@
+"""Whatever detects: a detector of torch, or an exported .onnx, behind one method.
+
+Both see images as `data.transforms` prepares them for an evaluation, and both are read by `training.evaluation.detections`.
+"""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from detrdistill.checkpoints.locate import locate
+from detrdistill.checkpoints.names import COCO_91
+from detrdistill.checkpoints.pretrained import load_pretrained
+from detrdistill.data.coco import Batch, collate
+from detrdistill.data.layout import data_cache, layout
+from detrdistill.data.transforms import build_transform
+from detrdistill.errors import InputError, NonFiniteError
+from detrdistill.files import nearby
+from detrdistill.models.weights import few
+from detrdistill.recipes.parts import DetectorWeights, Folder, Resize
+from detrdistill.records import read_record
+from detrdistill.runs.evaluate import SETTINGS
+from detrdistill.training.evaluation import detections
+from detrdistill.training.fabric import make_fabric
+
+
+class Model(ABC):
+    """A detector and what it needs to be used.
+
+    Attributes:
+        path: the run's folder, checkpoint or .onnx.
+        names: the class of each output; None where an output stands for none.
+        ids: COCO's category id of each output.
+        resize: how it wants its images.
+        top: how many pairs of query and class it reports an image.
+    """
+
+    path: Path
+    title: str
+    names: tuple[str | None, ...]
+    ids: tuple[int, ...]
+    resize: Resize
+    top: int
+
+    @abstractmethod
+    def outputs(self, batch: Batch) -> tuple[Float[Tensor, "B Q C"], Float[Tensor, "B Q 4"]]:
+        """Logits, and boxes cxcywh relative to each image without padding, of the last stage, on the host."""
+
+    def detect(self, batch: Batch, classes: Sequence[int] | None = None) -> list[dict[str, Tensor]]:
+        """What is seen on each image, best first: `scores`, `labels` (output numbers) and `boxes` (xyxy in pixels of the file).
+
+        Args:
+            classes: outputs that count; those that have a name, if nothing is said.
+
+        Raises:
+            NonFiniteError: a prediction is NaN or infinite; names the images.
+        """
+        classes = torch.tensor([i for i, name in enumerate(self.names) if name is not None] if classes is None else list(classes))
+        logits, boxes = self.outputs(batch)
+        finite = logits.isfinite().flatten(1).all(1) & boxes.isfinite().flatten(1).all(1)
+        if broken := [str(id) for id, good in zip(batch.image_ids, finite.tolist(), strict=True) if not good]:
+            raise NonFiniteError(f"{self.path}: predictions for image ids {few(broken)} are NaN or infinite; look at these images")
+        found = detections(logits[..., classes], boxes, batch.original_sizes, self.top)
+        return [one | {"labels": classes[one["labels"]]} for one in found]
+
+
+class TorchModel(Model):
+    """A detector in any format that `load_pretrained` reads."""
+
+    def __init__(self, weights: DetectorWeights, device: str, outputs: Sequence[str], settings: Mapping[str, Any]) -> None:
+        self.device = make_fabric(device, "fp32").device
+        detector, about = load_pretrained(weights.path, outputs=outputs or None, part=weights.part or None, **settings)
+        if not any(about.names):
+            raise InputError(f"{about.title} does not say its classes; name its {len(about.names)} outputs as 'outputs'")
+        self.detector: nn.Module = detector.to(self.device)
+        self.path, self.title, self.names, self.top = weights.path, about.title, about.names, detector.top
+        self.resize = about.settings.get("resize", Resize())
+        self.ids = category_ids(weights.path, about.names)
+
+    @torch.no_grad()
+    def outputs(self, batch: Batch) -> tuple[Float[Tensor, "B Q C"], Float[Tensor, "B Q 4"]]:
+        memory = self.detector.encode(batch.pixels.to(self.device, memory_format=torch.channels_last), batch.padding.to(self.device))
+        (output,) = self.detector.decode(memory, self.detector.queries(memory))
+        return output.logits[-1].float().cpu(), output.boxes[-1].float().cpu()
+
+
+def open_model(model: str, device: str = "auto", outputs: Sequence[str] = (), settings: Mapping[str, Any] | None = None) -> Model:
+    """The detector that `model` names.
+
+    Args:
+        model: what `checkpoints.locate` knows: a run's id or folder, a checkpoint, a Hugging Face folder, a hub id.
+        outputs: names of the classes of the file's outputs, where it does not say them.
+        settings: of `runs.evaluate.SETTINGS`: what neither the file nor its tensors say.
+
+    Raises:
+        InputError: there is no such model, or it is not usable.
+    """
+    settings = dict(settings or {})
+    if strange := sorted(settings.keys() - {*SETTINGS}):
+        raise InputError(f"setting '{strange[0]}' is none that a detector takes; known are {', '.join(SETTINGS)}")
+    weights = locate(model)
+    return TorchModel(weights.replace(part=settings.pop("part", "")), device, outputs, settings)
+
+
+def category_ids(path: Path, names: Sequence[str | None]) -> tuple[int, ...]:
+    """COCO's ids for COCO's classes; of a run those of its data, where it is at hand; else numbers from 1 on, in order of the outputs."""
+    if {name for name in names if name} == {name for name in COCO_91 if name}:
+        return tuple(COCO_91.index(name) for name in names)
+    known = {name: id for id, name in enumerate(names, start=1)}
+    with suppress(InputError, OSError, KeyError, ValueError):  # a run whose data is gone can be used all the same
+        data = read_record((path if path.is_dir() else path.parent) / "record.json").recipe.data
+        if isinstance(data, Folder) and nearby(data.path).is_dir():
+            listed = json.loads(layout(data, "train", data_cache())[0].read_text(encoding="utf-8"))["categories"]
+            if {one["name"] for one in listed} == set(names):
+                known = {one["name"]: one["id"] for one in listed}
+    return tuple(known[name] for name in names)
+
+
+def prepare(images: Sequence[Image.Image], ids: Sequence[int], resize: Resize) -> Batch:
+    """RGB images as a detector is evaluated on them, in one batch."""
+    transform, samples = build_transform(resize, train=False), []
+    for id, image in zip(ids, images, strict=True):
+        boxes = tv_tensors.BoundingBoxes(torch.zeros(0, 4), format="XYXY", canvas_size=(image.height, image.width))
+        target = {"boxes": boxes, "labels": torch.zeros(0, dtype=torch.long)}
+        pixels, target = transform(tv_tensors.Image(v2.functional.pil_to_tensor(image)), target)
+        where = {"image_id": id, "original_size": (image.height, image.width)}
+        samples.append((pixels.as_subclass(Tensor), {"labels": target["labels"], "boxes": torch.zeros(0, 4), **where}))
+    return collate(samples)
