@@ -28,6 +28,7 @@ ORDER = (
     "analysis",
     "report",
     "predict",
+    "compare",
     "parameters session session_table notebooks",
     "commands",
     "cli",

@@ -3,8 +3,8 @@
 What they need is imported when they run: torch takes seconds, and a mistyped parameter should not.
 """
 
-from detrdistill.commands.models import evaluate, export, predict
+from detrdistill.commands.models import compare, evaluate, export, predict
 from detrdistill.commands.pages import check, notebook, plan, report
 from detrdistill.commands.training import train, tune
 
-COMMANDS = (train, tune, check, evaluate, predict, plan, report, notebook, export)
+COMMANDS = (train, tune, check, evaluate, predict, compare, plan, report, notebook, export)

@@ -91,6 +91,47 @@ def predict(
     print(f"{found.text()}\n{out}")
 
 
+def compare(
+    models: tyro.conf.Positional[tuple[str, ...]],
+    /,
+    data: Path | None = None,
+    split: str = "val",
+    out: Path = Path("comparison"),
+    names: tuple[str, ...] = (),
+    threshold: float = 0.5,
+    batch: int = 1,
+    device: str = "auto",
+) -> None:
+    """Put detectors side by side: AP, AP a class, parameters, GFLOPs, milliseconds an image, peak memory, and where they differ most.
+
+    The others are compared with the first. Costs of a run are kept beside its record, for the tables of its preset.
+
+    Args:
+        models: two or more: a run's folder or id, a checkpoint file, a Hugging Face folder, a hub id, or an .onnx that the kit wrote.
+        data: folder of COCO json and images; without, the data of the first run among the models.
+        split: val, train or test.
+        out: folder for tables (csv, md) and pictures (png).
+        names: what to call each model; "teacher", "student" and "detrdistill" have colours of their own.
+        threshold: the least score of what counts as found, from 0 to 1; AP does not depend on it.
+        batch: images at once when AP is measured; padding changes the numbers of some detectors a little.
+        device: auto, cpu, cuda, or cuda:1 for the second GPU.
+    """
+    from detrdistill.predict.images import check_options, require_writable
+
+    check_options(threshold, batch)
+    require_writable(out)
+
+    from detrdistill.compare.compare import compare_models, data_of, named_models
+    from detrdistill.compare.write import markdown, write_comparison
+    from detrdistill.recipes.parts import Folder
+
+    opened = named_models(models, names, device)
+    spec = Folder(path=data) if data is not None else data_of(opened)
+    found = compare_models(opened, spec, split, threshold=threshold, batch=batch)
+    written = write_comparison(found, out)
+    print(markdown(found.table), markdown(found.repaired), *written, sep="\n")
+
+
 def export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path], /) -> None:
     """Write a run's detector as a folder that transformers opens (AutoModelForObjectDetection, AutoImageProcessor).
 

@@ -41,7 +41,10 @@ class Model(ABC):
         names: the class of each output; None where an output stands for none.
         ids: COCO's category id of each output.
         resize: how it wants its images.
+        runtime: whose code computes.
         top: how many pairs of query and class it reports an image.
+        parameters: how many; None where the file does not say.
+        weight_bytes: what its weights take.
     """
 
     path: Path
@@ -50,6 +53,9 @@ class Model(ABC):
     ids: tuple[int, ...]
     resize: Resize
     top: int
+    runtime: str
+    parameters: int | None
+    weight_bytes: int
 
     @abstractmethod
     def outputs(self, batch: Batch) -> tuple[Float[Tensor, "B Q C"], Float[Tensor, "B Q 4"]]:
@@ -76,15 +82,19 @@ class Model(ABC):
 class TorchModel(Model):
     """A detector in any format that `load_pretrained` reads."""
 
+    runtime = "torch"
+
     def __init__(self, weights: DetectorWeights, device: str, outputs: Sequence[str], settings: Mapping[str, Any]) -> None:
         self.device = make_fabric(device, "fp32").device
         detector, about = load_pretrained(weights.path, outputs=outputs or None, part=weights.part or None, **settings)
         if not any(about.names):
             raise InputError(f"{about.title} does not say its classes; name its {len(about.names)} outputs as 'outputs'")
-        self.detector: nn.Module = detector.to(self.device)
+        self.detector: nn.Module = detector.to(self.device).requires_grad_(False)
         self.path, self.title, self.names, self.top = weights.path, about.title, about.names, detector.top
         self.resize = about.settings.get("resize", Resize())
         self.ids = category_ids(weights.path, about.names)
+        self.parameters = sum(one.numel() for one in detector.parameters())
+        self.weight_bytes = sum(one.nbytes for one in (*detector.parameters(), *detector.buffers()))
 
     @torch.no_grad()
     def outputs(self, batch: Batch) -> tuple[Float[Tensor, "B Q C"], Float[Tensor, "B Q 4"]]:
