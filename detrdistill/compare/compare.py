@@ -96,7 +96,8 @@ class Comparison:
         files = [self.data.coco.imgs[id]["file_name"] for id in self.data.ids]
         frame = pd.DataFrame({"file": files} | {side.name: [one.f1 for one in side.matched] for side in self.sides})
         frame["difference"] = frame[self.names].max(axis=1) - frame[self.names].min(axis=1)
-        return frame.rename_axis("index").sort_values("difference", ascending=False, kind="stable")
+        frame["objects"] = [len(one.truth.names) for one in self.sides[0].matched]
+        return frame.rename_axis("index").sort_values(["difference", "objects"], ascending=False, kind="stable")
 
     def repairs(self, before: str, after: str) -> Repairs:
         """What the detector `after` finds that `before` misses, and the other way round."""
@@ -121,10 +122,10 @@ class Comparison:
     def notes(self) -> str:
         """How the numbers were got."""
         return (
-            f"{self.data.report.file}: {len(self.data)} images. AP in percent. Found means: a score of at least {self.threshold:g} and an "
-            f"IoU of at least 0.5 with an object of the class. GFLOPs by {COUNTER}. Milliseconds an image, one at once, from pixels to "
-            "boxes, on one thread: the median and the quartiles; the detectors took turns. Peak MiB: weights, and what the largest of "
-            "those images needs beside them."
+            f"{self.data.report.file.name}: {len(self.data)} images. AP in percent. Found means: with a score of at least "
+            f"{self.threshold:g}, and an IoU of at least 0.5 with an object of the class. GFLOPs by {COUNTER}. Milliseconds an image, one "
+            "at once, from pixels to boxes, on one thread: the median and the quartiles; the detectors took turns. Peak MiB: weights, and "
+            "what the largest of those images needs beside them."
         )
 
 

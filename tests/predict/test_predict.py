@@ -20,7 +20,6 @@ from detrdistill.runs.store import Store
 from tests.folders import write_folder
 from tests.small_runs import NAMES, small_run
 
-
 THRESHOLD = 0.02  # about half of what random weights score
 
 
