@@ -57,7 +57,7 @@ class Cost(Strict):
     counter: str = Field(description="which, what it counts and what not")
     images: dict[str, int] = Field(description='how many images of which size were seen, "height x width"')
     milliseconds: dict[str, float] = Field(description="an image, one at once: median, low and high (quartiles)")
-    peak_mib: float | None = Field(description="of weights and of one image; null: the system does not tell")
+    peak_mib: float | None = Field(None, description="of weights and of one image; null: the system does not tell")
     runtime: str
     threads: int
     hardware: str

@@ -150,13 +150,13 @@ def compare_models(
     firsts = [first_images(dataset, model) for model in models.values()]
     everything = range(len(dataset))
     truths, crowds = ground_truth(dataset, everything), crowds_of(dataset, everything)
+    # Memory first: what a runtime keeps from one image to the next would hide what it took.
+    peaks = [peak_mib(model, batches) for model, batches in zip(models.values(), firsts, strict=True)]
     measured: dict[str, list[dict[str, Any]]] = {}
     with tqdm(total=len(models) * len(dataset), desc="images", unit="image", disable=None if progress else True, mininterval=0.5) as bar:
         for name, model in models.items():
             bar.set_postfix_str(name, refresh=False)
             measured[name] = _detect(model, seen_by(dataset, model), outputs[name], batch, bar)
-    # Memory before time: what a runtime keeps from one image to the next would hide what the first one took.
-    peaks = [peak_mib(model, batches) for model, batches in zip(models.values(), firsts, strict=True)]
     times = milliseconds(list(models.values()), firsts)
     sides = []
     for (name, model), batches, taken, peak in zip(models.items(), firsts, times, peaks, strict=True):
@@ -219,7 +219,7 @@ def named_models(models: Sequence[str], names: Sequence[str], device: str) -> di
         raise InputError(f"models {', '.join(models) or 'none'}: a comparison needs two or more")
     if names and len(set(names)) != len(models):
         raise InputError(f"names {', '.join(names)}: {len(set(names))} different for {len(models)} models; give one each")
-    opened = [open_model(one, device) for one in models]
+    opened = [open_model(one, device, threads=1) for one in models]
     return dict(zip(names or short_names([one.path for one in opened]), opened, strict=True))
 
 

@@ -15,7 +15,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from detrdistill.data.coco import Batch, CocoDataset, collate
-from detrdistill.data.transforms import build_transform
 from detrdistill.predict.models import Model, TorchModel
 from detrdistill.process import growth
 from detrdistill.records import Cost, Record
@@ -37,7 +36,7 @@ def first_images(dataset: CocoDataset, model: Model, count: int = IMAGES) -> lis
 def seen_by(dataset: CocoDataset, model: Model) -> CocoDataset:
     """The same images and annotations, prepared as the model wants them."""
     own = copy(dataset)
-    own.transforms, own.kept = build_transform(model.resize, train=False), {}
+    own.transforms, own.kept = model.transform, {}
     return own
 
 

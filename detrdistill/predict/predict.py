@@ -67,7 +67,7 @@ def predict(
     with tqdm(total=len(paths), desc="images", unit="image", disable=None if progress else True, mininterval=0.5) as bar:
         for some in _batches(paths, batch, found, bar):
             ids = range(len(found.images) + 1, len(found.images) + len(some) + 1)
-            seen = model.detect(prepare([image for _, image in some], ids, model.resize))
+            seen = model.detect(prepare([image for _, image in some], ids, model.transform))
             for id, (path, image), one in zip(ids, some, seen, strict=True):
                 _keep(found, model, id, path.relative_to(root), image, one, threshold, out if drawn else None)
     if not found.images:
