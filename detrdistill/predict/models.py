@@ -174,8 +174,10 @@ def open_model(
     settings = dict(settings or {})
     if strange := sorted(settings.keys() - {*SETTINGS}):
         raise InputError(f"setting '{strange[0]}' is none that a detector takes; known are {', '.join(SETTINGS)}")
-    if model.endswith(".onnx"):
-        if not (path := nearby(Path(model).expanduser())).is_file():
+    path = nearby(Path(model).expanduser())
+    path = path / "model.onnx" if (path / "model.onnx").is_file() else path  # the folder of an export
+    if path.suffix == ".onnx":
+        if not path.is_file():
             raise InputError(f"model '{model}': no such file; correct the path")
         if outputs or settings:
             raise InputError(f"model '{model}': an .onnx says its classes and its images' size itself; leave out 'outputs' and 'set'")
