@@ -82,8 +82,8 @@ class Model(ABC):
             raise NonFiniteError(f"{self.path}: predictions for image ids {few(broken)} are NaN or infinite; look at these images")
         if len(others) == 2:
             kept = torch.isin(others[0], classes)
-            named = zip(("scores", "labels", "boxes"), (first, *others), strict=True)
-            return [{name: value[i, kept[i]] for name, value in named} for i in range(len(batch))]
+            found = {"scores": first, "labels": others[0], "boxes": others[1]}
+            return [{name: value[i, kept[i]] for name, value in found.items()} for i in range(len(batch))]
         found = detections(first[..., classes], *others, batch.original_sizes, self.top)
         return [one | {"labels": classes[one["labels"]]} for one in found]
 
