@@ -88,6 +88,8 @@ def peak_mib(model: Model, batches: Sequence[Batch]) -> float | None:
         torch.cuda.reset_peak_memory_stats(model.device)
         model.outputs(largest)
         return torch.cuda.max_memory_allocated(model.device) / 2**20
+    if isinstance(model, TorchModel):
+        model.outputs(largest)  # what torch sets up once is no model's; onnxruntime sets up for each, and keeps it
     gc.collect()
     grown = growth(lambda: model.outputs(largest))
     return None if grown is None else grown + model.weight_bytes / 2**20
