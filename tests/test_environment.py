@@ -18,7 +18,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 
 
-EXTRAS = ("notebooks", "batch", "hub", "test")
+EXTRAS = ("notebooks", "batch", "hub", "tensorboard", "test")
 
 
 @pytest.fixture(scope="module")
