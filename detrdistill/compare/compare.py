@@ -1,5 +1,6 @@
 """Detectors side by side on one data set: what each finds, what it costs, and where they differ."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 
 from detrdistill.analysis.confusion import Matched, Repairs, confusion_matrix, crowds_of, match, repairs
 from detrdistill.analysis.detections import ground_truth
-from detrdistill.compare.costs import COUNTER, cost_record, first_images, gflops, hardware, milliseconds, peak_mib, seen_by
+from detrdistill.compare.costs import COUNTER, cost_of, first_images, gflops, hardware, milliseconds, peak_mib, seen_by
 from detrdistill.data.coco import Category, CocoDataset, open_dataset
 from detrdistill.data.layout import data_cache, data_hash
 from detrdistill.errors import InputError
@@ -22,7 +23,7 @@ from detrdistill.models.weights import few
 from detrdistill.predict.models import Model, TorchModel, open_model
 from detrdistill.recipes.parts import Digits, Folder
 from detrdistill.recipes.recipe import Recipe
-from detrdistill.records import Record, read_record
+from detrdistill.records import Cost, Record, read_record
 from detrdistill.runs.reference import FOLDER as REFERENCE
 from detrdistill.runs.store import Store
 from detrdistill.training.batches import loading
@@ -165,12 +166,21 @@ def compare_models(
         matched = [match(*one, threshold) for one in zip(found, truths, crowds, strict=True)]
         counted = gflops(model, batches) if isinstance(model, TorchModel) else None
         sides.append(Side(name, model, metrics, classes, found, matched, counted, taken, peak))
-        if isinstance(model, TorchModel) and (split == "val") and (record := record_of(model.path)) is not None:
-            store = Store(model.path.parents[1])
-            on_its_data = data_hash(data, data_cache()) == record.provenance["data_sha256"]
-            if on_its_data and REFERENCE not in store.root.resolve().parents and store.cost(record) is None:
-                store.write_cost(record.recipe, cost_record(record, model, batches, taken, peak))
+        if counted is not None and split == "val":
+            _keep_cost(model, data, cost_of(model, batches, counted, taken, peak))
     return Comparison(dataset, sides, threshold)
+
+
+def _keep_cost(model: TorchModel, data: Digits | Folder, cost: dict[str, Any]) -> None:
+    """Write costs beside the record of a run that was compared on its own data, once; never into the committed reference."""
+    if (record := record_of(model.path)) is None or data_hash(data, data_cache()) != record.provenance["data_sha256"]:
+        return
+    folder = (model.path if model.path.is_dir() else model.path.parent).resolve()
+    store = Store(folder.parents[1])
+    ours = store.folder(record.recipe) == folder and REFERENCE not in folder.parents and os.access(folder, os.W_OK)
+    if ours and store.cost(record) is None:
+        stated = {"weights_sha256": record.provenance["weights_sha256"], "data_sha256": record.provenance["data_sha256"]}
+        store.write_cost(record.recipe, Cost(run=record.id, **stated, **cost))
 
 
 def outputs_for(name: str, models: Mapping[str, Model], categories: Sequence[Category], where: Path) -> list[int]:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from detrdistill.data.coco import Batch, CocoDataset, collate
 from detrdistill.predict.models import Model, TorchModel
 from detrdistill.process import growth
-from detrdistill.records import Cost, Record
 from detrdistill.runs.provenance import provenance
 
 IMAGES, ROUNDS = 20, 5  # the first of a split; each is timed so often
@@ -118,20 +118,19 @@ def hardware(model: Model) -> str:
     return f"{next(named, platform.processor() or platform.machine())}, {os.cpu_count()} cores"
 
 
-def cost_record(record: Record, model: TorchModel, batches: Sequence[Batch], times: tuple[float, float, float], peak: float | None) -> Cost:
-    """What is kept beside a run's record."""
-    return Cost(
-        run=record.id,
-        weights_sha256=record.provenance["weights_sha256"],
-        data_sha256=record.provenance["data_sha256"],
-        parameters=model.parameters,
-        gflops=round(gflops(model, batches), 6),
-        counter=COUNTER,
-        images=sizes_of(batches),
-        milliseconds=dict(zip(("median", "low", "high"), (round(x, 3) for x in times), strict=True)),
-        peak_mib=None if peak is None else round(peak, 1),
-        runtime="torch",
-        threads=1,
-        hardware=hardware(model),
-        provenance=provenance(),
-    )
+def cost_of(
+    model: TorchModel, batches: Sequence[Batch], counted: float, times: tuple[float, float, float], peak: float | None
+) -> dict[str, Any]:
+    """What is kept beside a run's record: fields of `records.Cost`, but for whose costs they are."""
+    return {
+        "parameters": model.parameters,
+        "gflops": round(counted, 6),
+        "counter": COUNTER,
+        "images": sizes_of(batches),
+        "milliseconds": dict(zip(("median", "low", "high"), (round(x, 3) for x in times), strict=True)),
+        "peak_mib": None if peak is None else round(peak, 1),
+        "runtime": model.runtime,
+        "threads": 1,
+        "hardware": hardware(model),
+        "provenance": provenance(),
+    }

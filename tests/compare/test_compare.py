@@ -1,6 +1,7 @@
 """`detrdistill compare`: the numbers are an evaluation's, costs are counted and kept once, what cannot be compared is refused."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -72,7 +73,9 @@ def test_the_numbers_are_those_of_an_evaluation(found: Comparison, runs: dict[st
     assert found.images["difference"].is_monotonic_decreasing and {0, 1} <= set(most_different(found))
 
 
-def test_costs_are_kept_beside_a_run_once(found: Comparison, runs: dict[str, Path], data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_are_kept_beside_a_run_once(
+    found: Comparison, runs: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     paths = [run / COST for run in runs.values()]
     before = [path.read_bytes() for path in paths]
     record = read_record(runs["student"] / "record.json")
@@ -89,6 +92,10 @@ def test_costs_are_kept_beside_a_run_once(found: Comparison, runs: dict[str, Pat
     monkeypatch.setattr(comparing, "REFERENCE", runs["student"].parents[2])
     compare_models(models, Folder(path=data), progress=False)
     assert not any(path.exists() for path in paths), "committed runs stay as they are"
+    copied = shutil.copytree(runs["student"], tmp_path / "elsewhere")
+    monkeypatch.setattr(comparing, "REFERENCE", tmp_path / "none")
+    compare_models(named_models([str(runs["student"] / "weights.safetensors"), str(copied)], (), "cpu"), Folder(path=data), progress=False)
+    assert paths[0].exists() and sorted(path.name for path in tmp_path.rglob("*")) == ["elsewhere", "record.json", "weights.safetensors"]
 
 
 def test_flops_are_those_of_the_products(data: Path, runs: dict[str, Path]) -> None:
