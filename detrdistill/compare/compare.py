@@ -227,7 +227,7 @@ def named_models(models: Sequence[str], names: Sequence[str], device: str) -> di
     """
     if len(models) < 2:
         raise InputError(f"models {', '.join(models) or 'none'}: a comparison needs two or more")
-    if names and len(set(names)) != len(models):
+    if names and not len(names) == len(set(names)) == len(models):
         raise InputError(f"names {', '.join(names)}: {len(set(names))} different for {len(models)} models; give one each")
     opened = [open_model(one, device, threads=1) for one in models]
     return dict(zip(names or short_names([one.path for one in opened]), opened, strict=True))
