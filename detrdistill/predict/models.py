@@ -187,10 +187,10 @@ def open_model(
 
 
 def category_ids(path: Path, names: Sequence[str | None]) -> tuple[int, ...]:
-    """COCO's ids for COCO's classes; of a run those of its data, where it is at hand; else numbers from 1 on, in order of the outputs."""
+    """COCO's ids for COCO's classes; of a run those of its data, where it is at hand; else the outputs' numbers from 0 on, as an export has them."""
     if {name for name in names if name} == {name for name in COCO_91 if name}:
         return tuple(COCO_91.index(name) for name in names)
-    known = {name: id for id, name in enumerate(names, start=1)}
+    known = {name: id for id, name in enumerate(names)}
     with suppress(InputError, OSError, KeyError, ValueError):  # a run whose data is gone can be used all the same
         data = read_record((path if path.is_dir() else path.parent) / "record.json").recipe.data
         if isinstance(data, Folder) and nearby(data.path).is_dir():

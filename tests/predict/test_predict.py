@@ -113,7 +113,7 @@ def test_category_ids(run: Path, tmp_path: Path) -> None:
     from detrdistill.checkpoints.names import COCO_91
 
     assert category_ids(run, NAMES) == (3, 17, 90) and category_ids(run / "weights.safetensors", NAMES) == (3, 17, 90)
-    assert category_ids(tmp_path, NAMES) == (1, 2, 3)
+    assert category_ids(tmp_path, NAMES) == (0, 1, 2)
     of_91 = category_ids(tmp_path, COCO_91)
     assert all(COCO_91[id] == name for id, name in zip(of_91, COCO_91, strict=True)) and of_91[1] == 1 and of_91[90] == 90
     assert category_ids(tmp_path, [name for name in COCO_91 if name])[-1] == 90
