@@ -187,7 +187,7 @@ def open_model(
 
 
 def category_ids(path: Path, names: Sequence[str | None]) -> tuple[int, ...]:
-    """COCO's ids for COCO's classes; of a run those of its data, where it is at hand; else the outputs' numbers from 0 on, as an export has them."""
+    """COCO's ids for COCO's classes; of a run those of its data, where it is at hand; else the outputs' numbers, as an export has them."""
     if {name for name in names if name} == {name for name in COCO_91 if name}:
         return tuple(COCO_91.index(name) for name in names)
     known = {name: id for id, name in enumerate(names)}
