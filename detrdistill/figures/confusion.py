@@ -1,5 +1,6 @@
 """Confusion matrices side by side: which classes detectors take for which, and what they miss or invent."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -43,7 +44,7 @@ def _matrix(axes: Axes, counts: np.ndarray, labels: Sequence[str], side: float, 
     axes.imshow(part, cmap="Blues", vmin=0, vmax=1)
     axes.grid(False)
     shown = [style.cut(label, 0.9, 6.5) for label in labels]
-    every = max(1, round(len(labels) / (8 * side / style.scale())))
+    every = math.ceil(len(labels) / (8 * side / style.scale()))
     places = range(0, len(labels), every)
     small = style.points(6.5)
     axes.set_xticks(places, [shown[i] for i in places], rotation=90, fontsize=small)
