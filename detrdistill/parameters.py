@@ -6,7 +6,7 @@ import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, NonNegativeInt, field_validator
 
@@ -38,6 +38,7 @@ class Parameters(Strict):
         images: numbers of validation images.
         rows: names of rows whose weights are tuned.
         interactive: sliders where they are of use.
+        threshold: the least score of what counts as found.
         data: folder of COCO json and images; empty: the preset's data.
         teacher, start: a published detector that teaches, or that students start from, as `checkpoints.locate` takes it; empty: none.
         results: folder of runs; empty: the preset's.
@@ -55,6 +56,7 @@ class Parameters(Strict):
     images: tuple[NonNegativeInt, ...] = ()
     rows: tuple[str, ...] = ()
     interactive: bool = False
+    threshold: Annotated[float, Field(ge=0, le=1)] = 0.5
     data: str = ""
     teacher: str = ""
     start: str = ""

@@ -57,6 +57,26 @@ def peak_memory() -> float | None:
     return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def growth(act: Callable[[], object]) -> float | None:
+    """MiB that this process grows by, at most, while `act` runs; None but on Linux, which alone forgets an earlier peak.
+
+    What was freed before is given back to the system first, so that it counts when it is taken again.
+    """
+
+    def resident() -> dict[str, float]:
+        lines = [line.split() for line in Path("/proc/self/status").read_text().splitlines()]
+        return {line[0]: int(line[1]) / 1024 for line in lines if line[0] in ("VmHWM:", "VmRSS:")}
+
+    try:
+        getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is what it is now
+        before = resident()["VmRSS:"]
+        act()
+        return max(0.0, resident()["VmHWM:"] - before)
+    except (OSError, TypeError, KeyError):
+        return None
+
+
 def largest_file() -> int | None:
     """Bytes that a file of this process may have (ulimit -f); None for any."""
     limit = resource and resource.getrlimit(resource.RLIMIT_FSIZE)[0]

@@ -46,6 +46,24 @@ class InsideObjects(Strict):
     provenance: dict[str, Any] = Field(description="commit, library versions, machine")
 
 
+class Cost(Strict):
+    """What a run's detector costs when it is used (`compare.costs`); measured once, hashed as a record, and beside it."""
+
+    run: str
+    weights_sha256: str
+    data_sha256: str
+    parameters: int
+    gflops: float = Field(description="10^9 operations an image, by `counter`")
+    counter: str = Field(description="which, what it counts and what not")
+    images: dict[str, int] = Field(description='how many images of which size were seen, "height x width"')
+    milliseconds: dict[str, float] = Field(description="an image, one at once: median, low and high (quartiles)")
+    peak_mib: float | None = Field(None, description="of weights and of one image; null: the system does not tell")
+    runtime: str
+    threads: int
+    hardware: str
+    provenance: dict[str, Any] = Field(description="commit, library versions, machine")
+
+
 def read_record(path: Path) -> Record:
     """Read and check one record file.
 
@@ -64,6 +82,15 @@ def read_inside(path: Path) -> InsideObjects:
     return InsideObjects.read(_read_hashed(path, "shares", "delete it to measure again (notebook 11)"), where=f"shares {path}")
 
 
+def read_cost(path: Path) -> Cost:
+    """Read and check one file of costs.
+
+    Raises:
+        InputError: as `read_record`.
+    """
+    return Cost.read(_read_hashed(path, "costs", "delete it to measure again (detrdistill compare)"), where=f"costs {path}")
+
+
 def _read_hashed(path: Path, what: str, remedy: str) -> dict[str, Any]:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
@@ -80,7 +107,7 @@ def _read_hashed(path: Path, what: str, remedy: str) -> dict[str, Any]:
     return body
 
 
-def record_text(record: Record | InsideObjects) -> str:
+def record_text(record: Record | InsideObjects | Cost) -> str:
     """As it is read again: JSON with a hash of all the rest, without what is not stated."""
     body = {name: value for name, value in record.model_dump(mode="json").items() if value is not None}
     return json.dumps(body | {"sha256": _hash(body)}, indent=1) + "\n"

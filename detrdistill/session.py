@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from detrdistill.data.layout import data_cache, layout
+from detrdistill.errors import InputError
 from detrdistill.parameters import make_presets, only_seed, read_parameters, require_images
 from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.presets import Preset
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
+    from detrdistill.compare.compare import Comparison
     from detrdistill.data.coco import CocoDataset
     from detrdistill.session_table import SessionTable, SessionWeights
 
@@ -30,7 +32,7 @@ class Session:
 
     Attributes:
         presets: by detector, where a notebook looks at several; `preset` is the first.
-        setting, image, images, rows, interactive: as in `Parameters`.
+        setting, image, images, rows, interactive, threshold: as in `Parameters`.
     """
 
     preset: Preset
@@ -44,6 +46,7 @@ class Session:
     images: tuple[int, ...] = ()
     rows: tuple[str, ...] = ()
     interactive: bool = False
+    threshold: float = 0.5
 
     @property
     def seed(self) -> int:
@@ -170,6 +173,23 @@ class Session:
         columns |= {setting: detections.detect(self.detector(record, val), self.val(record), images) for setting, record in drawn.items()}
         return compare(detections.pictures(val, images), columns, self.provenance(_named(drawn)) if drawn else "")
 
+    def compare(self, records: Mapping[str, Record]) -> "Comparison":
+        """Runs side by side on the validation images, by setting; the first is what others are compared with.
+
+        A run without stored weights is left out. What the others cost is kept beside their records.
+
+        Raises:
+            InputError: fewer than two are left.
+        """
+        from detrdistill.compare.compare import compare_models
+        from detrdistill.predict.models import open_model
+
+        there = {setting: record for setting, record in records.items() if self.with_weights([record])}
+        if len(there) < 2:
+            raise InputError(f"{len(there)} of {len(records)} runs have stored weights; a comparison needs two")
+        models = {setting: open_model(str(self.store.folder(record.recipe)), self.device) for setting, record in there.items()}
+        return compare_models(models, self.preset.student.data, threshold=self.threshold, progress=self.progress)
+
     def save(self, figure: "Figure", name: str) -> "Figure":
         """Save a figure as PNG and PDF in the preset's `figures/`, and return it for the notebook to show."""
         from detrdistill.checkpoints.presets import report_folder
@@ -208,6 +228,7 @@ def open_session(**parameters: object) -> Session:
         read.images,
         read.rows,
         read.interactive,
+        read.threshold,
     )
     if read.data:
         session = session.on_data(Path(read.data).expanduser())

@@ -35,6 +35,7 @@ SLOW = (
     "tests/models/test_backbones.py::test_few_channels_do_not_crash",
     "tests/test_cli.py::test_every_run_that_the_batch_names_is_known",
     "tests/figures/",
+    "tests/compare/test_compare.py",
     "tests/parity/",
     "tests/distill/test_every_method.py::test_a_teacher_with_other_sizes",
     *(f"tests/training/test_trainer.py::test_resume_is_exact[{case}" for case in ("plain", "distilled-4", "distilled-5")),

@@ -18,7 +18,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 
 
-EXTRAS = ("notebooks", "batch", "hub", "transformers", "test")
+EXTRAS = ("notebooks", "batch", "hub", "tensorboard", "transformers", "test")
 
 
 @pytest.fixture(scope="module")

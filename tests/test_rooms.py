@@ -28,6 +28,8 @@ ORDER = (
     "figures",
     "analysis",
     "report",
+    "predict",
+    "compare",
     "parameters session session_table notebooks",
     "commands",
     "cli",
@@ -104,7 +106,7 @@ def test_sizes() -> None:
     assert size <= total / 4, f"{largest} holds {size} of {total} lines; more than a quarter"
     core = [path for path in FILES if path.relative_to(PACKAGE).as_posix().startswith(CORE)]
     assert sum(map(lines, core)) <= 4000, "models, distill, matching, criterion and trainer together: at most 4,000 lines"
-    assert total <= 19_500, f"the package has {total} lines; at most 19,500"
+    assert total <= 21_000, f"the package has {total} lines; at most 21,000"
 
 
 def test_every_room_is_in_the_order() -> None:

@@ -11,7 +11,7 @@ from detrdistill.files import write_text
 from detrdistill.published import in_words
 from detrdistill.recipes.rows import Table
 from detrdistill.recipes.words import METRICS, NO_OBJECTS, NOT_RUN
-from detrdistill.report.tables import NOTES, cells, provenance_line
+from detrdistill.report.tables import COSTS, NOTES, cells, provenance_line
 
 
 def write_table(table: Table, frame: pd.DataFrame, summary: pd.DataFrame, folder: Path) -> list[Path]:
@@ -39,6 +39,9 @@ def to_csv(frame: pd.DataFrame) -> str:
     for column in (*METRICS, "data_sha256", "commit"):
         empty = np.where(whole, NO_OBJECTS, "not stored") if column in METRICS else "unknown"
         filled[column] = np.where(frame[column].notna(), filled[column], np.where(ran, empty, NOT_RUN))
+    if "cost_measured_on" in filled:
+        costs = [*COSTS, "cost_measured_on"]
+        filled[costs] = filled[costs].where(filled[costs].notna(), "not measured")
     return filled.to_csv(index=False, lineterminator="\n")
 
 
@@ -62,7 +65,10 @@ def to_latex(text: pd.DataFrame, title: str, provenance: str) -> str:
     heads[1:] = "\\midrule\n" + heads[1:]
     cells["Setting"] = heads.where(first, "") + cells["Setting"]
     tabular = cells.to_latex(
-        index=False, escape=False, header=[HEADERS.get(name, name) for name in shown.columns], column_format="@{}l" + "r" * 7 + "ll@{}"
+        index=False,
+        escape=False,
+        header=[HEADERS.get(name, name) for name in shown.columns],
+        column_format=f"@{{}}l{'r' * (len(shown.columns) - 3)}ll@{{}}",
     )
     return (
         "% needs \\usepackage{booktabs,graphicx}\n\\begin{table*}\n\\centering\\footnotesize\\setlength{\\tabcolsep}{4pt}\n"

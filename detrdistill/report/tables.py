@@ -17,9 +17,14 @@ from detrdistill.recipes.claims import MARGIN, REPRODUCED_WITHIN
 from detrdistill.recipes.identity import run_id
 from detrdistill.recipes.rows import Table
 from detrdistill.recipes.words import MEASURED, METRICS, NO_OBJECTS, NOT_RUN, STORED
-from detrdistill.records import Record, refuse_mixed, short_commit
+from detrdistill.records import Cost, Record, refuse_mixed, short_commit
 from detrdistill.runs.store import Store
 from detrdistill.statistics import ONE_SEED, Difference, mean_and_half, seeds_to_decide, verdict, verdict_words
+
+# In these tables parameters, GFLOPs and milliseconds stand beside AP, as soon as a run's costs were measured (`compare.costs`).
+WITH_COSTS = ("main_results", "light_backbones")
+COSTS = {"parameters": "Parameters (M)", "gflops": "GFLOPs", "milliseconds": "ms"}
+COST_FORMS = {"parameters": ".2f", "gflops": ".3g", "milliseconds": ".1f"}
 
 if TYPE_CHECKING:
     from detrdistill.report.comparisons import Comparisons
@@ -27,6 +32,8 @@ if TYPE_CHECKING:
 
 def collect(table: Table, store: Store) -> pd.DataFrame:
     """A line a run: table, preset, detector, setting, seed, run, the twelve numbers, status ("measured" or "not run"), provenance.
+
+    Where costs of a run of `WITH_COSTS` were measured, they have columns too.
 
     Raises:
         InputError: a record was edited, or the records do not belong together (other data, or another teacher than the table's).
@@ -43,9 +50,18 @@ def collect(table: Table, store: Store) -> pd.DataFrame:
             records += [record] if record else []
             line |= {"measured_on": table.measured_on, "data_sha256": about.get("data_sha256"), "commit": about.get("commit")}
             line |= {"computed_by": _computed_by(about)}
-            lines.append(line)
+            lines.append(line | _costs(store.cost(record) if record and table.name in WITH_COSTS else None))
     refuse_mixed(records)
-    return pd.DataFrame(lines)
+    frame = pd.DataFrame(lines)
+    return frame if frame["cost_measured_on"].notna().any() else frame.drop(columns=[*COSTS, "cost_measured_on"])
+
+
+def _costs(cost: Cost | None) -> dict[str, Any]:
+    if cost is None:
+        return dict.fromkeys(COSTS, math.nan) | {"cost_measured_on": None}
+    numbers = (cost.parameters / 1e6, cost.gflops, cost.milliseconds["median"])
+    threads = f"{cost.threads} thread{'s' * (cost.threads > 1)}"
+    return dict(zip(COSTS, numbers, strict=True)) | {"cost_measured_on": f"{cost.hardware}, {threads}, {cost.runtime}"}
 
 
 def _status(record: Record | None, store: Store) -> str:
@@ -96,6 +112,7 @@ def summarise(table: Table, frame: pd.DataFrame, comparisons: "Comparisons") -> 
         for name in ("AP", "gain"):
             stated = row.published and published_value(paper, row.published, row.column.replace("AP", name))
             line[f"published_{name}"] = stated if row.published else math.nan
+        line |= {name: mean_and_half(runs[name])[0] for name in COSTS if name in frame}
         line |= {"stored": bool(len(runs)) and (runs["status"] == STORED).all()}
         line |= {"measured_on": table.measured_on, "seeds": int(runs["AP"].notna().sum()), "seeds_wanted": len(row.recipes)}
         lines.append(line | {"status": status(line, gain, coco=table.preset == "coco" and not row.of_published)})
@@ -136,6 +153,7 @@ def cells(summary: pd.DataFrame) -> pd.DataFrame:
                 "Published AP": _number(line["published_AP"], unknown),
                 "Published gain": _number(line["published_gain"], unknown, "+.1f") if distilled else "-",
                 "Measured on": line["measured_on"],
+                **{title: _number(line[name], "-", COST_FORMS[name]) for name, title in COSTS.items() if name in summary},
                 "Seeds": f"{line['seeds']} of {line['seeds_wanted']}",
                 "Status": line["status"],
             }
@@ -181,7 +199,10 @@ def provenance_line(frame: pd.DataFrame) -> str:
     parts += [f"{seeds} seed{'s' * (seeds != 1)}"] if seeds else []
     if ran["status"].str.contains("best of").any():
         parts.append("runs of their best evaluation, which was chosen on the same images, so that their numbers are optimistic")
-    return "; ".join(parts) + "."
+    text = "; ".join(parts) + "."
+    if "cost_measured_on" not in ran or not (places := sorted(set(ran["cost_measured_on"].dropna()))):
+        return text
+    return f"{text} Parameters, GFLOPs (a multiply-add is two) and milliseconds an image: measured on {'; '.join(places)}."
 
 
 NOTES = (

@@ -2,7 +2,8 @@
 
 A user's own results take parents from it (teachers, backbones trained on crops), marked "stored", and measure everything else anew.
 `python -m detrdistill.runs.reference PRESET ROOT [RUN ...]` brings complete runs from the results folder ROOT into it; weights only of
-the runs that are named, since they are what makes a clone heavy. What `analysis.where_to_look` measured of a run goes with its record.
+the runs that are named, since they are what makes a clone heavy. What `analysis.where_to_look` and `compare.costs` measured of a run goes
+with its record.
 """
 
 import gzip
@@ -56,6 +57,8 @@ def take(recipe: Recipe | CropRecipe, store: Store) -> Record | None:
                 shutil.copyfile(source.weights(recipe), temporary)
             if (inside := source.inside_objects(record)) is not None:
                 store.write_inside(recipe, inside)
+            if (cost := source.cost(record)) is not None:
+                store.write_cost(recipe, cost)
             store.mark_stored(recipe, f"taken from results/reference/{source.root.name}, not trained here")
             store.write(record)  # last: with it the run is complete
         return record
@@ -132,7 +135,8 @@ def bring(preset: str, root: Path, weights: Collection[str] = ()) -> list[str]:
         raise InputError(f"run '{unknown[0]}' is not complete in {root}; its complete runs are {', '.join(own) or 'none'}")
     source, committed = Store(root), Store(target)
     shares = {name: found for name, record in own.items() if (found := source.inside_objects(record))}
-    for what, made in (("run", own), ("shares of run", shares)):
+    costs = {name: found for name, record in own.items() if (found := source.cost(record))}
+    for what, made in (("run", own), ("shares of run", shares), ("costs of run", costs)):
         for name, one in made.items():
             if not (commit := one.provenance["commit"]) or "+changes" in commit:
                 raise InputError(f"{what} {name}: made by code that is in no commit ({commit}); make it again from a clone")
@@ -150,10 +154,13 @@ def bring(preset: str, root: Path, weights: Collection[str] = ()) -> list[str]:
             shutil.copyfile(source.weights(own[name].recipe), temporary)
     for record in new.values():
         committed.write(record)
-    for name, found in shares.items():
-        there = committed.record(own[name].recipe)
+    for found, write in (
+        *((one, committed.write_inside) for one in shares.values()),
+        *((one, committed.write_cost) for one in costs.values()),
+    ):
+        there = committed.record(own[found.run].recipe)
         if there and there.provenance["weights_sha256"] == found.weights_sha256:
-            committed.write_inside(there.recipe, found)
+            write(there.recipe, found)
     return list(new)
 
 

@@ -34,6 +34,7 @@ from detrdistill.training.batches import mix
 from detrdistill.training.crops import train_on_crops
 from detrdistill.training.evaluation import changes, evaluate
 from detrdistill.training.fabric import loaders, make_fabric
+from detrdistill.training.logging import check_logger, make_loggers
 from detrdistill.training.teacher_outputs import Teacher, kept_outputs
 from detrdistill.training.trainer import train
 
@@ -51,6 +52,7 @@ def run(
     progress: bool = True,
     keep_teacher_outputs: bool = True,
     reference: bool = False,
+    logger: str = "",
 ) -> Record:
     """Train what `recipe` says and evaluate it, or return the record if that has been done.
 
@@ -63,6 +65,7 @@ def run(
         keep_teacher_outputs: under `resize.train` "none" or "flip" the teacher's outputs are kept in `teacher_outputs` of the data
             cache; `training.teacher_outputs` says how equal they are. False: the teacher computes them in every step.
         reference: whether this run may be taken from the committed reference (`runs.reference`), as its parents may.
+        logger: "tensorboard" for losses, learning rate and AP in `tensorboard/` of the run's folder, while it trains.
 
     Raises:
         InputError: data, weights or folders are not usable, another process trains this run, the teacher is below its floor, or its
@@ -72,8 +75,9 @@ def run(
     """
     if workers is not None and workers < 0:
         raise InputError(f"workers {workers}: a number of processes; give 0 or more")
+    check_logger(logger)
     how = {"device": device, "workers": workers, "progress": progress, "keep_teacher_outputs": keep_teacher_outputs}
-    return _run(pinned(recipe), store, reference, **how)
+    return _run(pinned(recipe), store, reference, **how, logger=logger)
 
 
 def _run(
@@ -85,12 +89,14 @@ def _run(
     workers: int | None,
     progress: bool,
     keep_teacher_outputs: bool,
+    logger: str,
 ) -> Record:
     """`run` of a recipe that states its data's content. A record is looked up here, once more under the lock, and then handed on."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 and (record := _look_up(recipe, store, reference)) is not None:
         return record
     code()
-    fabric = make_fabric(device, recipe.backbone.crops.precision if isinstance(recipe, CropRecipe) else recipe.precision)
+    precision = recipe.backbone.crops.precision if isinstance(recipe, CropRecipe) else recipe.precision
+    fabric = make_fabric(device, precision, [] if isinstance(recipe, CropRecipe) else make_loggers(logger, store.folder(recipe)))
     # The first process looks: what each saw on a shared disk for itself could differ.
     record = fabric.broadcast(_look_up(recipe, store, reference) if fabric.world_size > 1 and fabric.is_global_zero else None)
     if record is not None:
@@ -106,7 +112,7 @@ def _run(
         if recipe.start is not None and parents(recipe):  # so is a start that does not fit
             names = [category.name for category in open_split(recipe, "val").categories]
             start_detector(build_any(recipe, names), recipe, names)
-        how = {"device": device, "workers": workers, "progress": progress, "keep_teacher_outputs": keep_teacher_outputs}
+        how = {"device": device, "workers": workers, "progress": progress, "keep_teacher_outputs": keep_teacher_outputs, "logger": logger}
         records = {}
         for name, parent in parents(recipe).items():
             records[name] = _run(parent, store, True, **how)

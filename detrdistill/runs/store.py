@@ -5,16 +5,21 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from detrdistill.errors import InputError
 from detrdistill.files import file_hash, make_folder, write_text, writing
 from detrdistill.recipes.identity import run_id, same_run
 from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.recipe import CropRecipe, Recipe
-from detrdistill.records import InsideObjects, Record, read_inside, read_record, record_text
+from detrdistill.records import Cost, InsideObjects, Record, read_cost, read_inside, read_record, record_text
 
 SHARES = "inside_objects.json"  # beside the record of a detector whose maps were measured
+COST = "cost.json"  # beside the record of a detector whose costs were measured
 MARK = "stored.txt"  # beside the record of a run that was not trained here
+
+
+Measured = TypeVar("Measured", InsideObjects, Cost)
 
 
 class Store:
@@ -93,19 +98,32 @@ class Store:
             InputError: the file was edited or damaged, or it was measured on other data or with other weights than the record's.
         """
         path = self.folder(record.recipe) / SHARES
-        if not path.exists():
-            return None
-        found, about = read_inside(path), record.provenance
-        stated = (found.run, found.weights_sha256, found.data_sha256)
+        return self._of_record(record, read_inside(path), f"shares {path}") if path.exists() else None
+
+    def cost(self, record: Record) -> Cost | None:
+        """What a run's detector costs when it is used, None if that was not measured.
+
+        Raises:
+            InputError: as `inside_objects`.
+        """
+        path = self.folder(record.recipe) / COST
+        return self._of_record(record, read_cost(path), f"costs {path}") if path.exists() else None
+
+    @staticmethod
+    def _of_record(record: Record, found: Measured, title: str) -> Measured:
+        about, stated = record.provenance, (found.run, found.weights_sha256, found.data_sha256)
         if stated != (record.id, about["weights_sha256"], about["data_sha256"]):
             raise InputError(
-                f"shares {path}: of run {stated[0]}, weights {stated[1][:8]}, data {stated[2][:8]}; the record beside it is of "
+                f"{title}: of run {stated[0]}, weights {stated[1][:8]}, data {stated[2][:8]}; the record beside it is of "
                 f"run {record.id}, weights {about['weights_sha256'][:8]}, data {about['data_sha256'][:8]}; delete it to measure again"
             )
         return found
 
     def write_inside(self, recipe: Recipe, found: InsideObjects) -> None:
         write_text(self.folder(recipe) / SHARES, record_text(found))
+
+    def write_cost(self, recipe: Recipe, found: Cost) -> None:
+        write_text(self.folder(recipe) / COST, record_text(found))
 
     def write(self, record: Record) -> None:
         write_text(self.folder(record.recipe) / "record.json", record_text(record))

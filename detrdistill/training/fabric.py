@@ -2,11 +2,13 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.loggers import Logger
 from lightning_fabric.plugins import MixedPrecision, Precision
 from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.strategies import DDPStrategy
@@ -29,8 +31,11 @@ class Autocast(MixedPrecision):
         return data
 
 
-def make_fabric(device: str, precision: str) -> Fabric:
+def make_fabric(device: str, precision: str, loggers: Sequence[Logger] = ()) -> Fabric:
     """Fabric for this process, or for all processes of torchrun.
+
+    Args:
+        loggers: told what is logged while training.
 
     Raises:
         InputError: an unknown device, cuda where there is none, a GPU that is not there, or more processes than GPUs.
@@ -61,6 +66,7 @@ def make_fabric(device: str, precision: str) -> Fabric:
         num_nodes=world // local,
         strategy=DDPStrategy(timeout=PATIENCE) if world > 1 else "auto",
         plugins=plugins,
+        loggers=list(loggers),
     )
     fabric.launch()
     return fabric

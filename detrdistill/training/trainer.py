@@ -76,7 +76,7 @@ def train(
     stopwatch = Stopwatch(state["seconds"])
     signals: list[str] = []
     with (
-        Log(folder / "log.jsonl" if fabric.is_global_zero else None, state["step"]) as log,
+        Log(folder / "log.jsonl" if fabric.is_global_zero else None, state["step"], fabric.loggers) as log,
         tqdm(total=total, initial=state["step"], desc=recipe.title, unit="step", disable=quiet, mininterval=1) as bar,
         on_sigterm(lambda: signals.append("stop")),
         closing(micro_batches(dataset, draws, workers, pin=fabric.device.type == "cuda")) as stream,
@@ -113,6 +113,7 @@ def train(
                 with stopwatch.stopped():
                     metrics, held = evaluate(kept.model)
                 kept.evaluated(step, metrics, state)
+                log.evaluated(step, metrics)
                 point = {"step": step, "AP": metrics["AP"]} | changes(held, state.get("held"))
                 state["curve"], state["held"] = [*state["curve"], point], held[-1].clone()  # not the storage of all stages
             if step in evaluations or stopping or checkpoint.due:

@@ -1,0 +1,1 @@
+"""What one detector has before another, and what it costs."""
