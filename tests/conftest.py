@@ -12,6 +12,7 @@ SLOW = (
     "tests/test_notebooks.py",
     "tests/test_sliders.py",
     "tests/report/test_inside_objects.py::test_they_are_shown",
+    "tests/export/test_onnx.py",
     "tests/runs/test_batch.py",
     "tests/faults/",
     "tests/training/test_devices.py::test_losses_wait_for_the_gpu_once_and_mix_no_devices",

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import benchmarks, coverage, detectors, distillation, gpu_days, since, teacher_outputs
+from benchmarks import benchmarks, coverage, detectors, distillation, export, gpu_days, since, teacher_outputs
 
 ROWS = {
     benchmarks: {"matching / textbook matcher, 2 images, 2 stages, 20 queries", "reference: gain of DETRDistill, three seeds"},
@@ -15,6 +15,7 @@ ROWS = {
     teacher_outputs: {"deformable_detr", "conditional_detr", "adamixer"},
     coverage: {"Deformable DETR"},
     gpu_days: {"conditional_detr"},
+    export: {"deformable_detr", "conditional_detr", "adamixer"},
     since: {"deformable_detr"},
 }
 

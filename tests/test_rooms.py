@@ -24,6 +24,7 @@ ORDER = (
     "checkpoints",
     "training",
     "runs",
+    "export",
     "figures",
     "analysis",
     "report",
@@ -103,7 +104,7 @@ def test_sizes() -> None:
     assert size <= total / 4, f"{largest} holds {size} of {total} lines; more than a quarter"
     core = [path for path in FILES if path.relative_to(PACKAGE).as_posix().startswith(CORE)]
     assert sum(map(lines, core)) <= 4000, "models, distill, matching, criterion and trainer together: at most 4,000 lines"
-    assert total <= 17_400, f"the package has {total} lines; at most 17,400"
+    assert total <= 18_000, f"the package has {total} lines; at most 18,000"
 
 
 def test_every_room_is_in_the_order() -> None:
