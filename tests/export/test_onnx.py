@@ -53,7 +53,8 @@ def settings(kind: str) -> dict[str, str]:
 
 
 def detector_of(kind: str) -> nn.Module:
-    return small_detector(kind, **({"queries": 40} if kind.endswith("two-stage") else {}))
+    """With one stage where stages do not refine each other's boxes: tracing takes seconds a stage."""
+    return small_detector(kind, **({"queries": 40} if kind.endswith("two-stage") else {"decoder_layers": 1 + kind.endswith("refine")}))
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +106,10 @@ def test_the_same_detections_in_a_process_without_torch(kind: str, exported: Exp
     folder, said = exported(kind)
     assert {path.name for path in folder.iterdir()} == {"model.onnx", "predict.py"}
     assert said.startswith(
-        f"{folder / 'model.onnx'}: the same detections in onnxruntime on images of {root / 'mine'} (1 of 84 x 72 and 3 of"
+        f"{folder / 'model.onnx'}: the same detections in onnxruntime on images of {root / 'mine'} (1 of 82 x 72 and 3 of"
     )
     assert float(said.rpartition(" ")[2]) <= TOLERANCE / 4
-    images = sorted((root / "mine" / "images").glob("1*.png"))
+    images = sorted((root / "mine" / "images").glob("10?.png"))
     done = run_script(folder, root, *images, "--threshold", 0, "--threads", 1)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     expected = evaluate_model(root / kind / "weights.safetensors", root / "mine", device="cpu", settings=settings(kind), workers=0).results
@@ -155,13 +156,16 @@ def test_the_script_draws_writes_and_names_what_it_cannot_read(exported: Exporte
     folder, _ = exported("conditional")
     shutil.copytree(root / "mine" / "images", tmp_path / "images")
     (tmp_path / "images" / "0.png").write_bytes((tmp_path / "images" / "0.png").read_bytes()[:900])
-    words = (tmp_path / "images", "--threshold", 0.03)
-    done = run_script(folder, root, *words, "--out", tmp_path / "new" / "found.json", "--draw", tmp_path / "drawn")
+    everything = json.loads(run_script(folder, root, tmp_path / "images", "--threshold", 0).stdout)
+    all_scores = [found["score"] for one in everything for found in one["detections"]]
+    half = float(np.median(all_scores))
+    words = (tmp_path / "images", "--threshold", half, "--out", tmp_path / "new" / "found.json", "--draw", tmp_path / "drawn")
+    done = run_script(folder, root, *words)
     assert done.returncode == 0 and done.stderr.startswith(f"passed over: {tmp_path / 'images' / '0.png'} (") and not done.stdout
     told = json.loads((tmp_path / "new" / "found.json").read_text())
     assert len(told) == len(list((tmp_path / "drawn").iterdir())) == len(list((tmp_path / "images").iterdir())) - 1
     scores = [found["score"] for one in told for found in one["detections"]]
-    assert scores and min(scores) >= 0.03
+    assert abs(2 * len(scores) - len(all_scores)) <= 2 and min(scores) >= half - 1e-5
     (tmp_path / "file").write_text("")
     for words, message in (
         (("absent.png",), "error: no image that can be read in absent.png (1 passed over)"),
@@ -180,7 +184,7 @@ def test_a_file_that_differs_is_refused_and_nothing_is_left(
     folder, _ = exported("conditional")
     image = Images.together([(torch.randn(3, 64, 64), (64, 64))])
     monkeypatch.setattr(write, "write_graph", lambda whole, path, about: shutil.copyfile(folder / "model.onnx", path))
-    other = small_detector("conditional", seed=1)
+    other = small_detector("conditional", seed=1, decoder_layers=1)
     with pytest.raises(
         InputError, match=r"detections differ from torch's by .*, more than 0\.0001 \(1 of 64 x 64 px\); nothing is written"
     ):
