@@ -23,7 +23,7 @@ DETECTORS = {
     "conditional_detr": {"ffn": 2048},
     "adamixer": {"ffn": 2048, "queries": 100, "dropout": 0.0},
 }
-SCALES = {"full": (320, 7), "quick": (320, 3), "small": (64, 1)}  # side in pixels, repeats
+SCALES = {"full": (320, 7), "quick": (320, 3), "small": (128, 1)}  # side in pixels, repeats
 COLUMNS = ("detector", "side", "eager ms", "eager low", "eager high", "onnxruntime ms", "onnxruntime low", "onnxruntime high", "MB")
 
 

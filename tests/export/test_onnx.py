@@ -5,11 +5,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import onnxruntime
 import pytest
@@ -24,7 +22,7 @@ from detrdistill.export.verify import TOLERANCE, Images, difference, verify
 from detrdistill.models.weights import save_weights
 from detrdistill.runs.evaluate import evaluate_model
 from tests.folders import CATEGORIES, write_folder
-from tests.models.small import small_detector
+from tests.models.small import small_detector, untyped
 
 # With post-processing in the graph and without; the two-stage detector has more queries than the smallest images have tokens.
 KINDS = {
@@ -83,16 +81,6 @@ def exported(root: Path) -> Exporter:
         return made[kind]
 
     return of
-
-
-@contextmanager
-def untyped() -> Iterator[None]:
-    """Without the types that tests check: a tracer's sizes are no `int`."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    try:
-        yield
-    finally:
-        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def run_script(folder: Path, root: Path, *words: object) -> subprocess.CompletedProcess:
