@@ -37,7 +37,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
             # mkstemp makes files private; results are meant to be shared like any other file.
-            temporary.chmod(0o666 & ~_umask())
+            temporary.chmod(0o666 & ~umask())
             temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -107,7 +107,8 @@ def _number(error: BaseException | None) -> int | None:
     return int(found[1]) if found else _number(error.__context__)
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Permissions that new files and folders of this process do not get."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -1,12 +1,14 @@
 """Benchmarks work: each runs here in its smallest sizes, whose numbers mean nothing."""
 
 import csv
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from benchmarks import benchmarks, coverage, detectors, distillation, gpu_days, since, teacher_outputs
+from benchmarks import benchmarks, coverage, detectors, distillation, export, gpu_days, since, teacher_outputs
+from tests.models.small import untyped
 
 ROWS = {
     benchmarks: {"matching / textbook matcher, 2 images, 2 stages, 20 queries", "reference: gain of DETRDistill, three seeds"},
@@ -15,6 +17,7 @@ ROWS = {
     teacher_outputs: {"deformable_detr", "conditional_detr", "adamixer"},
     coverage: {"Deformable DETR"},
     gpu_days: {"conditional_detr"},
+    export: {"deformable_detr", "conditional_detr", "adamixer"},
     since: {"deformable_detr"},
 }
 
@@ -22,7 +25,8 @@ ROWS = {
 @pytest.mark.parametrize(("benchmark", "rows"), ROWS.items(), ids=[module.__name__ for module in ROWS])
 @pytest.mark.filterwarnings("default")  # of libraries: a benchmark is not stopped by them either
 def test_a_benchmark_works(tmp_path: Path, capsys: pytest.CaptureFixture, benchmark: ModuleType, rows: set[str]) -> None:
-    benchmark.main(["--small", "--out", str(tmp_path), *(["HEAD"] if benchmark is since else [])])
+    with untyped() if benchmark is export else nullcontext():
+        benchmark.main(["--small", "--out", str(tmp_path), *(["HEAD"] if benchmark is since else [])])
     (path,) = tmp_path.iterdir()
     about, *table = path.read_text(encoding="utf-8").splitlines()
     found = list(csv.DictReader(table))

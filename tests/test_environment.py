@@ -18,7 +18,8 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 
 
-EXTRAS = ("notebooks", "batch", "hub", "tensorboard", "transformers", "test")
+EXPORT = ("export/graph.py", "export/predict.py", "export/verify.py")  # the second is a script for elsewhere, which the kit never imports
+EXTRAS = ("notebooks", "batch", "hub", "tensorboard", "onnx", "transformers", "test")
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +42,10 @@ def test_all_is_every_extra(project: dict[str, Any]) -> None:
 def test_the_library_alone_imports_nothing_of_the_extras(project: dict[str, Any]) -> None:
     """Models, losses, training and reports; what needs an extra is imported where it is used, in the files that are named here."""
     extras = {"ipywidgets", "jupyterlab", "papermill", "nbformat", "snakemake", "IPython", "transformers", "huggingface_hub"}
+    extras |= {"onnx", "onnx_ir", "onnxruntime", "onnxscript"}
     users = {path.relative_to(ROOT / "detrdistill").as_posix() for path in (ROOT / "detrdistill").rglob("*.py") if extras & imported(path)}
-    assert users == {"notebooks.py", "any_detr/build.py", "analysis/query_masks.py", "analysis/detections.py", "checkpoints/locate.py"}
+    inside = {"notebooks.py", "any_detr/build.py", "analysis/query_masks.py", "analysis/detections.py", "checkpoints/locate.py"}
+    assert users == {*inside, "predict/models.py", *EXPORT}
     for module in ("detrdistill.runs.run", "detrdistill.report.write", "detrdistill.session", "detrdistill.cli"):
         blocked = f"import sys; sys.modules.update(dict.fromkeys({sorted(extras)!r})); import {module}"
         subprocess.run([sys.executable, "-W", "ignore", "-c", blocked], check=True, timeout=120)

@@ -25,6 +25,7 @@ ORDER = (
     "checkpoints",
     "training",
     "runs",
+    "export",
     "figures",
     "analysis",
     "report",

@@ -164,6 +164,18 @@ def teacher_outputs() -> str:
     return as_table(["Teacher's outputs", *(f"{title}: DETRDistill, FGD" for title in DETECTORS.values()), "Aim"], table)
 
 
+def exported() -> str:
+    """Time and size of exported detectors."""
+    if not (path := BENCHMARKS / "export.csv").is_file():
+        return "Not measured yet: `python -m benchmarks.export`."
+    table = []
+    for line in read(path):
+        times = [[f"{float(line[f'{one} {part}']):.0f}" for part in ("ms", "low", "high")] for one in ("eager", "onnxruntime")]
+        cells = [f"{middle} ms ({low} to {high})" for middle, low, high in times]
+        table.append([DETECTORS[line["detector"]], *cells, f"{float(line['MB']):.0f} MB"])
+    return as_table(["Detector", "torch", "onnxruntime", "File"], table)
+
+
 def commits() -> str:
     """Where, and by which commit, each table of benchmarks/ was measured."""
     table = []
@@ -174,7 +186,7 @@ def commits() -> str:
 
 
 BLOCKS: Mapping[str, Callable[..., str]] = {
-    one.__name__: one for one in (found, cost, measured, results, gpu_days, ratios, teacher_outputs, commits)
+    one.__name__: one for one in (found, cost, measured, results, gpu_days, ratios, teacher_outputs, exported, commits)
 }  # fmt: skip
 
 

@@ -132,24 +132,36 @@ def compare(
     print(markdown(found.table), markdown(found.repaired), *written, sep="\n")
 
 
-def export(run: tyro.conf.Positional[Path], folder: tyro.conf.Positional[Path], /) -> None:
-    """Write a run's detector as a folder that transformers opens (AutoModelForObjectDetection, AutoImageProcessor).
+def export(
+    model: tyro.conf.Positional[str],
+    folder: tyro.conf.Positional[Path],
+    /,
+    format: str = "hugging-face",
+    post_processing: bool = False,
+    data: Path | None = None,
+    outputs: tuple[str, ...] = (),
+    set: tyro.conf.UseAppendAction[tuple[str, ...]] = (),
+) -> None:
+    """Write a detector for use without the kit: as a folder that transformers opens, or as ONNX with a script that needs no torch.
 
     Args:
-        run: the run's folder, results/<preset>/runs/<id>.
+        model: for hugging-face a run's folder, results/<preset>/runs/<id>; for onnx also a run's id, a checkpoint file, a Hugging Face
+            folder, or a hub id.
         folder: where the new folder goes.
+        format: hugging-face (AutoModelForObjectDetection, AutoImageProcessor), or onnx (model.onnx and predict.py; docs/export.md).
+        post_processing: onnx: the graph itself chooses the best detections and gives boxes in pixels.
+        data: onnx: folder of COCO json and images that the file is verified on; without, the run's own.
+        outputs: onnx: names of the classes of the file's outputs, where it does not say them.
+        set: onnx: what the file does not say, such as heads=8, as in evaluate; may be repeated.
     """
-    from detrdistill.recipes.recipe import Recipe
-    from detrdistill.records import read_record
+    if format not in ("hugging-face", "onnx"):
+        raise InputError(f"format '{format}' is unknown; known: hugging-face, onnx")
+    from detrdistill.export import write
+    from detrdistill.parameters import assigned
 
-    if not (run / "record.json").is_file():
-        raise InputError(f"run {run}: no record.json, so it is not a complete run; give the folder of one")
-    recipe = read_record(run / "record.json").recipe
-    if not isinstance(recipe, Recipe):
-        raise InputError(f"run {run}: of a backbone that was trained on crops; give the folder of a detector's run")
-
-    from detrdistill.checkpoints.hugging_face import export_hugging_face
-    from detrdistill.checkpoints.pretrained import load_pretrained
-
-    detector, about = load_pretrained(run)
-    print(export_hugging_face(detector, folder, [name or f"class {i}" for i, name in enumerate(about.names)], recipe.resize))
+    if format == "onnx":
+        print(write.export_onnx(model, folder, post_processing=post_processing, data=data, outputs=outputs, settings=assigned(set)))
+    elif post_processing or data is not None or outputs or set:
+        raise InputError("format hugging-face takes no post-processing, data, outputs or set; leave them out, or say --format onnx")
+    else:
+        print(write.export_run(Path(model), folder))

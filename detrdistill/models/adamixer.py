@@ -229,8 +229,8 @@ class AdaMixer(nn.Module):
         """
         maps = AttentionMaps() if attention else None
         groups = [self.place(group) for group in groups] or [self.queries(memory)]
-        sizes = [len(group) for group in groups]
-        start = Queries.join(groups, len(memory.sizes))
+        sizes = [group.content.shape[1] for group in groups]
+        start = Queries.join(groups, memory.sizes.shape[0])
         content, xyzr = start.content, to_xyzr(start.reference * memory.sizes)
         states, logits, boxes = [], [], []
         for stage in self.stages:

@@ -62,8 +62,15 @@ def sine_position(padding: Bool[Tensor, "B H W"], features: int, shift: float, t
 
 
 def level_padding(padding: Bool[Tensor, "B H W"], shape: tuple[int, int]) -> Bool[Tensor, "B h w"]:
-    """The images' padding mask on a feature level's grid (nearest neighbour)."""
-    return F.interpolate(padding[:, None].float(), size=shape)[:, 0].bool()
+    """The images' padding mask on a feature level's grid: that of the pixel that torch's `interpolate` (nearest) takes for a cell.
+
+    Written out, since an ONNX file would divide by the level's part of the image where torch multiplies by its inverse, and hit the
+    pixel before where a cell begins exactly at one (seen with 130 pixels and 5 cells).
+    """
+    for axis, (pixels, cells) in enumerate(zip(padding.shape[1:], shape, strict=True), start=1):
+        taken = (torch.arange(cells, dtype=torch.float32, device=padding.device) * (pixels / cells)).long()
+        padding = padding.index_select(axis, taken.clamp(max=pixels - 1))
+    return padding
 
 
 def valid_ratio(padding: Bool[Tensor, "B H W"]) -> Float[Tensor, "B 2"]:
@@ -111,6 +118,8 @@ def within_groups(
     attention: Callable[..., Float[Tensor, "B Q D"]], sizes: Sequence[int], *inputs: Float[Tensor, "B Q _"]
 ) -> Float[Tensor, "B Q D"]:
     """`attention(*inputs)` within each group of queries; groups do not see each other. Groups of one size share one call."""
+    if len(sizes) == 1:
+        return attention(*inputs)
     if len(set(sizes)) == 1:
         folded = [x.unflatten(1, (len(sizes), -1)).flatten(0, 1) for x in inputs]
         return attention(*folded).unflatten(0, (-1, len(sizes))).flatten(1, 2)

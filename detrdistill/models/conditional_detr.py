@@ -194,8 +194,8 @@ class ConditionalDETR(nn.Module):
         """
         maps = AttentionMaps() if attention else None
         groups = [self.place(group) for group in groups] or [self.queries(memory)]
-        sizes = [len(group) for group in groups]
-        start = Queries.join(groups, len(memory.tokens))
+        sizes = [group.content.shape[1] for group in groups]
+        start = Queries.join(groups, memory.tokens.shape[0])
         t, point = start.content, start.reference.sigmoid()
         # The code names y before x.
         code = sine_code(point.flip(-1) * (2 * math.pi), self.dim // 2, self.temperature).flatten(-2)

@@ -235,7 +235,8 @@ class DeformableDETR(nn.Module):
         tokens = self.enc_output_norm(self.enc_output(memory.tokens.masked_fill(unusable[..., None], 0)))
         logits = self.class_embed[-1](tokens)
         coordinates = exact(self.bbox_embed[-1], tokens) + anchors
-        best = logits[..., 0].topk(min(self.num_queries, logits.shape[1]), dim=1).indices
+        # Not `min`: an ONNX file's images may have fewer tokens than those that were traced.
+        best = logits[..., 0].topk(torch.sym_min(self.num_queries, logits.shape[1]), dim=1).indices
         reference = coordinates.gather(1, best[..., None].expand(-1, -1, 4)).detach()
         codes = sine_code(reference.sigmoid() * (2 * math.pi), self.dim // 2).flatten(-2)
         position, content = self.pos_trans_norm(self.pos_trans(codes.to(tokens.dtype))).split(self.dim, dim=-1)
@@ -249,8 +250,8 @@ class DeformableDETR(nn.Module):
         """
         maps = AttentionMaps() if attention else None
         groups = [self.place(group) for group in groups] or [self.queries(memory)]
-        sizes = [len(group) for group in groups]
-        start = Queries.join(groups, len(memory.tokens))
+        sizes = [group.content.shape[1] for group in groups]
+        start = Queries.join(groups, memory.tokens.shape[0])
         t, position, reference = start.content, start.position, start.reference  # logits of points or boxes
         states, logits, boxes = [], [], []
         for i, layer in enumerate(self.decoder):
@@ -288,6 +289,6 @@ def token_anchors(memory: Memory) -> tuple[Float[Tensor, "B T 4"], Bool[Tensor, 
     """
     sizes = torch.cat([torch.full((h * w,), 0.05 * 2.0**i, device=memory.tokens.device) for i, (h, w) in enumerate(memory.shapes)])
     centres = token_centres(memory)
-    anchors = torch.cat((centres, sizes[None, :, None].expand(len(centres), -1, 2).to(centres.dtype)), dim=-1)
+    anchors = torch.cat((centres, sizes[None, :, None].expand(centres.shape[0], -1, 2).to(centres.dtype)), dim=-1)
     unusable = memory.padding | ~((anchors > 0.01) & (anchors < 0.99)).all(-1)
     return torch.log(anchors / (1 - anchors)).masked_fill(unusable[..., None], math.inf), unusable

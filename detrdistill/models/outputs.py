@@ -82,7 +82,7 @@ class DetectorOutput:
 
     def split(self, groups: Sequence[Queries], maps: "AttentionMaps | None" = None) -> "list[DetectorOutput]":
         """One output for each of the `groups` that `Queries.join` put side by side, with the attention that was recorded."""
-        sizes = [len(group) for group in groups]
+        sizes = [group.content.shape[1] for group in groups]
         parts = zip(groups, *(stacked.split(sizes, dim=2) for stacked in (self.logits, self.boxes, self.queries)), strict=True)
         found = [replace(self, logits=z, boxes=boxes, queries=t, initial=group) for group, z, boxes, t in parts]
         if maps is None:

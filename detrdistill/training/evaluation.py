@@ -19,9 +19,9 @@ from detrdistill.recipes.words import METRICS
 from detrdistill.training.batches import loading
 
 
-def detections(
+def best_pairs(
     logits: Float[Tensor, "B Q C"], boxes: Float[Tensor, "B Q 4"], original_sizes: Tensor | Sequence[tuple[int, int]], top: int = 100
-) -> list[dict[str, Tensor]]:
+) -> tuple[Float[Tensor, "B K"], Int[Tensor, "B K"], Float[Tensor, "B K 4"]]:
     """The detectors' post-processing: the `top` best pairs of query and class of each image. No clipping, no suppression.
 
     Args:
@@ -29,15 +29,22 @@ def detections(
         top: 100 in the DETRs, the number of queries in AdaMixer: a detector's `top`.
 
     Returns:
-        `scores`, `labels` and `boxes` (xyxy in pixels) of each image, best first.
+        scores, labels and boxes (xyxy in pixels), best first.
     """
     scores = logits.sigmoid().flatten(1)
-    scores, index = scores.topk(min(top, scores.shape[1]), dim=1)
+    # Not `min`: the pairs of a two-stage detector are not known while it is traced for export.
+    scores, index = scores.topk(torch.sym_min(top, scores.shape[1]), dim=1)
     height, width = torch.as_tensor(original_sizes, device=boxes.device).to(boxes.dtype).unbind(1)
     corners = cxcywh_to_xyxy(boxes) * torch.stack((width, height, width, height), dim=1)[:, None]
     classes = logits.shape[-1]
-    corners = corners.gather(1, (index // classes)[..., None].expand(-1, -1, 4))
-    images = zip(scores, index % classes, corners, strict=True)
+    return scores, index % classes, corners.gather(1, (index // classes)[..., None].expand(-1, -1, 4))
+
+
+def detections(
+    logits: Float[Tensor, "B Q C"], boxes: Float[Tensor, "B Q 4"], original_sizes: Tensor | Sequence[tuple[int, int]], top: int = 100
+) -> list[dict[str, Tensor]]:
+    """`scores`, `labels` and `boxes` of each image. Arguments are those of `best_pairs`."""
+    images = zip(*best_pairs(logits, boxes, original_sizes, top), strict=True)
     return [{"scores": score, "labels": label, "boxes": box} for score, label, box in images]
 
 

@@ -1,5 +1,9 @@
 """Small detectors of every family with random weights, and batches for them."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jaxtyping
 import torch
 from torch import Tensor, nn
 
@@ -64,3 +68,13 @@ def batch(*sizes: tuple[int, int], seed: int = 0) -> tuple[Tensor, Tensor]:
     for i, (h, w) in enumerate(sizes):
         pixels[i, :, :h, :w], padding[i, :h, :w] = torch.randn(3, h, w, generator=random), False
     return pixels, padding
+
+
+@contextmanager
+def untyped() -> Iterator[None]:
+    """Without the types that tests check, for torch.export: a tracer's sizes are no `int`."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)

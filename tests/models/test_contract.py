@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import detrdistill.distill
@@ -22,6 +23,7 @@ from detrdistill.models import (
     build_detector,
     conditional_detr,
 )
+from detrdistill.models.attention import level_padding
 from detrdistill.recipes.methods import DETRDistill
 from tests.models.small import CLASSES, DIM, KINDS, QUERIES, STAGES, batch, randomise, small_detector, small_recipe
 
@@ -321,3 +323,12 @@ def test_what_takes_no_part_asks_for_no_gradient(kind: str, changes: dict, still
     for name, parameter in distiller.named_parameters():
         unused = bool(still) and name.startswith(f"student.{still}")
         assert parameter.requires_grad != unused and (parameter.grad is None) == unused, name
+
+
+def test_padding_on_a_level_is_that_of_the_nearest_pixel() -> None:
+    """As torch's `interpolate` has it, which the official codes call, for every size of an image and stride of a level."""
+    for pixels in (*range(1, 200), *range(481, 1334, 7)):
+        for cells in {-(-pixels // stride) for stride in (4, 8, 16, 32, 64, 128)}:
+            padding = torch.arange(pixels)[None, :, None] % 3 == 0
+            expected = F.interpolate(padding[:, None].float(), size=(cells, 1))[:, 0].bool()
+            assert torch.equal(level_padding(padding, (cells, 1)), expected), (pixels, cells)
