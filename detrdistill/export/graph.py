@@ -58,8 +58,8 @@ class Exported(nn.Module):
         return best_pairs(logits, boxes, original_sizes, self.detector.top) if self.post_processing else (logits, boxes)
 
 
-def write_graph(whole: Exported, path: Path, about: Mapping[str, str]) -> None:
-    """Write the graph with `about` as its metadata; batch, height and width are free.
+def write_graph(whole: Exported, path: Path, about: Mapping[str, str], fixed: tuple[int, int] | None = None) -> None:
+    """Write the graph with `about` as its metadata; batch, height and width are free, or the latter are `fixed`.
 
     Raises:
         InputError: torch cannot write this detector as ONNX.
@@ -68,7 +68,8 @@ def write_graph(whole: Exported, path: Path, about: Mapping[str, str]) -> None:
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
     from onnxscript import optimizer
 
-    images, height, width = TRACED
+    images, height, width = TRACED if fixed is None else (TRACED[0], *fixed)
+    free = {name: {axis: side for axis, side in axes.items() if axis == 0 or fixed is None} for name, axes in DYNAMIC.items()}
     # Two tensors: one that is given twice would be one input to the tracer.
     size, original = (torch.tensor([[height, width]] * images) for _ in range(2))
     example = (torch.zeros(images, 3, height, width), size, original)[: len(whole.inputs)]
@@ -88,7 +89,7 @@ def write_graph(whole: Exported, path: Path, about: Mapping[str, str]) -> None:
                 verbose=False,
                 input_names=whole.inputs,
                 output_names=whole.outputs,
-                dynamic_shapes={name: DYNAMIC[name] for name in whole.inputs},
+                dynamic_shapes={name: free[name] for name in whole.inputs},
             )
             model = program.model
             optimizer.inline(model)

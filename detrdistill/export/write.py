@@ -71,7 +71,9 @@ def export_onnx(
         "classes": json.dumps(classes(about.names, ids)),
         "mean": json.dumps(resize.mean),
         "std": json.dumps(resize.std),
-        "resize": json.dumps({"short": resize.short, "long": resize.long}),
+        "resize": json.dumps(
+            dict(zip(("height", "width") if resize.stretch else ("short", "long"), (resize.short, resize.long), strict=True))
+        ),
         "top": str(detector.top),
         "parameters": str(sum(one.numel() for one in detector.parameters())),
         "run": record.id if record else "",
@@ -162,15 +164,21 @@ def classes(names: Sequence[str], ids: Mapping[str, int]) -> list[dict[str, int 
 
 
 def verification_images(dataset: CocoDataset | None, resize: Resize) -> list[Images]:
-    """One image alone, and three together at half the size: neither is what was traced."""
+    """One image alone, and three together at half the size: neither is what was traced. Of a detector that stretches, all at its size."""
     if dataset is not None:
         samples = [dataset[i] for i in range(min(len(dataset), 4))]
         images = [(pixels, target["original_size"]) for pixels, target in samples]
     else:
         noise, short = torch.Generator().manual_seed(0), resize.short
-        shapes = [(short, min(resize.long, short * 5 // 4)), (short, short), (max(1, short // 2), short)]
+        shapes = (
+            [(short, resize.long)]
+            if resize.stretch
+            else [(short, min(resize.long, short * 5 // 4)), (short, short), (max(1, short // 2), short)]
+        )
         images = [(torch.randn(3, *shape, generator=noise), shape) for shape in shapes]
     others = [images[i % len(images)] for i in (1, 2, 3)]
+    if resize.stretch:
+        return [Images.together(images[:1]), Images.together(others)]
     halves = [(functional.resize(pixels, [max(32, side // 2) for side in pixels.shape[1:]]), size) for pixels, size in others]
     return [Images.together(images[:1]), Images.together(halves)]
 
@@ -188,7 +196,8 @@ def write_folder(detector: nn.Module, folder: Path, about: Mapping[str, str], im
     with writing(folder):
         temporary = Path(tempfile.mkdtemp(dir=make_folder(folder.parent), prefix=f".{folder.name}.", suffix=".part"))
         try:
-            write_graph(whole, temporary / MODEL, about)
+            rule = json.loads(about["resize"])
+            write_graph(whole, temporary / MODEL, about, fixed=(rule["height"], rule["width"]) if "height" in rule else None)
             worst = verify(whole, temporary / MODEL, images)
             shutil.copyfile(Path(__file__).with_name(SCRIPT), temporary / SCRIPT)
             temporary.chmod(0o777 & ~umask())  # mkdtemp's are private
