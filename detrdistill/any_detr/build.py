@@ -32,6 +32,7 @@ _NOT_KEPT = (
 )
 _SIZES = {"queries": "num_queries", "decoder_layers": "decoder_layers", "levels": "num_feature_levels"}
 # Linear layers whose first weights have a meaning: transformers sets them as the official codes do.
+_FIRST_STAGE = ("embedder.", "stages.0.", "conv1", "layer1.")  # and what comes before, by transformers' names and timm's
 _MEANT = ("sampling_offsets", "attention_weights", "class_embed", "class_labels_classifier", "score_head", "bbox")
 
 
@@ -52,6 +53,7 @@ def build_any(recipe: Recipe, names: Sequence[str]) -> nn.Module:
         torch.manual_seed(recipe.seed)
         model = transformers.AutoModelForObjectDetection.from_config(_config(recipe, names, transformers))
         initialise(model)
+    unfreeze(model, fresh=recipe.start is None)
     return AnyDETR(model, recipe.family)
 
 
@@ -83,6 +85,16 @@ def initialise(model: nn.Module) -> None:
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def unfreeze(model: nn.Module, fresh: bool) -> None:
+    """Train what transformers freezes of DETR's backbone, all of it where its weights are `fresh`.
+
+    Stem and first stage are meant to stay as they were learned. Of its own ResNet transformers misses the names, and freezes every stage.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and not module.weight.requires_grad:
+            module.weight.requires_grad_(fresh or not any(part in name for part in _FIRST_STAGE))
 
 
 def family_of(folder: Path) -> str | None:

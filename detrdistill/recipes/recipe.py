@@ -97,7 +97,21 @@ class Recipe(Strict):
             raise ValueError(f"'methods' names one method twice: {', '.join(names)}")
         if self.teacher is not None:
             self._teacher_fits(self.teacher)
+        for one in filter(None, (self, self.teacher)):  # which sees the student's images
+            self._images_fit(one)
         return self
+
+    def _images_fit(self, detector: "Recipe") -> None:
+        """Refuse images whose sides a family cannot take, before anything is trained."""
+        if detector.family is None or (multiple := detector.family.sides_of(detector.config)) == 1:
+            return
+        resize, of_one_size = self.resize, self.resize.stretch or (self.data.name == "digits" and self.resize.train != "detr")
+        sides = (resize.short, resize.long) if resize.stretch else (min(resize.short, resize.long),)
+        if not of_one_size or any(side % multiple for side in sides):
+            raise ValueError(
+                f"{detector.family.title} takes images whose sides are multiples of {multiple}: set resize.stretch=true, and resize.short "
+                f"(now {resize.short}) and resize.long ({resize.long}) to such numbers"
+            )
 
     def _teacher_fits(self, teacher: "Recipe") -> None:
         """Refuse what no loss could make sense of."""

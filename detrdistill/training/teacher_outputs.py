@@ -244,6 +244,8 @@ def kept_outputs(
 def padded_images(dataset: CocoDataset, recipe: Recipe) -> int:
     """The images, times the sizes to which batches may pad them: an output depends on its image's padding."""
     images = dataset.coco.imgs.values()
+    if recipe.resize.stretch:
+        return len(images)
     sizes = [shorter_side(image["height"], image["width"], recipe.resize.short, recipe.resize.long) for image in images]
     heights, widths = (set(sides) for sides in zip(*sizes, strict=True))
     return len(sizes) * len(heights) * len(widths)

@@ -29,6 +29,7 @@ def folder(path: Path, **config: object) -> Path:
         ({"size": 600, "max_size": 1000}, Resize(short=600, long=1000)),
         ({"size": {"shortest_edge": 600}, "max_size": 1000}, Resize(short=600, long=1000)),
         ({"size": 600}, Resize(short=600, long=1333)),
+        ({"size": {"height": 480, "width": 640}}, Resize(short=480, long=640, stretch=True)),
     ],
 )
 def test_what_the_processor_says(config: dict, wanted: Resize, tmp_path: Path) -> None:
@@ -42,7 +43,10 @@ def test_without_a_file_images_are_prepared_as_in_the_papers(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"size": {"height": 640, "width": 640}}, "'size' is .*the kit keeps the shape of images"),
+        ({"size": {"height": 640}}, "'size' is .*the kit resizes to a shorter side within a longer, or to one height and width"),
+        ({"size": {"height": 640, "width": 640}, "do_resize": False}, "'do_resize' is false"),
+        ({"size": {"height": 640, "width": 640}, "resample": 3}, "'resample' is 3"),
+        ({"size": {"height": 640, "width": "wide"}}, "'long' = 'wide'"),
         ({"size": {"max_height": 640, "max_width": 800}}, "'size' is "),
         ({"size": {"shortest_edge": 0, "longest_edge": 640}}, "'short' = 0"),
         ({"size": "big"}, "'size' is big"),

@@ -232,6 +232,7 @@ SWITCHES = {
     "detrdistill": {
         "logits": 2, "features": 0, "assignment": 0.5, "gamma": 0.25, "stages": "last", "matching": "positives", "normaliser": "pairs",
         "mask": "ones", "maps": "neck", "mask_queries": "initial", "adapter": False, "pairing": "student", "references": "student",
+        "normalised": True,
     },
     "fitnet": {"weight": 1, "maps": "features"},
     "fgd": {"foreground": 0, "background": 0, "attention": 0, "relation": 0, "temperature": 1, "maps": "features"},
@@ -265,7 +266,7 @@ def test_lists_may_be_text():
 
 def test_variants_set_all_switches_together():
     released = DETRDistill(variant="released")
-    same = {"name", "gamma", "mask_queries", "logits", "features", "assignment"}
+    same = {"name", "gamma", "mask_queries", "normalised", "logits", "features", "assignment"}
     assert {field for field in DETRDistill.model_fields if getattr(released, field) == getattr(DETRDistill(), field)} == same
     stated = DETRDistill(variant="released", mask="ones", contrast=0)
     assert stated.mask == "ones" and stated.contrast == 0 and stated.matching == "joint"
@@ -298,8 +299,8 @@ TWO_STAGE = STUDENT.replace(form="two_stage")
     ("student", "teacher", "method", "reason"),
     [
         (ADAMIXER, TEACHER, {"name": "detrdistill"}, "features and queries of detector deformable_detr mean something else to adamixer"),
-        (ADAMIXER, TEACHER, {"name": "fgd"}, "take a teacher of the same detector"),
-        (ADAMIXER, TEACHER, {"name": "kd_detr"}, "take a teacher of the same detector"),
+        (ADAMIXER, TEACHER, {"name": "fgd"}, "take a teacher whose queries have the same form"),
+        (ADAMIXER, TEACHER, {"name": "kd_detr"}, "take a teacher whose queries have the same form"),
         (ADAMIXER, TEACHER, {"name": "detrdistill", "features": 0, "assignment": 0}, None),
         (STUDENT.replace(levels=2), TEACHER, {"name": "cwd"}, "cwd compares level with level"),
         (STUDENT.replace(levels=2), TEACHER, {"name": "kd_detr"}, None),
