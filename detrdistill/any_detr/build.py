@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from detrdistill.errors import InputError
 from detrdistill.models import build_detector
+from detrdistill.models.weights import few
 from detrdistill.recipes.families import FAMILIES
 from detrdistill.recipes.recipe import Recipe
 
@@ -51,7 +53,8 @@ def build_any(recipe: Recipe, names: Sequence[str]) -> nn.Module:
 
     with _transformers(recipe.family.title) as transformers, torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = transformers.AutoModelForObjectDetection.from_config(_config(recipe, names, transformers))
+        with _in_one_line(f"{recipe.family.title}: transformers refuses the recipe's 'config' ({{}}); correct it"):
+            model = transformers.AutoModelForObjectDetection.from_config(_config(recipe, names, transformers))
         initialise(model)
     unfreeze(model, fresh=recipe.start is None)
     return AnyDETR(model, recipe.family)
@@ -121,16 +124,17 @@ def read_family(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[s
         raise InputError(
             f"{folder}: its config.json asks for code of its own ('auto_map'), which is never run; give a model of transformers itself"
         )
-    with _transformers(family.title) as transformers:
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            if hasattr(config, "use_pretrained_backbone"):
-                config.use_pretrained_backbone = False
-            model = transformers.AutoModelForObjectDetection.from_pretrained(
-                folder, config=config, local_files_only=True, dtype=torch.float32, trust_remote_code=False
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder}: transformers cannot open this {family.title} ({_short(error)}); restore the folder") from None
+    refusal = f"{folder}: transformers cannot open this {family.title} ({{}}); restore the folder"
+    with _transformers(family.title) as transformers, _in_one_line(refusal):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        if hasattr(config, "use_pretrained_backbone"):
+            config.use_pretrained_backbone = False
+        model, found = transformers.AutoModelForObjectDetection.from_pretrained(
+            folder, config=config, local_files_only=True, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    # Which transformers draws at random, and says so in a log alone.
+    if missing := sorted(one for one in found["missing_keys"] if not one.endswith("num_batches_tracked")):
+        raise InputError(refusal.format(f"{len(missing)} tensors are missing: {few(missing)}"))
     kept = json.loads(json.dumps(config.to_diff_dict()))
     known = {family.dim, *_SIZES.values(), *_NOT_KEPT, "use_pretrained_backbone"}
     fields = {"detector": name, "config": {key: value for key, value in kept.items() if key not in known}}
@@ -171,6 +175,17 @@ def _transformers(what: str) -> Iterator[Any]:
         raise InputError(f"{what}: a library that this model needs is not installed ({_short(error)}); install it with pip") from None
     finally:
         its_logging.set_verbosity(before)
+
+
+@contextmanager
+def _in_one_line(message: str) -> Iterator[None]:
+    """What transformers says against a file or a configuration becomes an InputError: `message`, with its words in {}."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError) as error:
+        raise InputError(message.format(_short(error))) from None
 
 
 def _short(error: Exception) -> str:

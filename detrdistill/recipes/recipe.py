@@ -123,10 +123,15 @@ class Recipe(Strict):
                     "teacher whose queries have the same form, or compare predictions alone: "
                     "--set detrdistill.features=0 --set detrdistill.assignment=0"
                 )
-            if self.family and method.needs_own_layers:
+            if method.needs_own_layers and (family := self.family or teacher.family):
                 raise ValueError(
-                    f"{method.name}: {method.needs_own_layers} cannot be had from transformers' {self.family.title}; "
+                    f"{method.name}: {method.needs_own_layers} cannot be had from transformers' {family.title}; "
                     f"{'leave references at teacher' if method.name == 'detrdistill' else 'take another method'}"
+                )
+            if method.compares_maps and getattr(method, "maps", "") == "neck" and self.tells_neck != teacher.tells_neck:
+                raise ValueError(
+                    f"{method.name}: of {self.detector} and its teacher {teacher.detector} one has maps before the encoder that are as "
+                    f"wide as those after it, one has not; take {method.name}.maps=features"
                 )
             if method.compares_maps and self.levels != teacher.levels:
                 raise ValueError(f"'levels' {self.levels} must be the teacher's {teacher.levels}: {method.name} compares level with level")
@@ -158,6 +163,13 @@ class Recipe(Strict):
     def query_form(self) -> str:
         """What its queries start from: models of one form can decode each other's, and have maps of one kind."""
         return f"transformers, {self.family.queries}" if self.family else self.detector
+
+    @property
+    def tells_neck(self) -> bool:
+        """Whether the maps before its encoder are as wide as those that its decoder attends to, in whose place they are compared."""
+        if self.family is None or self.family.queries != "logits":
+            return True
+        return self.config.get("encoder_hidden_dim", 256) == self.dim
 
     @property
     def published(self) -> bool:

@@ -1,6 +1,7 @@
 """Checks of the adapter against the installed transformers, each a function of a family that gives the largest difference it finds.
 
-`test_parity` holds them to a tolerance. `python -m tests.any_detr.checks` writes parity.csv, from which `make prose` fills docs/any_detr.md.
+`test_parity` holds them to a tolerance. `python -m tests.any_detr.checks` writes parity.csv, with which `make prose` fills
+docs/any_detr.md.
 """
 
 import csv

@@ -19,7 +19,6 @@ from detrdistill.models.outputs import Targets
 from detrdistill.models.weights import fit, read_weights, save_weights
 from detrdistill.recipes.families import FAMILIES
 from detrdistill.recipes.parts import Resize
-from detrdistill.training.teacher_outputs import padded_images
 from tests.any_detr import checks
 from tests.any_detr.checks import CHECKS, PADDED, WHOLE, adapted, freeze_norms, largest, rounded, some_targets
 from tests.any_detr.tiny import CONFIGS, LAYERS, SIDE, tiny

@@ -5,6 +5,8 @@ from transformers import AutoConfig, AutoModelForObjectDetection
 
 from detrdistill.any_detr.build import initialise
 from detrdistill.recipes.families import FAMILIES
+from detrdistill.recipes.parts import Resize, Schedule
+from detrdistill.recipes.recipe import Recipe
 from tests.models.small import randomise
 
 CLASSES, QUERIES, LAYERS, SIDE = 3, 6, 3, 64
@@ -107,3 +109,19 @@ def tiny(family: str, seed: int = 0, **changes) -> torch.nn.Module:
     if family in ("dab_detr", "detr"):  # whose queries are alike at first, and whose boxes are the anchors
         randomise(model, seed)
     return model
+
+
+def tiny_recipe(family: str, **changes) -> Recipe:
+    """The recipe of `tiny`; `changes` as `Recipe.replace` takes them."""
+    facts, config = FAMILIES[family], dict(CONFIGS[family])
+    sizes = {"dim": config.pop(facts.dim), "queries": config.pop("num_queries"), "decoder_layers": config.pop("decoder_layers")}
+    levels = 3 if facts.queries == "logits" else 1
+    base = Recipe(
+        detector=family,
+        **sizes,
+        levels=levels,
+        config=config,
+        schedule=Schedule(steps=1),
+        resize=Resize(short=SIDE, long=SIDE, stretch=True),
+    )
+    return base.replace(**changes)
