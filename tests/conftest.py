@@ -34,6 +34,7 @@ SLOW = (
     "tests/test_cli.py::test_every_run_that_the_batch_names_is_known",
     "tests/figures/",
     "tests/parity/",
+    "tests/any_detr/",
     "tests/distill/test_every_method.py::test_a_teacher_with_other_sizes",
     *(f"tests/training/test_trainer.py::test_resume_is_exact[{case}" for case in ("plain", "distilled-4", "distilled-5")),
     "tests/training/test_trainer.py::test_a_checkpoint_of_something_else_is_refused",

@@ -18,7 +18,7 @@ from packaging.version import Version
 ROOT = Path(__file__).parents[1]
 
 
-EXTRAS = ("notebooks", "batch", "hub", "test")
+EXTRAS = ("notebooks", "batch", "hub", "transformers", "test")
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def test_the_library_alone_imports_nothing_of_the_extras(project: dict[str, Any]
     """Models, losses, training and reports; what needs an extra is imported where it is used, in the files that are named here."""
     extras = {"ipywidgets", "jupyterlab", "papermill", "nbformat", "snakemake", "IPython", "transformers", "huggingface_hub"}
     users = {path.relative_to(ROOT / "detrdistill").as_posix() for path in (ROOT / "detrdistill").rglob("*.py") if extras & imported(path)}
-    assert users == {"notebooks.py", "analysis/query_masks.py", "analysis/detections.py", "checkpoints/locate.py"}
+    assert users == {"notebooks.py", "analysis/query_masks.py", "analysis/detections.py", "any_detr/build.py", "checkpoints/locate.py"}
     for module in ("detrdistill.runs.run", "detrdistill.report.write", "detrdistill.session", "detrdistill.cli"):
         blocked = f"import sys; sys.modules.update(dict.fromkeys({sorted(extras)!r})); import {module}"
         subprocess.run([sys.executable, "-W", "ignore", "-c", blocked], check=True, timeout=120)

@@ -1,6 +1,5 @@
 """Tables of docs/any_detr.md on the families of transformers; `workflow/prose.py` puts them there."""
 
-import csv
 from pathlib import Path
 
 from detrdistill.errors import InputError
@@ -9,6 +8,7 @@ from detrdistill.recipes.methods import METHODS, DETRDistill, Method
 from detrdistill.recipes.parts import Resize, Schedule
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.words import TITLES
+from workflow.findings import as_table, read
 
 PARITY = Path(__file__).resolve().parents[1] / "tests" / "any_detr" / "parity.csv"
 IN_WORDS = {
@@ -26,10 +26,6 @@ FORMS = {
     "anchors": "a learned box alone",
     "embeddings": "a learned embedding",
 }
-
-
-def as_table(heading: list[str], lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (heading, ["---"] * len(heading), *lines))
 
 
 def shown_recipe(family: str) -> Recipe:
@@ -50,15 +46,14 @@ def methods_of_families() -> str:
     """Which method runs on which family."""
     lines = []
     for title, method in METHODS_SHOWN.items():
-        words = [f"no: {method.needs_own_layers}" if refused(shown_recipe(family), method) else "yes" for family in FAMILIES]
-        lines.append([title, *words])
-    return as_table(["Method", *(family.title for family in FAMILIES.values())], lines)
+        words = ["no" if refused(shown_recipe(family), method) else "yes" for family in FAMILIES]
+        lines.append([title, *words, f"no {method.needs_own_layers}" if "no" in words else ""])
+    return as_table(["Method", *(family.title for family in FAMILIES.values()), "Refused because"], lines)
 
 
 def parity() -> str:
     """The largest differences from the models' own forward passes."""
-    with PARITY.open(encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    rows = read(PARITY)
     heading = ["Family", *(IN_WORDS[name] for name in rows[0] if name != "family")]
     return as_table(heading, [[FAMILIES[row["family"]].title, *(value for name, value in row.items() if name != "family")] for row in rows])
 
