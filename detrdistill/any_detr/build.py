@@ -129,12 +129,18 @@ def read_family(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[s
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
         if hasattr(config, "use_pretrained_backbone"):
             config.use_pretrained_backbone = False
+        how = {"config": config, "dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+        # Tensors that are missing or misshaped are drawn at random then, and refused here by their names.
         model, found = transformers.AutoModelForObjectDetection.from_pretrained(
-            folder, config=config, local_files_only=True, dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+            folder, **how, ignore_mismatched_sizes=True, output_loading_info=True
         )
-    # Which transformers draws at random, and says so in a log alone.
-    if missing := sorted(one for one in found["missing_keys"] if not one.endswith("num_batches_tracked")):
-        raise InputError(refusal.format(f"{len(missing)} tensors are missing: {few(missing)}"))
+    faults = {
+        "missing": sorted(one for one in found["missing_keys"] if not one.endswith("num_batches_tracked")),
+        "misshaped": sorted(f"{one} {list(there)} instead of {list(wanted)}" for one, there, wanted in found["mismatched_keys"]),
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{len(some)} tensors are {kind}: {few(some)}" for kind, some in faults.items() if some)
+        raise InputError(refusal.format(listed))
     kept = json.loads(json.dumps(config.to_diff_dict()))
     known = {family.dim, *_SIZES.values(), *_NOT_KEPT, "use_pretrained_backbone"}
     fields = {"detector": name, "config": {key: value for key, value in kept.items() if key not in known}}

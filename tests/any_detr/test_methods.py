@@ -173,3 +173,12 @@ def test_the_own_loss_is_what_a_plain_student_trains_by(family: str) -> None:
     parts = distiller(*batch(*WHOLE), some_targets(2, 1))
     (found,) = distiller.student.decode(distiller.student.encode(*batch(*WHOLE)))
     assert all(name.startswith("detection/loss_") for name in parts) and found.logits.shape[-1] == CLASSES
+
+
+@every_family
+def test_under_autocast(family: str) -> None:
+    """As recipes of precision bf16 train: maps and queries may be lowered on the way, losses are of full precision."""
+    with torch.autocast("cpu", torch.bfloat16):
+        distiller, parts = step(family, family, [DETRDistill(normalised=True), EVERY["fgd"]])
+    learns(distiller, parts, {"logits", "features", "assignment", "fgd"})
+    assert {value.dtype for value in parts.values()} == {torch.float32}

@@ -245,7 +245,7 @@ def test_the_report(spoil: Callable, message: str, tmp_path: Path) -> None:
 
 def test_another_detectors_checkpoint(tmp_path: Path) -> None:
     torch.save(official_state("conditional", small_detector("conditional")), tmp_path / "w.pth")
-    with pytest.raises(InputError, match=r"official weights of a ConditionalDETR\) cannot be loaded into a DeformableDETR"):
+    with pytest.raises(InputError, match=r"official weights of a Conditional DETR\) cannot be loaded into a DeformableDETR"):
         load_detector_weights(small_detector("deformable"), tmp_path / "w.pth")
     torch.save({"conv1.weight": torch.ones(1), "fc.weight": torch.ones(1)}, tmp_path / "w.pth")
     with pytest.raises(InputError, match=r"an image classifier: give it as backbone\.weights"):
@@ -387,7 +387,7 @@ def test_backbones_of_timm_have_torchvisions_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"model_type": "detr"}, "the model is a 'detr'; only"),
+        ({"model_type": "yolos"}, "the model is a 'yolos'; the kit reads"),
         ({"activation_function": "gelu"}, "'activation_function' is 'gelu', which makes it another function"),
         ({"position_embedding_type": "learned"}, "'position_embedding_type' is 'learned'"),
         ({"model_type": "conditional_detr", "auxiliary_loss": True}, "'auxiliary_loss' is True"),
