@@ -11,7 +11,7 @@ from tests.models.small import small_recipe
 @pytest.mark.parametrize(
     "kind, change, message",
     [
-        ("conditional", {"levels": 3}, r"conditional_detr has no 'levels' \(that is of deformable_detr, rt_detr, .*, detr\); leave it at 4, not 3"),
+        ("conditional", {"levels": 3}, r"conditional_detr has no 'levels' \(that is of deformable_detr, rt_detr, .*\); leave it at 4"),
         ("conditional", {"form": "two_stage"}, "conditional_detr has no 'form'"),
         ("conditional", {"groups": 2}, r"conditional_detr has no 'groups' \(that is of adamixer\)"),
         ("deformable", {"in_points": 16}, "deformable_detr has no 'in_points'"),
