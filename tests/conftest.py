@@ -38,6 +38,7 @@ SLOW = (
     "tests/figures/",
     "tests/compare/test_compare.py",
     "tests/parity/",
+    "tests/any_detr/",
     "tests/distill/test_every_method.py::test_a_teacher_with_other_sizes",
     *(f"tests/training/test_trainer.py::test_resume_is_exact[{case}" for case in ("plain", "distilled-4", "distilled-5")),
     "tests/training/test_trainer.py::test_a_checkpoint_of_something_else_is_refused",

@@ -42,6 +42,11 @@ def listed(words: Iterable[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
+def as_table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    made = [heading, ["---"] * len(heading), *lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in made)
+
+
 def found() -> str:
     """The README's findings: a bullet a question."""
     bullets = []

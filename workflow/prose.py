@@ -5,12 +5,13 @@ The faults in docs/trust.md are not from here: `make faults` writes them.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from detrdistill.files import write_text
 from detrdistill.recipes.words import DETECTORS, TITLES
-from workflow.findings import REFERENCE, found, listed, read
+from workflow.any_detr import families, methods_of_families, parity
+from workflow.findings import REFERENCE, as_table, found, listed, read
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
@@ -25,11 +26,6 @@ def rows(preset: str, table: str) -> list[dict[str, str]]:
     ]
     heading, _, *cells = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
     return [dict(zip(heading, line, strict=True)) for line in cells]
-
-
-def as_table(heading: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    made = [heading, ["---"] * len(heading), *lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in made)
 
 
 def measured(method: str) -> str:
@@ -186,7 +182,8 @@ def commits() -> str:
 
 
 BLOCKS: Mapping[str, Callable[..., str]] = {
-    one.__name__: one for one in (found, cost, measured, results, gpu_days, ratios, teacher_outputs, exported, commits)
+    one.__name__: one
+    for one in (found, cost, measured, results, gpu_days, ratios, teacher_outputs, exported, commits, families, methods_of_families, parity)
 }  # fmt: skip
 
 

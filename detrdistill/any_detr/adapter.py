@@ -158,10 +158,10 @@ class AnyDETR(nn.Module):
 
     def _predictions(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         """States [S B Q D], logits [S B Q C] and boxes [S B Q 4], as the model has them."""
-        # Some decoders normalise a state for the heads and feed it on as it was.
+        # Some decoders normalise a state for the heads and feed it on as it was; the last they tell, which DETR may have normalised twice.
         states = torch.stack(call.states)
         if (norm := getattr(self.decoder, "layernorm", None)) is not None:
-            states = norm(states)
+            states = torch.cat((norm(states[:-1]), call.found.last_hidden_state[None]))
         head, model = self.family.head, self.model
         if head == "recorded":
             # D-FINE tells first what its layers start from, and in training of layers after eval_idx, which evaluation leaves out.
@@ -261,9 +261,7 @@ class AnyDETR(nn.Module):
     @property
     def sides(self) -> int:
         """What image sides must be multiples of."""
-        backbone = getattr(self.model.config, "backbone_config", None)
-        patch = getattr(backbone, "patch_size", None)
-        return patch * getattr(backbone, "num_windows", 1) if patch and self.family.queries == "boxes" else self.family.sides
+        return self.family.sides_of(self.model.config.to_dict())
 
 
 def against_all_others(logits: Float[Tensor, "*any C"]) -> Float[Tensor, "*any C"]:

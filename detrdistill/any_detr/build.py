@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from detrdistill.errors import InputError
 from detrdistill.models import build_detector
+from detrdistill.models.weights import few
 from detrdistill.recipes.families import FAMILIES
 from detrdistill.recipes.recipe import Recipe
 
@@ -32,6 +34,7 @@ _NOT_KEPT = (
 )
 _SIZES = {"queries": "num_queries", "decoder_layers": "decoder_layers", "levels": "num_feature_levels"}
 # Linear layers whose first weights have a meaning: transformers sets them as the official codes do.
+_FIRST_STAGE = ("embedder.", "stages.0.", "conv1", "layer1.")  # and what comes before, by transformers' names and timm's
 _MEANT = ("sampling_offsets", "attention_weights", "class_embed", "class_labels_classifier", "score_head", "bbox")
 
 
@@ -50,8 +53,10 @@ def build_any(recipe: Recipe, names: Sequence[str]) -> nn.Module:
 
     with _transformers(recipe.family.title) as transformers, torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = transformers.AutoModelForObjectDetection.from_config(_config(recipe, names, transformers))
+        with _in_one_line(f"{recipe.family.title}: transformers refuses the recipe's 'config' ({{}}); correct it"):
+            model = transformers.AutoModelForObjectDetection.from_config(_config(recipe, names, transformers))
         initialise(model)
+    unfreeze(model, fresh=recipe.start is None)
     return AnyDETR(model, recipe.family)
 
 
@@ -85,6 +90,16 @@ def initialise(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
+def unfreeze(model: nn.Module, fresh: bool) -> None:
+    """Train what transformers freezes of DETR's backbone, all of it where its weights are `fresh`.
+
+    Stem and first stage are meant to stay as they were learned. Of its own ResNet transformers misses the names, and freezes every stage.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and not module.weight.requires_grad:
+            module.weight.requires_grad_(fresh or not any(part in name for part in _FIRST_STAGE))
+
+
 def family_of(folder: Path) -> str | None:
     """The family whose model lies in a folder, as its config.json says; None for another model or another file."""
     try:
@@ -109,16 +124,23 @@ def read_family(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[s
         raise InputError(
             f"{folder}: its config.json asks for code of its own ('auto_map'), which is never run; give a model of transformers itself"
         )
-    with _transformers(family.title) as transformers:
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-            if hasattr(config, "use_pretrained_backbone"):
-                config.use_pretrained_backbone = False
-            model = transformers.AutoModelForObjectDetection.from_pretrained(
-                folder, config=config, local_files_only=True, dtype=torch.float32, trust_remote_code=False
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{folder}: transformers cannot open this {family.title} ({_short(error)}); restore the folder") from None
+    refusal = f"{folder}: transformers cannot open this {family.title} ({{}}); restore the folder"
+    with _transformers(family.title) as transformers, _in_one_line(refusal):
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        if hasattr(config, "use_pretrained_backbone"):
+            config.use_pretrained_backbone = False
+        how = {"config": config, "dtype": torch.float32, "local_files_only": True, "trust_remote_code": False}
+        # Tensors that are missing or misshaped are drawn at random then, and refused here by their names.
+        model, found = transformers.AutoModelForObjectDetection.from_pretrained(
+            folder, **how, ignore_mismatched_sizes=True, output_loading_info=True
+        )
+    faults = {
+        "missing": sorted(one for one in found["missing_keys"] if not one.endswith("num_batches_tracked")),
+        "misshaped": sorted(f"{one} {list(there)} instead of {list(wanted)}" for one, there, wanted in found["mismatched_keys"]),
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{len(some)} tensors are {kind}: {few(some)}" for kind, some in faults.items() if some)
+        raise InputError(refusal.format(listed))
     kept = json.loads(json.dumps(config.to_diff_dict()))
     known = {family.dim, *_SIZES.values(), *_NOT_KEPT, "use_pretrained_backbone"}
     fields = {"detector": name, "config": {key: value for key, value in kept.items() if key not in known}}
@@ -159,6 +181,17 @@ def _transformers(what: str) -> Iterator[Any]:
         raise InputError(f"{what}: a library that this model needs is not installed ({_short(error)}); install it with pip") from None
     finally:
         its_logging.set_verbosity(before)
+
+
+@contextmanager
+def _in_one_line(message: str) -> Iterator[None]:
+    """What transformers says against a file or a configuration becomes an InputError: `message`, with its words in {}."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError) as error:
+        raise InputError(message.format(_short(error))) from None
 
 
 def _short(error: Exception) -> str:

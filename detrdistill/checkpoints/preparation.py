@@ -20,16 +20,12 @@ def resize_of(folder: Path) -> Resize:
     if not path.is_file():
         return Resize()
     config = read_json(path)
-    size, (mean, std) = config.get("size"), _statistics(config, path)
-    if isinstance(size, dict) and size.keys() == {"height", "width"}:
-        sides = {"short": size["height"], "long": size["width"], "stretch": True}
-    else:
-        sides = dict(zip(("short", "long"), _sides(config, path), strict=True))
+    sides, (mean, std) = _sides(config, path), _statistics(config, path)
     return Resize.read(sides | {"mean": mean, "std": std}, where=str(path))
 
 
-def _sides(config: Mapping[str, Any], path: Path) -> tuple[Any, Any]:
-    """Shorter side and limit of the longer one."""
+def _sides(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Shorter side and limit of the longer one, or height and width of all images."""
     size = config.get("size", {"shortest_edge": 800, "longest_edge": 1333})
     limit = config.get("max_size")  # beside it, as older versions of transformers write it
     if type(size) is int:
@@ -43,12 +39,14 @@ def _sides(config: Mapping[str, Any], path: Path) -> tuple[Any, Any]:
             f"{path}: 'resample' is {config['resample']!r}, and the kit resizes bilinearly; set it to 2 if the detector bears it"
         )
     if isinstance(size, dict) and {"shortest_edge", "longest_edge"} <= size.keys():
-        return size["shortest_edge"], size["longest_edge"]
+        return {"short": size["shortest_edge"], "long": size["longest_edge"]}
+    if isinstance(size, dict) and size.keys() == {"height", "width"}:
+        return {"short": size["height"], "long": size["width"], "stretch": True}
     if isinstance(size, dict) and size.keys() == {"max_height", "max_width"} and size["max_height"] == size["max_width"]:
-        return size["max_height"], size["max_width"]  # the longer side becomes this long, whatever the shorter is
+        return {"short": size["max_height"], "long": size["max_width"]}  # the longer side becomes this long, whatever the shorter is
     raise InputError(
-        f"{path}: 'size' is {str(size)[:80]}, and the kit resizes to a shorter side, within a longer, or to one size; set it to "
-        "'shortest_edge' and 'longest_edge', or to 'height' and 'width', if the detector bears it"
+        f"{path}: 'size' is {str(size)[:80]}, and the kit resizes to a shorter side within a longer, or to one height and width; set it to "
+        "'shortest_edge' and 'longest_edge' if the detector bears it"
     )
 
 

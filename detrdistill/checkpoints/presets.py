@@ -75,6 +75,12 @@ def choose_presets(
         raise InputError(f"detector '{other[0]}': a student that starts from {start} is a {family}; leave the detector out")
     made = []
     for detector in detectors or [family]:
+        if detector in FAMILIES and not starts:
+            raise InputError(
+                f"detector '{detector}': preset {name} has no recipe for a student of transformers' families; name the model that it "
+                "starts from (--start MODEL), or take another detector under predictions alone (--detector deformable_detr --set "
+                "detrdistill.features=0 --set detrdistill.assignment=0)"
+            )
         # A model of transformers brings its own architecture; the rest is the preset's.
         preset = get_preset(name, DEFORMABLE if starts and detector in FAMILIES else detector)
         changed = _with_published(preset, teaches, starts, changes)

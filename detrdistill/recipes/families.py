@@ -3,8 +3,10 @@
 Sources: transformers 5.23, whose modules and arguments are named; tests/any_detr holds each fact against it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from math import isqrt
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,8 @@ class Family:
             (Group DETR's other groups follow) or "all".
         neck: the modules whose outputs the encoder starts from, one a level or one for all; "" where there is no encoder.
         padded: whether boxes are relative to the padded image instead of the image.
-        sides: what image sides must be multiples of, where the backbone's own configuration does not say.
+        sides: what image sides must be multiples of, where the backbone's windows do not say (`sides_of`).
+        windows: of a backbone that sees windows of patches: by default, pixels a patch and windows a side.
         dim: configuration's entry for the decoder's width.
         processor: transformers' class that prepares its images.
         classes: parts of names of tensors with a row a class.
@@ -46,6 +49,7 @@ class Family:
     neck: str = ""
     padded: bool = False
     sides: int = 32
+    windows: tuple[int, int] | None = None
     dim: str = "d_model"
     processor: str = "RTDetrImageProcessor"
     classes: tuple[str, ...] = ("class_embed",)
@@ -53,6 +57,18 @@ class Family:
     loss_weights: dict[str, str] | None = None
     averaged: tuple[str, ...] = ()
     every_stage: bool = False
+
+    def sides_of(self, config: Mapping[str, Any]) -> int:
+        """What image sides must be multiples of, for a model of this configuration (entries at their defaults may be left out)."""
+        if self.windows is None:
+            return self.sides
+        backbone = config.get("backbone_config") or {}
+        patch, windows = backbone.get("patch_size", self.windows[0]), backbone.get("num_windows")
+        if windows is None:
+            windows = self.windows[1]
+        elif self.model_type == "lw_detr":  # which counts the windows of an image
+            windows = isqrt(windows)
+        return patch * windows
 
 
 _RT = {
@@ -78,8 +94,8 @@ FAMILIES: dict[str, Family] = {
     "rt_detr_v2": Family("RT-DETR v2", "rt_detr_v2", **_RT),
     "d_fine": Family("D-FINE", "d_fine", averaged=("loss_ddf",), **_RT),
     "deimv2": Family("DEIMv2", "deimv2", averaged=("loss_ddf",), **_RT | {"neck": "model.conv_encoder"}),
-    "rf_detr": Family("RF-DETR", "rf_detr", **_GROUPS),
-    "lw_detr": Family("LW-DETR", "lw_detr", **_GROUPS | {"processor": "DeformableDetrImageProcessor"}),
+    "rf_detr": Family("RF-DETR", "rf_detr", windows=(14, 4), **_GROUPS),
+    "lw_detr": Family("LW-DETR", "lw_detr", windows=(16, 4), **_GROUPS | {"processor": "DeformableDetrImageProcessor"}),
     "dab_detr": Family(
         "DAB-DETR",
         "dab-detr",

@@ -97,7 +97,21 @@ class Recipe(Strict):
             raise ValueError(f"'methods' names one method twice: {', '.join(names)}")
         if self.teacher is not None:
             self._teacher_fits(self.teacher)
+        for one in filter(None, (self, self.teacher)):  # which sees the student's images
+            self._images_fit(one)
         return self
+
+    def _images_fit(self, detector: "Recipe") -> None:
+        """Refuse images whose sides a family cannot take, before anything is trained."""
+        if detector.family is None or (multiple := detector.family.sides_of(detector.config)) == 1:
+            return
+        resize, of_one_size = self.resize, self.resize.stretch or (self.data.name == "digits" and self.resize.train != "detr")
+        sides = (resize.short, resize.long) if resize.stretch else (min(resize.short, resize.long),)
+        if not of_one_size or any(side % multiple for side in sides):
+            raise ValueError(
+                f"{detector.family.title} takes images whose sides are multiples of {multiple}: set resize.stretch=true, and resize.short "
+                f"(now {resize.short}) and resize.long ({resize.long}) to such numbers"
+            )
 
     def _teacher_fits(self, teacher: "Recipe") -> None:
         """Refuse what no loss could make sense of."""
@@ -109,10 +123,15 @@ class Recipe(Strict):
                     "teacher whose queries have the same form, or compare predictions alone: "
                     "--set detrdistill.features=0 --set detrdistill.assignment=0"
                 )
-            if self.family and method.needs_own_layers:
+            if method.needs_own_layers and (family := self.family or teacher.family):
                 raise ValueError(
-                    f"{method.name}: {method.needs_own_layers} cannot be had from transformers' {self.family.title}; "
+                    f"{method.name}: {method.needs_own_layers} cannot be had from transformers' {family.title}; "
                     f"{'leave references at teacher' if method.name == 'detrdistill' else 'take another method'}"
+                )
+            if method.compares_maps and getattr(method, "maps", "") == "neck" and self.tells_neck != teacher.tells_neck:
+                raise ValueError(
+                    f"{method.name}: of {self.detector} and its teacher {teacher.detector} one has maps before the encoder that are as "
+                    f"wide as those after it, one has not; take {method.name}.maps=features"
                 )
             if method.compares_maps and self.levels != teacher.levels:
                 raise ValueError(f"'levels' {self.levels} must be the teacher's {teacher.levels}: {method.name} compares level with level")
@@ -144,6 +163,13 @@ class Recipe(Strict):
     def query_form(self) -> str:
         """What its queries start from: models of one form can decode each other's, and have maps of one kind."""
         return f"transformers, {self.family.queries}" if self.family else self.detector
+
+    @property
+    def tells_neck(self) -> bool:
+        """Whether the maps before its encoder are as wide as those that its decoder attends to, in whose place they are compared."""
+        if self.family is None or self.family.queries != "logits":
+            return True
+        return self.config.get("encoder_hidden_dim", 256) == self.dim
 
     @property
     def published(self) -> bool:

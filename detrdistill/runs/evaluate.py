@@ -50,12 +50,14 @@ class Evaluation:
             return "   -" if value is None else f"{value:.1f}"
 
         data, resize, objects = self.data, self.resize, Counter(one["category_id"] for one in self.data.coco.anns.values())
+        size = f"shorter side {resize.short} px, longer at most {resize.long} px"
+        size = f"stretched to {resize.short} px high and {resize.long} px wide" if resize.stretch else size
         width = max(len("class"), *(len(category.name) for category in data.categories))
         rows = [f"{c.name:<{width}}  {objects[c.id]:>7}  {shown(self.classes[c.id]):>5}" for c in data.categories]
         return "\n".join(
             (
                 self.about.title,
-                f"{data.report.file}: {len(data)} images, shorter side {resize.short} px, longer at most {resize.long} px",
+                f"{data.report.file}: {len(data)} images, {size}",
                 "",
                 *(f"{name:<5}  {shown(value):>5}" for name, value in self.metrics.items()),
                 "",

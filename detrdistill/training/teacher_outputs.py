@@ -14,11 +14,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torchvision
 from jaxtyping import Bool, Float
 from lightning_fabric import Fabric
 from safetensors import SafetensorError, safe_open
@@ -236,23 +236,23 @@ def kept_outputs(
         "images": str(recipe.schedule.batch // recipe.schedule.accumulate),
         "device": torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
-        "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}",
+        "versions": ", ".join(f"{one} {version(one)}" for one in ["torch", "torchvision"] + ["transformers"] * bool(recipe.teacher.family)),
     }
     return KeptOutputs(root, made_by, VARIANTS[recipe.resize.train] * padded_images(dataset, recipe))
 
 
 def padded_images(dataset: CocoDataset, recipe: Recipe) -> int:
     """The images, times the sizes to which batches may pad them: an output depends on its image's padding."""
-    images = dataset.coco.imgs.values()
-    sizes = [shorter_side(image["height"], image["width"], recipe.resize.short, recipe.resize.long) for image in images]
-    heights, widths = (set(sides) for sides in zip(*sizes, strict=True))
+    sides, all_alike = (recipe.resize.short, recipe.resize.long), recipe.resize.stretch
+    sizes = [sides if all_alike else shorter_side(image["height"], image["width"], *sides) for image in dataset.coco.imgs.values()]
+    heights, widths = map(set, zip(*sizes, strict=True))
     return len(sizes) * len(heights) * len(widths)
 
 
 def code_hash() -> str:
     """SHA-256 of the code that detectors are made of and called with: outputs of other code are other outputs."""
     package = Path(detrdistill.__file__).parent
-    files = [package / "boxes.py", package / "distill" / "distiller.py", *sorted((package / "models").glob("*.py"))]
+    files = [one for where in ("boxes.py", "distill/distiller.py", "models/*.py", "any_detr/*.py") for one in sorted(package.glob(where))]
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

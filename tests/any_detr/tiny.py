@@ -3,6 +3,12 @@
 import torch
 from transformers import AutoConfig, AutoModelForObjectDetection
 
+from detrdistill.any_detr.build import initialise
+from detrdistill.recipes.families import FAMILIES
+from detrdistill.recipes.parts import Resize, Schedule
+from detrdistill.recipes.recipe import Recipe
+from tests.models.small import randomise
+
 CLASSES, QUERIES, LAYERS, SIDE = 3, 6, 3, 64
 
 _BACKBONE = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 24], "depths": [1, 1, 1, 1], "layer_type": "basic"}
@@ -44,6 +50,7 @@ _GROUPS = {
     "decoder_cross_attention_heads": 2,
     "group_detr": 3,
     "c2f_num_blocks": 1,
+    "dropout": 0.0,
 }
 _FIRST = {
     "use_timm_backbone": False,
@@ -93,9 +100,28 @@ CONFIGS = {
 
 
 def tiny(family: str, seed: int = 0, **changes) -> torch.nn.Module:
-    from detrdistill.recipes.families import FAMILIES
-
     config = AutoConfig.for_model(FAMILIES[family].model_type, **(CONFIGS[family] | {"num_labels": CLASSES} | changes))
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoModelForObjectDetection.from_config(config).eval()
+        model = AutoModelForObjectDetection.from_config(config).eval()
+        if FAMILIES[family].queries == "logits":  # in which two images hardly differ at first
+            initialise(model)
+    if family in ("dab_detr", "detr"):  # whose queries are alike at first, and whose boxes are the anchors
+        randomise(model, seed)
+    return model
+
+
+def tiny_recipe(family: str, **changes) -> Recipe:
+    """The recipe of `tiny`; `changes` as `Recipe.replace` takes them."""
+    facts, config = FAMILIES[family], dict(CONFIGS[family])
+    sizes = {"dim": config.pop(facts.dim), "queries": config.pop("num_queries"), "decoder_layers": config.pop("decoder_layers")}
+    levels = 3 if facts.queries == "logits" else 1
+    base = Recipe(
+        detector=family,
+        **sizes,
+        levels=levels,
+        config=config,
+        schedule=Schedule(steps=1),
+        resize=Resize(short=SIDE, long=SIDE, stretch=True),
+    )
+    return base.replace(**changes)

@@ -43,7 +43,10 @@ def test_without_a_file_images_are_prepared_as_in_the_papers(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"size": {"height": 640, "width": 0}}, "'long' = 0"),
+        ({"size": {"height": 640}}, "'size' is .*the kit resizes to a shorter side within a longer, or to one height and width"),
+        ({"size": {"height": 640, "width": 640}, "do_resize": False}, "'do_resize' is false"),
+        ({"size": {"height": 640, "width": 640}, "resample": 3}, "'resample' is 3"),
+        ({"size": {"height": 640, "width": "wide"}}, "'long' = 'wide'"),
         ({"size": {"max_height": 640, "max_width": 800}}, "'size' is "),
         ({"size": {"shortest_edge": 0, "longest_edge": 640}}, "'short' = 0"),
         ({"size": "big"}, "'size' is big"),

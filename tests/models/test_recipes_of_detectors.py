@@ -11,7 +11,7 @@ from tests.models.small import small_recipe
 @pytest.mark.parametrize(
     "kind, change, message",
     [
-        ("conditional", {"levels": 3}, r"conditional_detr has no 'levels' \(that is of deformable_detr\); leave it at 4, not 3"),
+        ("conditional", {"levels": 3}, r"conditional_detr has no 'levels' \(that is of deformable_detr, rt_detr, .*\); leave it at 4"),
         ("conditional", {"form": "two_stage"}, "conditional_detr has no 'form'"),
         ("conditional", {"groups": 2}, r"conditional_detr has no 'groups' \(that is of adamixer\)"),
         ("deformable", {"in_points": 16}, "deformable_detr has no 'in_points'"),
@@ -34,7 +34,7 @@ def test_any_width_that_heads_divide_suits_conditional_detr() -> None:
 
 def test_another_family_teaches_logits_only() -> None:
     teacher = small_recipe("deformable")
-    with pytest.raises(InputError, match="take a teacher of the same detector"):
+    with pytest.raises(InputError, match="take a teacher whose queries have the same form"):
         small_recipe("conditional", teacher=teacher, methods=(DETRDistill(),))
     small_recipe("conditional", teacher=teacher, methods=(DETRDistill(features=0, assignment=0),))
 

@@ -140,17 +140,8 @@ BACKBONE = {name for name in OTHER if name.startswith(("backbone.", "data."))} -
 
 def test_every_field_has_another_value_here():
     """So that no field that is added later is forgotten in a run's name."""
-    told = {
-        "config",
-        "detector",
-        "methods",
-        "teacher",
-        "start",
-        "schedule.epochs",
-        "data.name",
-        "backbone.dilation",
-        "backbone.stride_in_1x1",
-    }
+    told = {"config", "detector", "methods", "teacher", "start", "schedule.epochs", "data.name", "backbone.dilation"}
+    told |= {"backbone.stride_in_1x1"}
     adamixers = {"temperature", "feature_dim", "in_points", "out_points", "groups"}
     models = {"": Recipe, "backbone.": BackboneRecipe, "backbone.crops.": CropTraining}
     models |= {"data.": Digits, "resize.": Resize, "schedule.": Schedule}
@@ -241,8 +232,8 @@ def test_presets_know_their_runs():
 SWITCHES = {
     "detrdistill": {
         "logits": 2, "features": 0, "assignment": 0.5, "gamma": 0.25, "stages": "last", "matching": "positives", "normaliser": "pairs",
-        "mask": "ones", "maps": "neck", "mask_queries": "initial", "adapter": False, "normalised": True, "pairing": "student",
-        "references": "student",
+        "mask": "ones", "maps": "neck", "mask_queries": "initial", "adapter": False, "pairing": "student", "references": "student",
+        "normalised": True,
     },
     "fitnet": {"weight": 1, "maps": "features"},
     "fgd": {"foreground": 0, "background": 0, "attention": 0, "relation": 0, "temperature": 1, "maps": "features"},

@@ -79,7 +79,7 @@ def test_the_command(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     counts = [sum(one["category_id"] == category["id"] for one in content["annotations"]) for category in CATEGORIES]
     for category, count, value in zip(CATEGORIES, counts, classes, strict=True):
         assert f"\n{category['name']:<5}  {count:>7}  {value:>5.1f}\n" in shown
-    assert "(Hugging Face weights of a DeformableDETR)" in shown and "shorter side 64 px, longer at most 96 px" in shown
+    assert "(Hugging Face weights of a Deformable DETR)" in shown and "shorter side 64 px, longer at most 96 px" in shown
     found = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {one["image_id"] for one in found} == {100, 101, 102, 103} and {one["category_id"] for one in found} <= {3, 17, 90}
     assert max(one["bbox"][0] for one in found) > 1, "in pixels"

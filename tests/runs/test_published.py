@@ -277,7 +277,7 @@ def test_refusals(data: Path, tmp_path: Path, trained: list[str]) -> None:
     with pytest.raises(InputError, match=r"model\.pth .* do not fit this DeformableDETR: .* misshaped \(level_embed"):
         go(wrong, tmp_path)
     other = Recipe(start=recipe.start, detector="conditional_detr", data=recipe.data, backbone=recipe.backbone, schedule=recipe.schedule)
-    with pytest.raises(InputError, match=r"official weights of a DeformableDETR.* cannot be loaded into a ConditionalDETR"):
+    with pytest.raises(InputError, match=r"official weights of a Deformable DETR.* cannot be loaded into a ConditionalDETR"):
         go(other, tmp_path)
     path.write_bytes(path.read_bytes()[:-5000])
     with pytest.raises(InputError, match="truncated or damaged"):

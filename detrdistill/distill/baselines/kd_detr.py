@@ -103,9 +103,12 @@ class GeneralSampling(SpecificSampling):
         """Random queries, distributed as the teacher's `own`."""
         count = self.queries or len(own)
         position = None if own.position is None else _draw_like(own.position, count)
-        reference = own.reference.clamp(-EDGE, EDGE)
-        low, high = reference.aminmax(dim=1, keepdim=True)
-        return Queries(_draw_like(own.content, count), position, _draw_like(reference, count).clamp(low, high))
+        reference = own.reference
+        if reference is not None:
+            reference = reference.clamp(-EDGE, EDGE)
+            low, high = reference.aminmax(dim=1, keepdim=True)
+            reference = _draw_like(reference, count).clamp(low, high)
+        return Queries(_draw_like(own.content, count), position, reference)
 
 
 def _weighted(values: Float[Tensor, "S B Q"], weights: Float[Tensor, "S B Q"], targets: Targets) -> Float[Tensor, " S"]:
