@@ -21,6 +21,7 @@ SLOW = (
     "tests/test_sliders.py",
     "tests/report/test_inside_objects.py::test_they_are_shown",
     "tests/export/test_onnx.py",
+    "tests/export/test_families.py",
     "tests/training/test_trainer.py::test_two_processes_are_one",
     "tests/test_notebook_runner.py",
     "tests/report/test_claims.py",

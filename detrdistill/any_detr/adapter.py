@@ -6,9 +6,9 @@ see each other. What differs between families is the table of `recipes.families`
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,20 +16,12 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from detrdistill.any_detr.own_loss import OwnLoss
+from detrdistill.any_detr.recording import Call, exportable, outputs_of, recorded
 from detrdistill.boxes import inverse_sigmoid
 from detrdistill.errors import InputError
 from detrdistill.models.attention import level_padding
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
 from detrdistill.recipes.families import Family
-
-
-@dataclass
-class Call:
-    """A pass of a decoder: what it was called with, what it gave, and the state after each of its layers."""
-
-    given: dict[str, Any] = field(default_factory=dict)
-    found: Any = None
-    states: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
@@ -216,10 +208,15 @@ class AnyDETR(nn.Module):
         return [part.transpose(1, 2).unflatten(2, size) for part, size in zip(parts, sizes, strict=True)]
 
     def _valid(self, padding: Bool[Tensor, "B H W"]) -> Float[Tensor, "B 1 4"] | None:
-        if not self.family.padded or not padding.any():
+        # An exported graph takes images of one size, without padding: which has no number while it is traced.
+        if not self.family.padded or torch.compiler.is_exporting() or not padding.any():
             return None
         height, width = ((~side).float().mean(1) for side in (padding[:, :, 0], padding[:, 0, :]))
         return torch.stack((width, height, width, height), dim=-1)[:, None]
+
+    def traceable(self) -> AbstractContextManager[None]:
+        """While the detector is exported (`export.graph`)."""
+        return exportable(self.model)
 
     def _neck(self) -> list[nn.Module]:
         if not self.family.neck:
@@ -276,39 +273,3 @@ def own_labels(targets: Targets, valid: Float[Tensor, "B 1 4"] | None) -> list[d
     boxes = targets.boxes if valid is None else targets.boxes * valid
     images = zip(targets.labels, boxes, targets.counts, strict=True)
     return [{"class_labels": labels[:count], "boxes": some[:count]} for labels, some, count in images]
-
-
-@contextmanager
-def recorded(decoder: nn.Module) -> Iterator[Call]:
-    """Write down a decoder's pass: arguments (all are given by name), result, and each layer's output."""
-    call = Call()
-
-    def before(module, args, given):
-        call.given = given
-
-    def after(module, args, given, found):
-        call.found = found
-
-    def layer(module, args, found):
-        call.states.append(found[0] if isinstance(found, tuple) else found)
-
-    with ExitStack() as hooks:
-        hooks.enter_context(decoder.register_forward_pre_hook(before, with_kwargs=True))
-        hooks.enter_context(decoder.register_forward_hook(after, with_kwargs=True))
-        for one in decoder.layers:
-            hooks.enter_context(one.register_forward_hook(layer))
-        yield call
-
-
-@contextmanager
-def outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """The modules' outputs in order of calls."""
-    found: list[Tensor] = []
-
-    def keep(module, args, output):
-        found.extend(output if isinstance(output, list) else [output])
-
-    with ExitStack() as hooks:
-        for module in modules:
-            hooks.enter_context(module.register_forward_hook(keep))
-        yield found

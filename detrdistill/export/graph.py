@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -76,7 +76,8 @@ def write_graph(whole: Exported, path: Path, about: Mapping[str, str], fixed: tu
     try:
         # By the kernel "math": the strides of the others' results, which the tracer believes, do not hold after the exporter takes
         # attention apart (AdaMixer's, whose mask is a bias; torch 2.15).
-        with quiet(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        tracing = getattr(whole.detector, "traceable", nullcontext)  # transformers' models need it
+        with quiet(), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), tracing():
             # Not optimised by the exporter: its rule that joins a minimum and a maximum names the bounds by their input, so that two
             # pairs on one value, as in Conditional DETR's `inverse_sigmoid` of each stage, lose one's bounds and the graph is invalid
             # (onnxscript 0.7.2). tests/export/test_graph.py tells when that is mended. Folding constants is the part that matters.
