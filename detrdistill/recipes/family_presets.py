@@ -9,7 +9,7 @@ from detrdistill.recipes.recipe import Recipe
 
 RT_DETR_V2, D_FINE = "rt_detr_v2", "d_fine"
 SMALL = (RT_DETR_V2, D_FINE)  # that presets have recipes for
-FLOORS = {RT_DETR_V2: 35.0, D_FINE: 35.0}
+FLOORS = {RT_DETR_V2: 45.0, D_FINE: 35.0}
 
 
 def mini_family(detector: str, teacher: BackboneRecipe, student: BackboneRecipe) -> tuple[Recipe, Recipe]:
@@ -48,7 +48,7 @@ def smoke_family(detector: str, backbone: BackboneRecipe) -> tuple[Recipe, Recip
 
 
 def sizes(detector: str, dim: int) -> dict[str, Any]:
-    """Widths that go with `dim`, few denoising queries, and for D-FINE few bins."""
+    """Widths that go with `dim`, few denoising queries, and for D-FINE few bins and the short encoder blocks of its smallest models."""
     config = {
         "encoder_hidden_dim": dim,
         "encoder_ffn_dim": 2 * dim,
@@ -58,4 +58,4 @@ def sizes(detector: str, dim: int) -> dict[str, Any]:
         "decoder_attention_heads": 4,
         "num_denoising": 20,
     }
-    return config | ({"max_num_bins": 16, "lqe_hidden_dim": dim // 2} if detector == D_FINE else {})
+    return config | ({"max_num_bins": 16, "lqe_hidden_dim": dim // 2, "depth_mult": 0.34} if detector == D_FINE else {})
