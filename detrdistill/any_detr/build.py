@@ -5,7 +5,7 @@ transformers is imported when a family needs it: it is an optional extra, and ta
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from detrdistill.errors import InputError
 from detrdistill.models import build_detector
 from detrdistill.models.weights import few
-from detrdistill.recipes.families import FAMILIES
+from detrdistill.recipes.families import FAMILIES, Family
+from detrdistill.recipes.parts import BackboneRecipe
 from detrdistill.recipes.recipe import Recipe
 
 # What a recipe does not keep of a configuration: said by other fields, or about the file instead of the model.
@@ -33,9 +34,12 @@ _NOT_KEPT = (
     "_name_or_path",
 )
 _SIZES = {"queries": "num_queries", "decoder_layers": "decoder_layers", "levels": "num_feature_levels"}
-# Linear layers whose first weights have a meaning: transformers sets them as the official codes do.
 _FIRST_STAGE = ("embedder.", "stages.0.", "conv1", "layer1.")  # and what comes before, by transformers' names and timm's
-_MEANT = ("sampling_offsets", "attention_weights", "class_embed", "class_labels_classifier", "score_head", "bbox")
+# What the official codes start otherwise than this file does the rest, and transformers as they do.
+_MEANT = ("sampling_offsets", "attention_weights", "class_embed", "class_labels_classifier", "score_head", "gateway")
+_OFFSETS = "reference_point_embed"  # RF-DETR's and LW-DETR's embeddings that correct boxes: zero in the official code, nearly so here
+_CORRECTIONS = ("bbox", "reg_conf")  # networks of a few layers that correct what is there: a box by its reference, a score by its quality
+_PRIOR = 0.01  # of a class, in the head's first biases
 
 
 def build_any(recipe: Recipe, names: Sequence[str]) -> nn.Module:
@@ -55,7 +59,7 @@ def build_any(recipe: Recipe, names: Sequence[str]) -> nn.Module:
         torch.manual_seed(recipe.seed)
         with _in_one_line(f"{recipe.family.title}: transformers refuses the recipe's 'config' ({{}}); correct it"):
             model = transformers.AutoModelForObjectDetection.from_config(_config(recipe, names, transformers))
-        initialise(model)
+        initialise(model, recipe.family)
     unfreeze(model, fresh=recipe.start is None)
     return AnyDETR(model, recipe.family)
 
@@ -64,27 +68,40 @@ def _config(recipe: Recipe, names: Sequence[str], transformers: Any) -> Any:
     """The configuration of the recipe's model; of a pretrained backbone it never loads weights."""
     sizes = {_SIZES[name]: getattr(recipe, name) for name in _SIZES if name != "levels" or recipe.levels > 1}
     sizes[recipe.family.dim] = recipe.dim
+    sizes |= thin_config(recipe.backbone, recipe.levels) if recipe.backbone.weights == "crops" else {}
     config = transformers.AutoConfig.for_model(recipe.family.model_type, **recipe.config, **sizes)
     config.id2label, config.label2id = dict(enumerate(names)), {name: row for row, name in enumerate(names)}
     if hasattr(config, "use_pretrained_backbone"):
         config.use_pretrained_backbone = False
+    if getattr(config, "initializer_bias_prior_prob", _PRIOR) is None:
+        config.initializer_bias_prior_prob = _PRIOR  # transformers takes 1 / (classes + 1): of ten classes, nine times too many objects
     return config
 
 
-def initialise(model: nn.Module) -> None:
-    """Start convolutions, norms and linear layers as their papers do; heads and sampling offsets stay as transformers has them.
+def initialise(model: nn.Module, family: Family) -> None:
+    """Start weights as the official codes do (RT-DETR v2 and D-FINE: `_reset_parameters` of their decoders).
 
-    From a configuration alone transformers draws weights of deviation 0.01, BatchNorm's scales too: signals die out within a few layers,
-    and a model that is trained from there learns nothing.
+    From a configuration alone transformers draws weights of deviation 0.01, BatchNorm's scales and the hidden layers of box heads too:
+    signals die out within a few layers, and a model that is trained from there learns nothing.
     """
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(getattr(module, "layers", None), nn.ModuleList) and any(part in name for part in _CORRECTIONS):
+            for layer in module.layers:
+                layer.reset_parameters()
+            if family.head != "softmax":  # DETR's boxes correct nothing
+                nn.init.zeros_(module.layers[-1].weight)
+                nn.init.zeros_(module.layers[-1].bias)
+        elif isinstance(module, nn.Embedding) and not name.endswith(_OFFSETS):
+            module.reset_parameters()
+        elif any(part in name for part in (*_MEANT, *_CORRECTIONS)):
+            continue
+        elif isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.BatchNorm2d | nn.LayerNorm | nn.GroupNorm):
             module.reset_parameters()
-        elif isinstance(module, nn.Linear) and not any(part in name for part in _MEANT):
+        elif isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
@@ -98,6 +115,35 @@ def unfreeze(model: nn.Module, fresh: bool) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d) and not module.weight.requires_grad:
             module.weight.requires_grad_(fresh or not any(part in name for part in _FIRST_STAGE))
+
+
+def thin_config(backbone: BackboneRecipe, levels: int) -> dict[str, Any]:
+    """A family's configuration of a thin_resnet, its last `levels` stages as the maps, whose norms are frozen like the kit's."""
+    channels = [backbone.width * 2**stage for stage in range(4)]
+    shape = {"model_type": "resnet", "layer_type": "basic", "embedding_size": backbone.width, "hidden_sizes": channels}
+    shape |= {"depths": list(backbone.blocks), "out_features": [f"stage{stage + 1}" for stage in range(4)][-levels:]}
+    return {"backbone_config": shape, "encoder_in_channels": channels[-levels:], "freeze_backbone_batch_norms": True}
+
+
+def load_thin(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load a crop-trained thin_resnet into the ResNet of `thin_config`, which computes the same: its stem's kernel of 7 x 7 pixels holds
+    the 3 x 3 in its middle."""
+    held = {_of_transformers(name): tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    stem = "embedder.embedder.convolution.weight"
+    held[stem] = nn.functional.pad(held[stem], (2, 2, 2, 2))
+    body = model.model.backbone.model
+    body.load_state_dict({name: held[name] for name in body.state_dict()})
+
+
+def _of_transformers(name: str) -> str:
+    """What transformers' ResNet calls a tensor of torchvision's."""
+    *place, part, kind = name.split(".")
+    if part[0] in "01":  # of a shortcut
+        return f"encoder.stages.{int(place[0][-1]) - 1}.layers.{place[1]}.shortcut.{('convolution', 'normalization')[int(part)]}.{kind}"
+    what, number = ("convolution", part[-1]) if part.startswith("conv") else ("normalization", part[-1])
+    if not place:
+        return f"embedder.embedder.{what}.{kind}"
+    return f"encoder.stages.{int(place[0][-1]) - 1}.layers.{place[1]}.layer.{int(number) - 1}.{what}.{kind}"
 
 
 def family_of(folder: Path) -> str | None:

@@ -12,6 +12,7 @@ from detrdistill.matching import Pairs, Problem
 from detrdistill.models.outputs import DetectorOutput, Targets
 from detrdistill.recipes.families import Family
 
+_OF_BOX_BEFORE = tuple(f"loss_{part}_{group}_0" for part in ("fgl", "ddf") for group in ("aux", "dn"))
 Recorded = tuple[tuple, dict[str, Any]]
 
 
@@ -48,6 +49,8 @@ class OwnLoss:
     def __call__(self, student: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]) -> dict[str, Tensor]:
         """The weighted parts of the loss by transformers' names, divided by the step's objects or images."""
         args, kwargs = tree_map(_full_precision, student.own)
+        if self.family.box_before:
+            kwargs = _aligned(kwargs)
         _, parts, _ = self.model.loss_function(*args, **kwargs)
         by_objects = max(float(sum(targets.counts)), 1.0) / targets.step_boxes
         by_images = len(targets.counts) / targets.step_images
@@ -62,11 +65,25 @@ class OwnLoss:
 
     def _weight(self, name: str) -> float | None:
         """What a part counts in the sum; None for one that only tells."""
+        if self.family.box_before and name in _OF_BOX_BEFORE:
+            return None
         if self.family.loss_weights is None:
             return 1.0
         entries = (entry for part, entry in self.family.loss_weights.items() if name.startswith(part))
         entry = next(entries, None)
         return None if entry is None else float(getattr(self.model.config, entry)) if entry else 1.0
+
+
+def _aligned(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The loss's arguments with as many distributions [B S ...] as there are predictions.
+
+    D-FINE predicts a box before its first layer's distribution. transformers (5.23) puts that prediction first and zips: each layer's box
+    goes with the next one's distribution, the matched queries of the layer before the last are never supervised, nor are the denoising
+    ones of the last. The official code supervises all. With the first distribution twice they go together; what it gives for the box
+    before is left out (`_OF_BOX_BEFORE`). The last layer's matched queries have no distribution loss, as in transformers.
+    """
+    repeated = {name: torch.cat((kwargs[name][:, :1], kwargs[name]), dim=1) for name in ("predicted_corners", "initial_reference_points")}
+    return kwargs | repeated
 
 
 def _full_precision(value: Any) -> Any:

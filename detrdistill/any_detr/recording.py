@@ -61,7 +61,7 @@ def outputs_of(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
 def exportable(model: nn.Module) -> Iterator[None]:
     """Let torch.export trace a model of transformers for any number of images.
 
-    Its checks of sizes cannot be traced, and `len(tensor)` fixes a size at what the example has (transformers 5.23): in the file of the model
+    Its checks of sizes cannot be traced, and `len(tensor)` fixes a size at what the example has (transformers 5.23): in the model's file
     `len` is the first size, which stays free.
     """
     module, before = sys.modules[type(model).__module__], os.environ.get(UNCHECKED)

@@ -34,8 +34,8 @@ def train(
         preset: smoke, quick, mini, bccd or coco.
         row: a setting of the preset, or the id of a run as the batch names it. Methods: detrdistill, fitnet, fgd, mgd, fkd, fgfi, pkd,
             cwd, kd_detr, d3etr; joined by + their losses add up.
-        detector: deformable_detr, conditional_detr or adamixer, as far as the preset has recipes for it; without, the published
-            detector's, or deformable_detr.
+        detector: deformable_detr, conditional_detr, adamixer, rt_detr_v2 or d_fine, as far as the preset has recipes for it; without,
+            the published detector's, or deformable_detr.
         seed: of the student.
         set: a field of the recipe and its value, such as schedule.lr=1e-4, or a switch of a method, such as detrdistill.variant=released
             or fgd.maps=features; may be repeated. resize, data and precision are the teacher's too; its other fields are
@@ -51,13 +51,16 @@ def train(
     """
     from detrdistill.checkpoints.presets import choose_presets
     from detrdistill.parameters import assigned, is_run_id, named_run, on_other_data, refuse_models, shared_with_teacher, with_switches
+    from detrdistill.recipes.presets import detectors_of
     from detrdistill.runs.store import Store, open_store
     from detrdistill.training.logging import check_logger
 
     check_logger(logger)
     changes = assigned(set)
     refuse_models(changes)
-    detectors = [detector] if detector and not is_run_id(row) else []  # an id is looked for in the tables of all
+    detectors = [detector] if detector else []
+    if is_run_id(row):  # it is looked for in the tables of all
+        detectors = [] if teacher or start else detectors_of(preset)
     presets = choose_presets(preset, detectors, teacher, start, changes, say=partial(print, file=sys.stderr))
     recipe, reference = named_run(presets, row, seed) or (presets[0].recipe(row, seed), False)
     if data is not None:

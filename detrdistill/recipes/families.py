@@ -36,6 +36,7 @@ class Family:
         extra_rows: rows that the head has beyond the classes.
         loss_weights: by which entries of the configuration the parts of the own loss are multiplied; None where they come weighted.
         averaged: parts of the own loss that are means over queries instead of sums divided by objects.
+        box_before: whether the decoder predicts a box before its first layer's distribution, as transformers' loss does not allow for.
         every_stage: whether the own loss must be asked for all stages, since the configuration's default is the last alone.
     """
 
@@ -56,6 +57,7 @@ class Family:
     extra_rows: int = 0
     loss_weights: dict[str, str] | None = None
     averaged: tuple[str, ...] = ()
+    box_before: bool = False
     every_stage: bool = False
 
     def sides_of(self, config: Mapping[str, Any]) -> int:
@@ -92,8 +94,8 @@ _BOXES = {"loss_bbox": "bbox_loss_coefficient", "loss_giou": "giou_loss_coeffici
 FAMILIES: dict[str, Family] = {
     "rt_detr": Family("RT-DETR", "rt_detr", **_RT),
     "rt_detr_v2": Family("RT-DETR v2", "rt_detr_v2", **_RT),
-    "d_fine": Family("D-FINE", "d_fine", averaged=("loss_ddf",), **_RT),
-    "deimv2": Family("DEIMv2", "deimv2", averaged=("loss_ddf",), **_RT | {"neck": "model.conv_encoder"}),
+    "d_fine": Family("D-FINE", "d_fine", averaged=("loss_ddf",), box_before=True, **_RT),
+    "deimv2": Family("DEIMv2", "deimv2", averaged=("loss_ddf",), box_before=True, **_RT | {"neck": "model.conv_encoder"}),
     "rf_detr": Family("RF-DETR", "rf_detr", windows=(14, 4), **_GROUPS),
     "lw_detr": Family("LW-DETR", "lw_detr", windows=(16, 4), **_GROUPS | {"processor": "DeformableDetrImageProcessor"}),
     "dab_detr": Family(

@@ -8,15 +8,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from detrdistill.errors import InputError
+from detrdistill.recipes.family_presets import FLOORS, SMALL, mini_family, smoke_family
 from detrdistill.recipes.methods import METHODS, DETRDistill, Method
 from detrdistill.recipes.parts import BackboneRecipe, CropTraining, Digits, Folder, Resize, Schedule, WeightsFile
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.words import ADAMIXER, CONDITIONAL, DEFORMABLE, DETECTORS
 
 DETECTORS_OF = {"quick": (DEFORMABLE,)}  # presets that have recipes for some detectors alone
+IF_NAMED = {"smoke": SMALL, "mini": SMALL}  # and for these too, which are left out where none is named
 # ImageNet weights that bccd's backbones start from; docs/real_photographs.md says where they come from.
 RESNET = WeightsFile(name="resnet50_msra.pth", sha256="c5689fab4fd32526a2f6b1340fcd7af8b0d77679f3f5e85ef47fe9f5fc2e6cfe")
 MOBILENET = WeightsFile(name="mobilenet_v2.pth", sha256="dfcc5335d1291d378552024779e55ea3e1d5c6d3d6a788a93ca66af63acd8349")
+NOT_OF_FAMILIES = (
+    "prior_methods", "encoder_decoder", "stage_mapping", "self_distillation", "components", "logits", "feature_masks", "light_backbones",
+    "discrepancies", "follow_ups", "full_schedule", "where_to_look",
+)  # fmt: skip
 RIVALS = ("fgd", "mgd", "fitnet")  # of Table 3
 # Found on other digits than the reported ones, by `make reproduce PRESET=mini TABLE=weights` (`tuning`), which a test compares with this.
 TUNED: dict[str, dict[str, float]] = {DEFORMABLE: {}, CONDITIONAL: {}, ADAMIXER: {}}
@@ -101,11 +107,21 @@ def thin(width: int, *blocks: int, steps: int) -> BackboneRecipe:
     return BackboneRecipe(name="thin_resnet", width=width, blocks=blocks, weights="crops", crops=crops)
 
 
+def of_family(name: str, teacher: Recipe, student: Recipe, floor: float) -> Preset:
+    """A preset of a family of transformers, for the main results alone; nothing normalises its maps."""
+    method = DETRDistill(features=0.0, normalised=True)
+    several = 3 if name == "mini" else None
+    return Preset(name, teacher, student, method, floor, ("fitnet",), left_out=NOT_OF_FAMILIES, students_a_teacher=several)
+
+
 def mini(detector: str = DEFORMABLE) -> Preset:
     """All tables on the embedded data: two to five minutes a student on one core, Conditional DETR 14 to 25, a teacher 10 to 60.
 
     Detectors were tuned plain, the weight of the features with `quick`: docs/design.md, "How the presets were made".
     """
+    wide, narrow = thin(24, 1, 1, 2, 1, steps=2000), thin(16, 1, 1, 1, 1, steps=1500)
+    if one_of(detector, "mini") in SMALL:
+        return of_family("mini", *mini_family(detector, wide, narrow), FLOORS[detector])
     own = {
         DEFORMABLE: {"form": "box_refine", "encoder_layers": 1, "levels": 3, "points": 4},
         # Attention over a whole map finds small things late: it needs twice the pixels, the width, the steps, and codes that tell
@@ -119,8 +135,8 @@ def mini(detector: str = DEFORMABLE) -> Preset:
     }  # fmt: skip
     floors = {DEFORMABLE: 45.0, CONDITIONAL: 30.0, ADAMIXER: 45.0}
     student = Recipe(
-        detector=one_of(detector, "mini"),
-        backbone=thin(16, 1, 1, 1, 1, steps=1500),
+        detector=detector,
+        backbone=narrow,
         dim=64,
         heads=4,
         ffn=256,
@@ -131,7 +147,7 @@ def mini(detector: str = DEFORMABLE) -> Preset:
         resize=Resize(train="jitter", short=96, long=96),
         schedule=Schedule(steps=600, batch=16, lr=1e-3, backbone_lr=1.0, warmup=30, decay="cosine", clip_norm=1.0, evaluations=6),
     ).replace(**own[detector])
-    larger = thin(24, 1, 1, 2, 1, steps=2000).replace(dilation=student.backbone.dilation)
+    larger = wide.replace(dilation=student.backbone.dilation)
     teacher = student.replace(backbone=larger, **{"schedule.steps": 4000})
     if detector == CONDITIONAL:  # the weights of the backbone with seed 0, which other teachers started from, were not kept
         teacher = teacher.replace(**{"backbone.crops.seed": 2})
@@ -161,13 +177,17 @@ def quick(detector: str = DEFORMABLE) -> Preset:
 
 def smoke(detector: str = DEFORMABLE) -> Preset:
     """A few steps on a few images: seconds. For tests; its numbers mean nothing."""
+    if one_of(detector, "smoke") in SMALL:
+        # With fewer channels oneDNN's strided convolutions write beyond their memory: `models.backbones.Shortcut`.
+        narrow = BackboneRecipe(name="thin_resnet", width=16, weights="crops", crops=CropTraining(steps=4, batch=16))
+        return of_family("smoke", *smoke_family(detector, narrow), floor=-1.0)
     own = {
         DEFORMABLE: {"form": "box_refine", "encoder_layers": 1, "levels": 3},
         CONDITIONAL: {"encoder_layers": 1, "backbone.dilation": True},
         ADAMIXER: {"in_points": 4, "out_points": 8, "groups": 2},
     }
     student = Recipe(
-        detector=one_of(detector, "smoke"),
+        detector=detector,
         backbone=BackboneRecipe(name="thin_resnet", width=8, weights="crops", crops=CropTraining(steps=4, batch=16)),
         dim=32,
         heads=4,
@@ -252,10 +272,15 @@ def one_of(detector: str, preset: str) -> str:
     Raises:
         InputError: it has none.
     """
-    known = DETECTORS_OF.get(preset, DETECTORS)
+    known = detectors_of(preset)
     if detector not in known:
         raise InputError(f"preset {preset} has no recipes for detector '{detector}'; it has them for: {', '.join(known)}")
     return detector
+
+
+def detectors_of(preset: str) -> tuple[str, ...]:
+    """All detectors that the preset has recipes for."""
+    return (*DETECTORS_OF.get(preset, DETECTORS), *IF_NAMED.get(preset, ()))
 
 
 PRESETS: dict[str, Callable[[str], Preset]] = {"smoke": smoke, "quick": quick, "mini": mini, "bccd": bccd, "coco": coco}
@@ -273,7 +298,7 @@ def get_preset(name: str, detector: str = DEFORMABLE) -> Preset:
 
 
 def get_presets(name: str, detectors: Sequence[str] = ()) -> list[Preset]:
-    """The preset called `name`, for each of the detectors; for all that it has recipes for if none are named.
+    """The preset called `name`, for each of the detectors; if none are named, for those of the kit's own that it has recipes for.
 
     Raises:
         InputError: there is no such preset, or not for a detector that was named.

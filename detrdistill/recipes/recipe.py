@@ -33,7 +33,8 @@ class Recipe(Strict):
 
     Conditional DETR's own differ in ffn 2048; AdaMixer's in ffn 2048, queries 100 and dropout 0. Each detector's own schedule stands
     in `presets.coco`; the schedule's defaults are Conditional DETR's. Of the sizes, the families of transformers (`families`) have dim,
-    decoder_layers, queries and levels; the rest of them, their backbone too, is in `config`.
+    decoder_layers, queries and levels; the rest of them, their backbone too unless it is
+    trained on crops, is in `config`.
     """
 
     detector: Literal[
@@ -184,7 +185,7 @@ class Recipe(Strict):
     @property
     def title(self) -> str:
         method = "+".join(method.name for method in self.methods) or ("published" if self.published else "plain")
-        size = f"dim{self.dim}" if self.family else self.backbone.title
+        size = f"dim{self.dim}" if self.family and self.backbone.weights != "crops" else self.backbone.title
         return f"{self.detector}-{size}-{method}-seed{self.seed}"
 
 

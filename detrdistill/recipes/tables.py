@@ -10,6 +10,7 @@ from dataclasses import replace
 from detrdistill.errors import InputError
 from detrdistill.recipes.identity import all_runs, parents, run_id
 from detrdistill.recipes.methods import DETRDistill
+from detrdistill.recipes.presets import Preset
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.recipes.rows import GAP, Presets, Seeds, Table, best, half, row, switched_row, table
 from detrdistill.recipes.words import ADAMIXER, CONDITIONAL, NAMES, TITLES
@@ -28,7 +29,9 @@ def main_results(presets: Presets, seeds: Seeds) -> Table:
     rows = []
     for preset in presets:
         detector = NAMES[preset.student.detector]
-        rows += [row(preset, seeds, setting, setting, published=f"{detector} / {IN_PAPER[setting]}") for setting in preset.settings]
+        for setting in preset.settings:
+            stated = "" if preset.student.family else f"{detector} / {IN_PAPER[setting]}"
+            rows.append(row(preset, seeds, setting, setting, published=stated))
     return table("main_results", presets, "table3", "Main results", rows)
 
 
@@ -250,7 +253,7 @@ QUESTIONS = {
 
 def possible_tables(presets: Presets) -> tuple[str, ...]:
     """Names of the tables that these presets can make: a published detector has one backbone, one depth, and no schedule here."""
-    barred: set[str] = set()
+    barred = {name for name in TABLES if not able(name, presets)}
     if any(preset.teacher.published for preset in presets):
         barred |= {"self_distillation", "full_schedule"}
     if any(preset.student.start for preset in presets):
@@ -266,16 +269,24 @@ def make_table(name: str, presets: Presets, seeds: Seeds) -> Table:
     """
     if name not in TABLES | BESIDE:
         raise InputError(f"table '{name}' is unknown; known: {', '.join(TABLES)}, {WEIGHTS}")
+    if not (some := able(name, presets)):
+        titles = ", ".join(NAMES[preset.student.detector] for preset in presets)
+        raise InputError(f"table '{name}' is not made for {titles}; their tables: {', '.join(possible_tables(presets))}")
     if name not in (*possible_tables(presets), *BESIDE):
         raise InputError(f"table '{name}' trains other teachers or students than the published detector; leave it out")
     if not seeds:
         raise InputError("no seeds given; name at least one, such as 0")
-    return (TABLES | BESIDE)[name]([preset for preset in presets if name not in preset.left_out] or presets, seeds)
+    return (TABLES | BESIDE)[name]([preset for preset in some if name not in preset.left_out] or some, seeds)
+
+
+def able(name: str, presets: Presets) -> list[Preset]:
+    """The presets that can make a table. What is left out for a family of transformers changes parts that it does not have."""
+    return [preset for preset in presets if not (preset.student.family and name in preset.left_out)]
 
 
 def all_compared(presets: Presets, seeds: Seeds) -> list[Table]:
     """All that claims are about: the tables, and what is compared beside them."""
-    return [make_table(name, presets, seeds) for name in (*possible_tables(presets), *BESIDE)]
+    return [make_table(name, presets, seeds) for name in (*possible_tables(presets), *BESIDE) if able(name, presets)]
 
 
 def only_parents(tables: Iterable[Table]) -> set[str]:

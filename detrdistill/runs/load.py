@@ -7,7 +7,7 @@ from functools import cache
 
 from torch import nn
 
-from detrdistill.any_detr.build import build_any
+from detrdistill.any_detr.build import build_any, load_thin
 from detrdistill.checkpoints.locate import pinned_weights
 from detrdistill.checkpoints.pretrained import load_detector_weights
 from detrdistill.data.coco import CocoDataset, open_dataset, require_same_categories
@@ -135,13 +135,17 @@ def start_backbone(detector: nn.Module, recipe: Recipe, store: Store) -> dict[st
         InputError: they are missing, damaged, or of another architecture.
     """
     weights = recipe.backbone.weights
-    if recipe.family:
+    if recipe.family and weights != "crops":
         warnings.warn(f"{recipe.title}: starts from random weights; name a trained model with --start to start from it", stacklevel=2)
     elif weights == "none":
         warnings.warn(f"{recipe.title}: the backbone starts from random weights, as backbone.weights='none' says", stacklevel=2)
     elif weights == "crops":
         path = store.check_weights(store.record(parents(recipe)["backbone"]))
-        detector.backbone.load(read_weights(path)[0], str(path))
+        state = read_weights(path)[0]
+        if recipe.family:
+            load_thin(detector.model, state)
+        else:
+            detector.backbone.load(state, str(path))
     elif weights == "imagenet":
         detector.backbone.load(imagenet_weights(recipe.backbone.name), "of torchvision")
         return {"weights": str(imagenet_version(recipe.backbone.name))}

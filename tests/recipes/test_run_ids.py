@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from detrdistill.recipes.identity import run_id
-from detrdistill.recipes.presets import get_presets
-from detrdistill.recipes.tables import TABLES, named_runs
+from detrdistill.recipes.presets import IF_NAMED, get_presets
+from detrdistill.recipes.tables import TABLES, named_runs, possible_tables
 from detrdistill.runs.tuning import FIRST, SEEDS, rows_to_tune, runs_before_tuning
 
 FILE = Path(__file__).with_name("run_ids.txt")
@@ -19,8 +19,9 @@ PRESETS: dict[str, Sequence[int]] = {"smoke": (0, 1), "quick": (0, 1, 2), "mini"
 def names() -> Iterator[str]:
     """Preset and name of every run of every table, for all detectors together and each alone; and of the first trials of the tuning."""
     for name, seeds in PRESETS.items():
-        presets = get_presets(name)
+        presets, others = get_presets(name), get_presets(name, IF_NAMED[name]) if name in IF_NAMED else []
         found = {run for some in (presets, *([one] for one in presets)) for run in named_runs(TABLES, some, tuple(seeds))}
+        found |= {run for one in others for run in named_runs(possible_tables([one]), [one], tuple(seeds))}
         if name in ("smoke", "mini"):
             found |= set(runs_before_tuning(presets))
             found |= {run_id(row.trial(factor, seed)) for row in rows_to_tune(presets) for factor in FIRST for seed in SEEDS}

@@ -3,12 +3,14 @@
 import pytest
 
 from detrdistill.errors import InputError
+from detrdistill.parameters import named_run
 from detrdistill.published import published
+from detrdistill.recipes.family_presets import SMALL
 from detrdistill.recipes.identity import run_id
 from detrdistill.recipes.methods import METHODS, DETRDistill
-from detrdistill.recipes.presets import PRESETS, get_preset, get_presets
+from detrdistill.recipes.presets import PRESETS, detectors_of, get_preset, get_presets
 from detrdistill.recipes.rows import GAP
-from detrdistill.recipes.tables import TABLES, make_table, only_parents, usual_tables
+from detrdistill.recipes.tables import TABLES, all_compared, make_table, only_parents, possible_tables, usual_tables
 
 every_table = pytest.mark.parametrize("name", TABLES)
 every_preset = pytest.mark.parametrize("preset", PRESETS)
@@ -149,3 +151,21 @@ def test_a_run_that_is_a_row_of_its_own_is_no_parent_alone() -> None:
     teachers = {run_id(recipe) for table in tables for row in table.rows if row.family == "teacher" for recipe in row.recipes.values()}
     assert students & teachers and not students & only_parents(tables)
     assert teachers - students <= only_parents(tables)
+
+
+def test_small_families_are_there_where_they_are_named():
+    assert [preset.student.detector for preset in get_presets("mini")] == ["deformable_detr", "conditional_detr", "adamixer"]
+    presets = get_presets("mini", SMALL)
+    assert possible_tables(presets) == usual_tables(presets) == ("main_results",)
+    rows = make_table("main_results", presets, [0]).rows
+    assert {row.detector for row in rows} == {"RT-DETR v2", "D-FINE"} and not any(row.published for row in rows)
+    assert [row.name for row in rows[:4]] == ["teacher", "student", "fitnet", "detrdistill"]
+    with pytest.raises(InputError, match="table 'logits' is not made for D-FINE; their tables: main_results"):
+        make_table("logits", presets[1:], [0])
+    mixed = get_presets("mini", ["adamixer", "d_fine"])
+    assert {row.detector for row in make_table("logits", mixed, [0]).rows} == {"AdaMixer"}
+    assert all_compared(presets, [0])[-1].name == "main_results"
+    with pytest.raises(InputError, match="preset coco has no recipes for detector 'd_fine'"):
+        get_presets("coco", ["d_fine"])
+    run = run_id(presets[1].recipe("detrdistill", 2))
+    assert named_run(get_presets("mini", detectors_of("mini")), run, 2) == (presets[1].recipe("detrdistill", 2), False)
