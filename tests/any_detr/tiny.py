@@ -105,7 +105,7 @@ def tiny(family: str, seed: int = 0, **changes) -> torch.nn.Module:
         torch.manual_seed(seed)
         model = AutoModelForObjectDetection.from_config(config).eval()
         if FAMILIES[family].queries == "logits":  # in which two images hardly differ at first
-            initialise(model)
+            initialise(model, FAMILIES[family])
     if family in ("dab_detr", "detr"):  # whose queries are alike at first, and whose boxes are the anchors
         randomise(model, seed)
     return model
