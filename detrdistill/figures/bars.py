@@ -24,7 +24,8 @@ def bars(published: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Figu
         summary: of `main_results`; whiskers are 95 % intervals over seeds, rows without a run say so.
     """
     with style.paper():
-        ours = [name for name in IN_ORDER if name in set(summary["detector"])]
+        measured = dict.fromkeys(summary["detector"])
+        ours = [*(name for name in IN_ORDER if name in measured), *(name for name in measured if name not in IN_ORDER)]
         stacked = style.narrow()
         figure = style.Picture(figsize=(style.width(), (5.4 if stacked else 3.3) * style.scale()))
         spans = [len(IN_ORDER) + 0.2, max(len(ours) + 0.2, 1.7)]

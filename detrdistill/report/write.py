@@ -26,7 +26,7 @@ from detrdistill.recipes.presets import Preset
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.rows import Row, Table
 from detrdistill.recipes.tables import BESIDE, QUESTIONS, TABLES, WEIGHTS, all_compared, make_table, possible_tables, usual_tables
-from detrdistill.recipes.words import DETECTORS
+from detrdistill.recipes.words import NAMES
 from detrdistill.report.board import Verdict, harms_of, headline, verdicts
 from detrdistill.report.claims import NOTE, claim_cells, weigh, write_claims
 from detrdistill.report.comparisons import Comparisons
@@ -186,7 +186,7 @@ def check_figures(names: Sequence[str], tables: Sequence[Table]) -> None:
     """Raise InputError where the report of these tables has no figure of a name."""
     known = [*CLAIM_FIGURES, *(table.name for table in tables), WEIGHTS]
     known += MAIN_FIGURES if any(table.name == "main_results" for table in tables) else ()
-    known += [f"{name}_{detector}" for name in MAIN_FIGURES[1:] if name in known for detector in DETECTORS]
+    known += [f"{name}_{detector}" for name in MAIN_FIGURES[1:] if name in known for detector in NAMES]
     if unknown := [name for name in names if name not in known]:
         raise InputError(f"figure '{unknown[0]}' is unknown; known: {', '.join(known)}")
 

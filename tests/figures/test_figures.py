@@ -150,6 +150,11 @@ def test_empty_figures_say_not_run(tmp_path: Path) -> None:
         style.save(figure, tmp_path / "empty")
 
 
+def test_bars_of_detectors_that_the_paper_does_not_have() -> None:
+    other = summary().assign(detector="D-FINE")
+    assert "D-FINE" in texts(bars(published("figure1"), other)), "beside the paper's, which stand first"
+
+
 def test_detections_are_counted_as_in_coco() -> None:
     assert hits(found().above(0.3), truth()).tolist() == [True, True, False]  # the second "7" finds nothing new
     assert hits(Objects(truth().boxes, ["3", "7"], np.ones(2)), truth()).tolist() == [False, False]
