@@ -22,7 +22,7 @@ from detrdistill.figures.residuals import residuals
 from detrdistill.figures.weights import weight_trials
 from detrdistill.published import in_words, published
 from detrdistill.recipes.parts import Digits
-from detrdistill.recipes.presets import Preset
+from detrdistill.recipes.presets import IF_NAMED, Preset, get_preset
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.rows import Row, Table
 from detrdistill.recipes.tables import BESIDE, QUESTIONS, TABLES, WEIGHTS, all_compared, make_table, possible_tables, usual_tables
@@ -93,7 +93,7 @@ def write_report(
         store_root: the preset's results folder; by default that of `store.open_store`. With a published detector, tables, figures and
             page go to a folder of their own in it (`report_folder`).
         tables: those to write; by default the preset's usual ones. Tables that are there already are written again.
-        detectors: those to compare; by default all that the preset has.
+        detectors: those to compare; by default as `presets_of`.
         source: where the records lie; by default in the folder that is written to.
         formats: of the figures; the page shows the PNG files.
         figures: names of those to write; by default all.
@@ -107,8 +107,8 @@ def write_report(
         InputError: an unknown preset, table or figure, no seeds, a figure that has nothing to show, or records that were edited or do not
             belong together.
     """
-    presets = choose_presets(preset_name, detectors, teacher, start)
     store = open_store(preset_name) if store_root is None else Store(store_root)
+    presets = presets_of(preset_name, detectors, source or store, teacher, start)
     style.check_formats(formats)
     source, place = source or store, Place(out or report_folder(store.root, presets), tuple(formats), tuple(figures))
     names = tables if out and tables else tables_of(presets, tables, store, source)
@@ -163,7 +163,8 @@ def stored_seeds(
     start: str = "",
 ) -> tuple[int, ...]:
     """The seeds of which these tables have a student's record; 0 if there are none."""
-    presets, store = choose_presets(preset_name, detectors, teacher, start), store or open_store(preset_name)
+    store = store or open_store(preset_name)
+    presets = presets_of(preset_name, detectors, store, teacher, start)
     teachers, names = [preset.teacher for preset in presets], tables_of(presets, tables, store)
 
     def has_student(seed: int) -> bool:
@@ -172,6 +173,15 @@ def stored_seeds(
 
     seeds = {one.recipe.seed for one in records([store.root]) if isinstance(one.recipe, Recipe)}
     return tuple(seed for seed in sorted(seeds) if has_student(seed)) or (0,)
+
+
+def presets_of(name: str, detectors: Sequence[str], store: Store, teacher: str = "", start: str = "") -> list[Preset]:
+    """The presets of the detectors that are named, or of all that the preset has; of its families of transformers those with a student."""
+    presets = choose_presets(name, detectors, teacher, start)
+    if detectors or teacher or start:
+        return presets
+    families = [get_preset(name, detector) for detector in IF_NAMED.get(name, ())]
+    return presets + [one for one in families if any(store.record(one.recipe("student", seed)) for seed in range(3))]
 
 
 def tables_of(presets: Sequence[Preset], tables: Sequence[str], *stores: Store) -> list[str]:
