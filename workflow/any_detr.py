@@ -3,12 +3,13 @@
 from pathlib import Path
 
 from detrdistill.errors import InputError
+from detrdistill.recipes.claims import HELPS
 from detrdistill.recipes.families import FAMILIES
 from detrdistill.recipes.methods import METHODS, DETRDistill, Method
 from detrdistill.recipes.parts import Resize, Schedule
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.words import TITLES
-from workflow.findings import as_table, read
+from workflow.findings import REFERENCE, as_table, read, rows
 
 PARITY = Path(__file__).resolve().parents[1] / "tests" / "any_detr" / "parity.csv"
 IN_WORDS = {
@@ -72,3 +73,18 @@ def families() -> str:
         for name, family in FAMILIES.items()
     ]
     return as_table(["Family", "`detector`", "Queries start from", "Training groups", "Sides: multiples of", "`neck` maps"], lines)
+
+
+def families_measured() -> str:
+    """What small detectors of two families learned on the digits: rows of preset mini's main results, and the verdict."""
+    own = [row for row in rows("mini", "main_results") if row["Detector"] in {family.title for family in FAMILIES.values()}]
+    if not own:
+        return "Not measured yet."
+    columns = ("Detector", "Setting", "AP", "Gain", "Status", "Seeds")
+    said = [line for line in read(REFERENCE / "mini" / "tables" / "claims.csv") if line["claim"] == HELPS["main_results"][0]]
+    titles = {row["Detector"] for row in own}
+    verdicts = [f"{line['detector']}: *{line['status']}*" for line in said if line["detector"] in titles]
+    return (
+        as_table(columns, [[row[column] for column in columns] for row in own])
+        + f'\n\n"{HELPS["main_results"][0]}", {"; ".join(verdicts)}.'
+    )

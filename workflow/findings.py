@@ -37,6 +37,15 @@ def read(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(lines[lines[0].startswith("#") :]))
 
 
+def rows(preset: str, table: str) -> list[dict[str, str]]:
+    """Rows of a table as its md file has them."""
+    lines = [
+        line for line in (REFERENCE / preset / "tables" / f"{table}.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")
+    ]
+    heading, _, *cells = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
+    return [dict(zip(heading, line, strict=True)) for line in cells]
+
+
 def listed(words: Iterable[str]) -> str:
     *most, last = words
     return f"{', '.join(most)} and {last}" if most else last

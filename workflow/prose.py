@@ -10,22 +10,13 @@ from pathlib import Path
 
 from detrdistill.files import write_text
 from detrdistill.recipes.words import DETECTORS, TITLES
-from workflow.any_detr import families, methods_of_families, parity
-from workflow.findings import REFERENCE, as_table, found, listed, read
+from workflow.any_detr import families, families_measured, methods_of_families, parity
+from workflow.findings import REFERENCE, as_table, found, listed, read, rows
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), REFERENCE / "mini" / "README.md"]
 BLOCK = re.compile(r"<!-- (\w+)((?: [\w-]+)*) -->\n(.*?)<!-- end -->", re.DOTALL)
-
-
-def rows(preset: str, table: str) -> list[dict[str, str]]:
-    """Rows of a table as its md file has them."""
-    lines = [
-        line for line in (REFERENCE / preset / "tables" / f"{table}.md").read_text(encoding="utf-8").splitlines() if line.startswith("| ")
-    ]
-    heading, _, *cells = ([cell.strip() for cell in line.strip("|").split(" | ")] for line in lines)
-    return [dict(zip(heading, line, strict=True)) for line in cells]
 
 
 def measured(method: str) -> str:
@@ -182,8 +173,10 @@ def commits() -> str:
 
 
 BLOCKS: Mapping[str, Callable[..., str]] = {
-    one.__name__: one
-    for one in (found, cost, measured, results, gpu_days, ratios, teacher_outputs, exported, commits, families, methods_of_families, parity)
+    one.__name__: one for one in (
+        found, cost, measured, results, gpu_days, ratios, teacher_outputs, exported, commits, families, families_measured,
+        methods_of_families, parity,
+    )
 }  # fmt: skip
 
 
