@@ -208,8 +208,8 @@ class AnyDETR(nn.Module):
         return [part.transpose(1, 2).unflatten(2, size) for part, size in zip(parts, sizes, strict=True)]
 
     def _valid(self, padding: Bool[Tensor, "B H W"]) -> Float[Tensor, "B 1 4"] | None:
-        # An exported graph takes images of one size, without padding: which has no number while it is traced.
-        if not self.family.padded or torch.compiler.is_exporting() or not padding.any():
+        # While it is traced nothing has a number.
+        if not self.family.padded or not (torch.compiler.is_exporting() or padding.any()):
             return None
         height, width = ((~side).float().mean(1) for side in (padding[:, :, 0], padding[:, 0, :]))
         return torch.stack((width, height, width, height), dim=-1)[:, None]

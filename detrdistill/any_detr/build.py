@@ -5,6 +5,7 @@ transformers is imported when a family needs it: it is an optional extra, and ta
 
 import json
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,9 @@ _NOT_KEPT = (
     "architectures",
     "_name_or_path",
 )
+# What would have transformers read other files than those that are hashed, or code.
+_REFUSED = {"auto_map", "transformers_weights", "attn_implementation", "_attn_implementation", "quantization_config"}
+_OLDER = {"backbone", "backbone_kwargs", "use_pretrained_backbone", "use_timm_backbone"}  # which it turns into `backbone_config`
 _SIZES = {"queries": "num_queries", "decoder_layers": "decoder_layers", "levels": "num_feature_levels"}
 _FIRST_STAGE = ("embedder.", "stages.0.", "conv1", "layer1.")  # and what comes before, by transformers' names and timm's
 # What the official codes start otherwise than this file does the rest, and transformers as they do.
@@ -69,7 +73,13 @@ def _config(recipe: Recipe, names: Sequence[str], transformers: Any) -> Any:
     sizes = {_SIZES[name]: getattr(recipe, name) for name in _SIZES if name != "levels" or recipe.levels > 1}
     sizes[recipe.family.dim] = recipe.dim
     sizes |= thin_config(recipe.backbone, recipe.levels) if recipe.backbone.weights == "crops" else {}
+    if strange := sorted(_REFUSED & recipe.config.keys()):
+        raise InputError(f"config.{strange[0]}: asks for code or files beyond the recipe, which are never read; leave it out")
     config = transformers.AutoConfig.for_model(recipe.family.model_type, **recipe.config, **sizes)
+    if recipe.start is None:  # a published one may have entries of other versions
+        known = type(config)().to_dict().keys() | _OLDER
+        if mistyped := sorted(recipe.config.keys() - known):
+            raise InputError(f"config.{mistyped[0]}: {recipe.family.title} has no such entry; it has {', '.join(sorted(known))}")
     config.id2label, config.label2id = dict(enumerate(names)), {name: row for row, name in enumerate(names)}
     if hasattr(config, "use_pretrained_backbone"):
         config.use_pretrained_backbone = False
@@ -166,9 +176,10 @@ def read_family(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[s
     name = family_of(folder)
     family = FAMILIES[name]
     stated = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "auto_map" in stated:
+    if strange := [*sorted(_REFUSED & stated.keys()), *(["adapter_config.json"] if (folder / "adapter_config.json").exists() else [])]:
         raise InputError(
-            f"{folder}: its config.json asks for code of its own ('auto_map'), which is never run; give a model of transformers itself"
+            f"{folder}: '{strange[0]}' asks for code or files beyond the model's own, which are never read; give a model of transformers "
+            "itself, without it"
         )
     refusal = f"{folder}: transformers cannot open this {family.title} ({{}}); restore the folder"
     with _transformers(family.title) as transformers, _in_one_line(refusal):
@@ -192,8 +203,13 @@ def read_family(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[s
     fields = {"detector": name, "config": {key: value for key, value in kept.items() if key not in known}}
     fields |= {"dim": getattr(config, family.dim), "levels": getattr(config, "num_feature_levels", 1)}
     fields |= {field: getattr(config, _SIZES[field]) for field in ("queries", "decoder_layers")}
-    labels = [config.id2label[row] for row in range(config.num_labels)]
-    return AnyDETR(model, family).state_dict(), fields, [None if label == f"LABEL_{row}" else label for row, label in enumerate(labels)]
+    labels = [config.id2label.get(row) for row in range(config.num_labels)]
+    return AnyDETR(model, family).state_dict(), fields, [label if is_name(label) else None for label in labels]
+
+
+def is_name(label: object) -> bool:
+    """Whether a label of config.json names a class: transformers calls one that nobody named LABEL_3."""
+    return isinstance(label, str) and not re.fullmatch(r"LABEL_\d+|N/A", label)
 
 
 def write_family(detector: nn.Module, folder: Path, categories: Sequence[str]) -> None:
@@ -236,6 +252,8 @@ def _in_one_line(message: str) -> Iterator[None]:
 
     try:
         yield
+    except InputError:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError, StrictDataclassError) as error:
         raise InputError(message.format(_short(error))) from None
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from detrdistill.errors import NonFiniteError
 from detrdistill.matching import Pairs, Problem
 from detrdistill.models.outputs import DetectorOutput, Targets
 from detrdistill.recipes.families import Family
@@ -47,8 +48,14 @@ class OwnLoss:
         return {}
 
     def __call__(self, student: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]) -> dict[str, Tensor]:
-        """The weighted parts of the loss by transformers' names, divided by the step's objects or images."""
+        """The weighted parts of the loss by transformers' names, divided by the step's objects or images.
+
+        Raises:
+            NonFiniteError: a prediction is NaN or infinite.
+        """
         args, kwargs = tree_map(_full_precision, student.own)
+        if not all(value.isfinite().all() for value in (student.logits, student.boxes, args[0], args[3])):
+            raise NonFiniteError("own loss: a predicted logit or box is NaN or infinite")
         if self.family.box_before:
             kwargs = _aligned(kwargs)
         _, parts, _ = self.model.loss_function(*args, **kwargs)

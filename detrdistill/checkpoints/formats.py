@@ -13,19 +13,20 @@ from torch import Tensor
 from detrdistill.any_detr.build import family_of, read_family
 from detrdistill.checkpoints import names
 from detrdistill.checkpoints.hugging_face import equal, fields_of_config, form_of, positive, read_folder
+from detrdistill.checkpoints.locate import WHOLE
 from detrdistill.checkpoints.mmdetection import fields_of_text
 from detrdistill.checkpoints.preparation import resize_of
 from detrdistill.checkpoints.sizes import recipe_fields
 from detrdistill.errors import InputError
 from detrdistill.models import AdaMixer, ConditionalDETR, DeformableDETR
-from detrdistill.models.weights import classes_of, few, named_tensors, read_pickle, read_weights
+from detrdistill.models.weights import classes_of, few, named_tensors, read_json, read_pickle, read_weights
 from detrdistill.recipes.families import FAMILIES as OF_TRANSFORMERS
 from detrdistill.recipes.recipe import OWNERS, Recipe
 from detrdistill.recipes.words import NAMES
 from detrdistill.records import read_record
 
 FAMILIES = {"conditional_detr": ConditionalDETR, "deformable_detr": DeformableDETR, "adamixer": AdaMixer}
-RESIZED = ("resize.short", "resize.long", "resize.stretch", "resize.mean", "resize.std")
+SIZED, NORMALISED = ("resize.short", "resize.long", "resize.stretch"), ("resize.mean", "resize.std")
 SHARED_FIELDS = ("detector", "backbone", "dim", "heads", "ffn", "decoder_layers", "queries", "dropout")
 
 
@@ -103,8 +104,13 @@ def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[di
         InputError: the file is missing, damaged, holds code, or another model.
     """
     path = Path(path)
-    if part is None and family_of(path if path.is_dir() else path.parent) and not path.with_name("record.json").is_file():
-        return _read_family(path if path.is_dir() else path.parent)
+    folder = path if path.is_dir() else path.parent
+    if part is None and family_of(folder) and not (folder / "record.json").is_file():
+        if path != folder and path.name not in WHOLE:
+            raise InputError(
+                f"weights {path}: beside a config.json of transformers, which names its weights itself; give the folder {folder}"
+            )
+        return _read_family(folder)
     tensors, stated = _read(path, part if part in ("model", "ema") else None)
     if stated.get("detector") in OF_TRANSFORMERS:  # a run of the kit
         return tensors, About(path, "kit", stated, tuple(stated.pop("names")))
@@ -133,8 +139,11 @@ def read_detector_weights(path: Path | str, part: str | None = None) -> tuple[di
 def _read_family(folder: Path) -> tuple[dict[str, Tensor], About]:
     """A folder of transformers' in one of the families that the kit has through transformers itself."""
     state, fields, labels = read_family(folder)
-    said = (folder / "preprocessor_config.json").is_file()
-    return state, About(folder, "Hugging Face", fields | {"resize": resize_of(folder)}, tuple(labels), unclear=() if said else RESIZED)
+    path = folder / "preprocessor_config.json"
+    said = read_json(path) if path.is_file() else {}
+    unclear = () if "size" in said else SIZED  # these families have other defaults than the kit
+    unclear += () if said.get("do_normalize") is False or "image_mean" in said else NORMALISED
+    return state, About(folder, "Hugging Face", fields | {"resize": resize_of(folder)}, tuple(labels), unclear=unclear)
 
 
 def _layout(tensors: Mapping[str, Tensor]) -> Layout | None:

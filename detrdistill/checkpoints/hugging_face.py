@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from detrdistill.any_detr.build import write_family
+from detrdistill.any_detr.build import is_name, write_family
 from detrdistill.checkpoints import names
 from detrdistill.checkpoints.sizes import backbone_of, recipe_fields
 from detrdistill.errors import InputError
@@ -236,12 +236,7 @@ def _fields(config: dict[str, Any], path: Path) -> dict[str, Any]:
     if labels := {int(row): name for row, name in (config.get("id2label") or {}).items()}:
         if max(labels) > MOST_CLASSES:
             raise InputError(f"{path}: 'id2label' has a class {max(labels)}; number the classes from 0")
-
-        # Transformers calls a class that nobody named LABEL_3.
-        def named(name):
-            return None if name is None or re.fullmatch(r"LABEL_\d+|N/A", name) else name
-
-        stated["names"] = [named(labels.get(row)) for row in range(max(labels) + 1)]
+        stated["names"] = [label if is_name(label := labels.get(row)) else None for row in range(max(labels) + 1)]
     return stated
 
 

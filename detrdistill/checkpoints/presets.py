@@ -38,7 +38,8 @@ class Published:
 
     def recipe(self, like: Recipe, **changes: Any) -> Recipe:
         """A recipe of it on the data of `like`, and with its precision, seed and schedule."""
-        kept = {name: getattr(like, name) for name in ("data", "precision", "seed", "schedule", "dropout")}
+        own = ("dropout",) if self.detector not in FAMILIES else ()
+        kept = {name: getattr(like, name) for name in ("data", "precision", "seed", "schedule", *own)}
         resize = self.resize.replace(train=like.resize.train)
         return Recipe.read(kept | {"resize": resize} | self.fields | changes, where=str(self.fields["start"].path))
 
@@ -138,7 +139,9 @@ def _with_published(preset: Preset, teaches: Published | None, starts: Published
         if student.family:  # of whose maps nothing was measured yet
             method = method.replace(features=0.0, normalised=True)
     if teaches:
-        teacher = teaches.recipe(student, schedule=MEASURED, seed=0, precision="fp32", dropout=0.0)
+        teacher = teaches.recipe(
+            student, schedule=MEASURED, seed=0, precision="fp32", **({} if teaches.detector in FAMILIES else {"dropout": 0.0})
+        )
         teacher = teacher.replace(**{"resize.train": "none"})
         student = student if starts else student.replace(**_needs(teacher, student))
         if teacher.query_form != student.query_form:  # the method that the user makes of it must fit before the rest is changed

@@ -64,6 +64,8 @@ def export_onnx(
     detector, about = load(path, outputs, dict(settings or {}))
     record = record_of(path)
     resize = about.settings.get("resize", Resize())
+    if getattr(detector, "sides", 1) > 1:  # one of transformers' that takes no other size: its graph has this one
+        resize = resize.replace(stretch=True)
     dataset, source = dataset_of(data, record, resize)
     ids = {one.name: one.id for one in dataset.categories} if dataset is not None else {}
     described = {
@@ -178,7 +180,8 @@ def verification_images(dataset: CocoDataset | None, resize: Resize) -> list[Ima
         images = [(torch.randn(3, *shape, generator=noise), shape) for shape in shapes]
     others = [images[i % len(images)] for i in (1, 2, 3)]
     if resize.stretch:
-        return [Images.together(images[:1]), Images.together(others)]
+        narrow, size = others[0]
+        return [Images.together(images[:1]), Images.together([*others[1:], (narrow[..., : narrow.shape[2] // 2], size)])]
     halves = [(functional.resize(pixels, [max(32, side // 2) for side in pixels.shape[1:]]), size) for pixels, size in others]
     return [Images.together(images[:1]), Images.together(halves)]
 

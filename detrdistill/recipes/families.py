@@ -31,6 +31,7 @@ class Family:
         sides: what image sides must be multiples of, where the backbone's windows do not say (`sides_of`).
         windows: of a backbone that sees windows of patches: by default, pixels a patch and windows a side.
         dim: configuration's entry for the decoder's width.
+        backbone: where its backbone is, which trains at a rate of its own.
         processor: transformers' class that prepares its images.
         classes: parts of names of tensors with a row a class.
         extra_rows: rows that the head has beyond the classes.
@@ -52,6 +53,7 @@ class Family:
     sides: int = 32
     windows: tuple[int, int] | None = None
     dim: str = "d_model"
+    backbone: str = "model.backbone"
     processor: str = "RTDetrImageProcessor"
     classes: tuple[str, ...] = ("class_embed",)
     extra_rows: int = 0
@@ -65,7 +67,11 @@ class Family:
         if self.windows is None:
             return self.sides
         backbone = config.get("backbone_config") or {}
-        patch, windows = backbone.get("patch_size", self.windows[0]), backbone.get("num_windows")
+        stated = backbone if isinstance(backbone, Mapping) else {}
+        patch, windows = stated.get("patch_size", self.windows[0]), stated.get("num_windows")
+        for name, value in (("patch_size", patch), ("num_windows", 1 if windows is None else windows)):
+            if type(value) is not int or value < 1:
+                raise ValueError(f"'config.backbone_config.{name}' is {value!r}, not a whole number above 0")
         if windows is None:
             windows = self.windows[1]
         elif self.model_type == "lw_detr":  # which counts the windows of an image
@@ -85,6 +91,7 @@ _GROUPS = {
     "queries": "boxes",
     "head": "boxes",
     "own": "first",
+    "backbone": "model.backbone.backbone",
     "processor": "RfDetrImageProcessor",
     "loss_weights": {"loss_ce": "class_loss_coefficient", "loss_bbox": "bbox_loss_coefficient", "loss_giou": "giou_loss_coefficient"},
 }
@@ -95,7 +102,13 @@ FAMILIES: dict[str, Family] = {
     "rt_detr": Family("RT-DETR", "rt_detr", **_RT),
     "rt_detr_v2": Family("RT-DETR v2", "rt_detr_v2", **_RT),
     "d_fine": Family("D-FINE", "d_fine", averaged=("loss_ddf",), box_before=True, **_RT),
-    "deimv2": Family("DEIMv2", "deimv2", averaged=("loss_ddf",), box_before=True, **_RT | {"neck": "model.conv_encoder"}),
+    "deimv2": Family(
+        "DEIMv2",
+        "deimv2",
+        averaged=("loss_ddf",),
+        box_before=True,
+        **_RT | {"neck": "model.conv_encoder", "backbone": "model.conv_encoder.model"},
+    ),
     "rf_detr": Family("RF-DETR", "rf_detr", windows=(14, 4), **_GROUPS),
     "lw_detr": Family("LW-DETR", "lw_detr", windows=(16, 4), **_GROUPS | {"processor": "DeformableDetrImageProcessor"}),
     "dab_detr": Family(

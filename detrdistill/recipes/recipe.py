@@ -14,7 +14,11 @@ from detrdistill.recipes.parts import BackboneRecipe, DetectorWeights, Digits, F
 from detrdistill.recipes.schema import Fraction, Strict
 
 # Fields that not every detector has, and whose they are.
+OWN = ("deformable_detr", "conditional_detr", "adamixer")
 OWNERS = {
+    "heads": OWN,
+    "ffn": OWN,
+    "dropout": OWN,
     "form": ("deformable_detr",),
     "levels": ("deformable_detr", *FAMILIES),
     "config": tuple(FAMILIES),
@@ -85,6 +89,10 @@ class Recipe(Strict):
             raise ValueError(f"AdaMixer's 'dim' {self.dim} must be a multiple of 8, its feature channels {width} of 'groups' {self.groups}")
         if self.detector in ("deformable_detr", "adamixer") and width % 32:
             raise ValueError(f"{width} feature channels cannot be normalised in 32 groups; choose a multiple of 32")
+        if self.family and self.backbone.weights != "crops" and self.backbone != BackboneRecipe():
+            raise ValueError(
+                f"{self.family.title} has its backbone in 'config.backbone_config'; 'backbone' is for one with crop-trained weights alone"
+            )
         if self.start is None and (self.backbone.weights == "start" or self.schedule.steps == 0):
             raise ValueError(
                 "schedule.steps 0 trains nothing: name a detector that others trained as 'start' (--start MODEL), or give 1 or more"

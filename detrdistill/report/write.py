@@ -176,12 +176,12 @@ def stored_seeds(
 
 
 def presets_of(name: str, detectors: Sequence[str], store: Store, teacher: str = "", start: str = "") -> list[Preset]:
-    """The presets of the detectors that are named, or of all that the preset has; of its families of transformers those with a student."""
+    """The presets of the detectors that are named, or of all that the preset has; of its families of transformers those with a run."""
     presets = choose_presets(name, detectors, teacher, start)
     if detectors or teacher or start:
         return presets
     families = [get_preset(name, detector) for detector in IF_NAMED.get(name, ())]
-    return presets + [one for one in families if any(store.record(one.recipe("student", seed)) for seed in range(3))]
+    return presets + [one for one in families if any(store.root.glob(f"runs/{one.student.detector}-*/record.json"))]
 
 
 def tables_of(presets: Sequence[Preset], tables: Sequence[str], *stores: Store) -> list[str]:

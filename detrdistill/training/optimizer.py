@@ -11,11 +11,13 @@ from detrdistill.recipes.parts import Schedule
 
 def make_optimizer(distiller: Distiller, schedule: Schedule) -> torch.optim.AdamW:
     """AdamW with the DETRs' groups: backbone, sampling offsets and reference points, the rest (adapters too)."""
+    family = getattr(distiller.student, "family", None)  # of transformers, whose names are other
+    backbone = family.backbone if family else "backbone"
     groups: dict[float, list[nn.Parameter]] = {}
     for name, parameter in distiller.named_parameters():
         if parameter.requires_grad:
             factor = 1.0
-            if ".backbone." in f".{name}":
+            if f".{backbone}." in f".{name}":
                 factor = schedule.backbone_lr
             elif "sampling_offsets" in name or "reference_points" in name:
                 factor = schedule.sampling_lr

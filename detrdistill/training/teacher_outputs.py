@@ -252,7 +252,11 @@ def padded_images(dataset: CocoDataset, recipe: Recipe) -> int:
 def code_hash() -> str:
     """SHA-256 of the code that detectors are made of and called with: outputs of other code are other outputs."""
     package = Path(detrdistill.__file__).parent
-    files = [one for where in ("boxes.py", "distill/distiller.py", "models/*.py", "any_detr/*.py") for one in sorted(package.glob(where))]
+    files = [
+        one
+        for where in ("boxes.py", "distill/distiller.py", "models/*.py", "any_detr/*.py", "recipes/families.py")
+        for one in sorted(package.glob(where))
+    ]
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

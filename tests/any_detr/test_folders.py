@@ -146,8 +146,13 @@ def test_families_that_the_kit_does_not_have_are_refused(kind: str, tmp_path: Pa
 DAMAGE = {
     "code of its own": (
         lambda path: change(path / "config.json", auto_map={"AutoModel": "modeling.Mine"}),
-        r"asks for code of its own \('auto_map'\)",
+        r"'auto_map' asks for code or files beyond the model's own",
     ),
+    "weights that are named elsewhere": (
+        lambda path: change(path / "config.json", transformers_weights="other.safetensors"),
+        "'transformers_weights' asks for code or files beyond",
+    ),
+    "an adapter of peft's": (lambda path: (path / "adapter_config.json").write_text("{}", encoding="utf-8"), "'adapter_config.json' asks"),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), r"no weights\.safetensors of a run, and no model\.safetensors"),
     "half the weights": (lambda path: (path / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{"), "cannot open this RT-DETR v2"),
     "no JSON": (lambda path: (path / "config.json").write_text("{", encoding="utf-8"), r"config\.json"),
