@@ -75,7 +75,7 @@ test-fast: setup
 	$(PYTEST) -m "not slow" $(ARGS)
 
 faults: setup
-	$(PYTEST) tests/faults --long $(ARGS)
+	$(PYTEST) tests/faults tests/export --long $(ARGS)
 
 # Snakemake's lock outlives a killed snakemake. Running without a lock would let two of them delete each other's unfinished files, so
 # the process id of the owner is kept, also when a signal ends it: a living owner is respected, a dead one's lock is removed. Its

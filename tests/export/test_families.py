@@ -7,12 +7,16 @@ import onnxruntime
 import pytest
 
 from detrdistill.export import write
+from detrdistill.recipes.families import FAMILIES
 from tests.any_detr.tiny import CLASSES, SIDE, tiny
 from tests.models.small import untyped
 
 
-@pytest.mark.parametrize("family", ["d_fine", "rf_detr", "detr"])
-def test_the_same_detections(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_detections(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """On a batch with padding too."""
+    if family != "d_fine" and not request.config.getoption("long", default=False):
+        pytest.skip("ten seconds: with --long")
     folder = tmp_path / family
     model = tiny(family)
     model.config.id2label = {row: f"class {row}" for row in range(CLASSES)}

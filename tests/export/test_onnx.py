@@ -32,6 +32,7 @@ KINDS = {
     "deformable-two-stage": True,
     "adamixer": False,
 }
+LONG = ("deformable", "deformable-refine")  # with --long alone (make faults): an export takes torch twenty seconds
 SIZES = {"resize.short": "72", "resize.long": "100", "resize.mean": "0.4 0.5 0.6", "resize.std": "0.2 0.3 0.25"}
 # What the exported script may not load.
 FORBID = """
@@ -68,11 +69,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def exported(root: Path) -> Exporter:
+def exported(root: Path, request: pytest.FixtureRequest) -> Exporter:
     """The folder of a kind, exported when it is first asked for, and what was said about it."""
     made: dict[str, tuple[Path, str]] = {}
 
     def of(kind: str) -> tuple[Path, str]:
+        if kind in LONG and not request.config.getoption("long", default=False):
+            pytest.skip("twenty seconds: with --long")
         if kind not in made:
             weights, folder = root / kind / "weights.safetensors", root / f"{kind}-out"
             with untyped():
