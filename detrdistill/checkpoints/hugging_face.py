@@ -63,12 +63,12 @@ def export_hugging_face(detector: nn.Module, folder: Path | str, categories: Seq
 
 
 def _processor(kind: str, resize: Resize) -> dict[str, Any]:
-    sides = ("height", "width") if resize.stretch else ("shortest_edge", "longest_edge")
+    theirs = {"short": "shortest_edge", "long": "longest_edge"}
     return {
         "image_processor_type": kind,
         "format": "coco_detection",
         "do_resize": True,
-        "size": dict(zip(sides, (resize.short, resize.long), strict=True)),
+        "size": {theirs.get(name, name): side for name, side in resize.sides.items()},
         "resample": 2,  # bilinear
         "do_rescale": True,
         "rescale_factor": 1 / 255,

@@ -71,9 +71,7 @@ def export_onnx(
         "classes": json.dumps(classes(about.names, ids)),
         "mean": json.dumps(resize.mean),
         "std": json.dumps(resize.std),
-        "resize": json.dumps(
-            dict(zip(("height", "width") if resize.stretch else ("short", "long"), (resize.short, resize.long), strict=True))
-        ),
+        "resize": json.dumps(resize.sides),
         "top": str(detector.top),
         "parameters": str(sum(one.numel() for one in detector.parameters())),
         "run": record.id if record else "",

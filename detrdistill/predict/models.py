@@ -7,7 +7,6 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +142,8 @@ class OnnxModel(Model):
             reason = " ".join(str(error).split())[:160]
             raise InputError(f"model {path}: not a detector that detrdistill exported ({type(error).__name__}: {reason})") from None
         self.path, self.title, self.inputs = path, f"{path} (ONNX)", [one.name for one in self.session.get_inputs()]
-        sides = {name: rule[name] for name in ("short", "long") if name in rule}
+        sides = {"short": rule["height"], "long": rule["width"], "stretch": True} if "height" in rule else rule
         self.transform = build_transform(Resize.read(sides | {"mean": mean, "std": std}, where=str(path)), train=False)
-        if "height" in rule:
-            self.transform = replace(self.transform, fixed=v2.Resize([rule["height"], rule["width"]], antialias=True))
         self.parameters = int(about["parameters"]) if "parameters" in about else None
         self.weight_bytes = path.stat().st_size
 
