@@ -14,6 +14,8 @@ from tqdm.auto import tqdm
 
 from detrdistill.analysis.confusion import Matched, Repairs, confusion_matrix, crowds_of, match, repairs
 from detrdistill.analysis.detections import ground_truth
+from detrdistill.checkpoints.locate import record_of
+from detrdistill.checkpoints.names import outputs_by_name
 from detrdistill.compare.costs import COUNTER, cost_of, first_images, gflops, hardware, milliseconds, peak_mib, seen_by
 from detrdistill.data.coco import Category, CocoDataset, open_dataset
 from detrdistill.data.layout import data_cache, data_hash
@@ -22,8 +24,7 @@ from detrdistill.figures.detections import Objects
 from detrdistill.models.weights import few
 from detrdistill.predict.models import Model, TorchModel, open_model
 from detrdistill.recipes.parts import Digits, Folder
-from detrdistill.recipes.recipe import Recipe
-from detrdistill.records import Cost, Record, read_record
+from detrdistill.records import Cost
 from detrdistill.runs.reference import FOLDER as REFERENCE
 from detrdistill.runs.store import Store
 from detrdistill.training.batches import loading
@@ -183,40 +184,21 @@ def _keep_cost(model: TorchModel, data: Digits | Folder, cost: dict[str, Any]) -
         store.write_cost(record.recipe, Cost(run=record.id, **stated, **cost))
 
 
-def outputs_for(name: str, models: Mapping[str, Model], categories: Sequence[Category], where: Path) -> list[int]:
+def outputs_for(name: str, models: Mapping[str, Model], categories: Sequence[Category], where: Path) -> tuple[int, ...]:
     """The output of a model for each class of the data, by name.
 
     Raises:
         InputError: it does not know one; says which other model does.
     """
-
-    def plain(text: str) -> str:
-        return " ".join(text.lower().split())
-
-    def known(model: Model) -> dict[str, int]:
-        return {plain(text): row for row, text in enumerate(model.names) if text is not None} | {
-            text: row for row, text in enumerate(model.names) if text is not None
-        }
-
-    rows = known(models[name])
-    found = [rows.get(category.name, rows.get(plain(category.name))) for category in categories]
+    found = outputs_by_name(models[name].names, [category.name for category in categories])
     if unknown := [category.name for category, row in zip(categories, found, strict=True) if row is None]:
-        others = [other for other, model in models.items() if unknown[0] in known(model) or plain(unknown[0]) in known(model)]
+        others = [other for other, model in models.items() if outputs_by_name(model.names, unknown[:1]) != (None,)]
         more = f", and {others[0]} does" if others else ""
         raise InputError(
             f"{name} does not know {len(unknown)} of the {len(categories)} classes of {where} ({few(unknown)}){more}; compare detectors "
             "of the same classes, on data of these"
         )
     return found
-
-
-def record_of(path: Path) -> Record | None:
-    """The record of a run's folder or weights; None of anything else."""
-    folder = path if path.is_dir() else path.parent
-    if not (folder / "record.json").is_file():
-        return None
-    record = read_record(folder / "record.json")
-    return record if isinstance(record.recipe, Recipe) else None
 
 
 def named_models(models: Sequence[str], names: Sequence[str], device: str) -> dict[str, Model]:
