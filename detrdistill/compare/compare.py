@@ -144,11 +144,13 @@ def compare_models(
         batch: images at once when AP is measured.
 
     Raises:
-        InputError: a model does not know a class of the data.
+        InputError: a model does not know a class of the data, or costs beside a run are damaged.
         NonFiniteError: a prediction is NaN or infinite.
     """
     dataset = open_dataset(data, split, data_cache(), None)
     outputs = {name: outputs_for(name, models, dataset.categories, dataset.report.file) for name in models}
+    # Read before anything is measured, which a damaged file would throw away.
+    lacking = {name: store for name, model in models.items() if split == "val" and (store := _store_without_cost(model, data))}
     firsts = [first_images(dataset, model) for model in models.values()]
     everything = range(len(dataset))
     truths, crowds = ground_truth(dataset, everything), crowds_of(dataset, everything)
@@ -167,21 +169,30 @@ def compare_models(
         matched = [match(*one, threshold) for one in zip(found, truths, crowds, strict=True)]
         counted = gflops(model, batches) if isinstance(model, TorchModel) else None
         sides.append(Side(name, model, metrics, classes, found, matched, counted, taken, peak))
-        if counted is not None and split == "val":
-            _keep_cost(model, data, cost_of(model, batches, counted, taken, peak))
+        if name in lacking:
+            _keep_cost(lacking[name], model, cost_of(model, batches, counted, taken, peak))
     return Comparison(dataset, sides, threshold)
 
 
-def _keep_cost(model: TorchModel, data: Digits | Folder, cost: dict[str, Any]) -> None:
-    """Write costs beside the record of a run that was compared on its own data, once; never into the committed reference."""
-    if (record := record_of(model.path)) is None or data_hash(data, data_cache()) != record.provenance["data_sha256"]:
-        return
+def _store_without_cost(model: Model, data: Digits | Folder) -> Store | None:
+    """Where the costs of a run that is compared on its own data are to be written, once; never into the committed reference.
+
+    Raises:
+        InputError: costs lie there that are damaged, or of other weights.
+    """
+    if not isinstance(model, TorchModel) or (record := record_of(model.path)) is None:
+        return None
     folder = (model.path if model.path.is_dir() else model.path.parent).resolve()
     store = Store(folder.parents[1])
     ours = store.folder(record.recipe) == folder and REFERENCE not in folder.parents and os.access(folder, os.W_OK)
-    if ours and store.cost(record) is None:
-        stated = {"weights_sha256": record.provenance["weights_sha256"], "data_sha256": record.provenance["data_sha256"]}
-        store.write_cost(record.recipe, Cost(run=record.id, **stated, **cost))
+    of_data = ours and data_hash(data, data_cache()) == record.provenance["data_sha256"]
+    return store if of_data and store.cost(record) is None else None
+
+
+def _keep_cost(store: Store, model: TorchModel, cost: dict[str, Any]) -> None:
+    record = record_of(model.path)
+    stated = {name: record.provenance[name] for name in ("weights_sha256", "data_sha256")}
+    store.write_cost(record.recipe, Cost(run=record.id, **stated, **cost))
 
 
 def outputs_for(name: str, models: Mapping[str, Model], categories: Sequence[Category], where: Path) -> tuple[int, ...]:
