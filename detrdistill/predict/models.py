@@ -62,6 +62,9 @@ class Model(ABC):
             inside: scores [B K], labels [B K], and boxes [B K 4] (xyxy in pixels of the image's file), best first.
         """
 
+    def check_sides(self) -> None:  # noqa: B027
+        """Raise InputError unless images of any shape become ones that the detector takes; an .onnx does so by itself."""
+
     def detect(self, batch: Batch, classes: Sequence[int] | None = None) -> list[dict[str, Tensor]]:
         """What is seen on each image, best first: `scores`, `labels` (output numbers) and `boxes` (xyxy in pixels of the file).
 
@@ -96,10 +99,21 @@ class TorchModel(Model):
             raise InputError(f"{about.title} does not say its classes; name its {len(about.names)} outputs as 'outputs'")
         self.detector: nn.Module = detector.to(self.device).requires_grad_(False)
         self.path, self.title, self.names, self.top = weights.path, about.title, about.names, detector.top
-        self.transform = build_transform(about.settings.get("resize", Resize()), train=False)
+        self.resize = about.settings.get("resize", Resize())
+        self.transform = build_transform(self.resize, train=False)
         self.ids = ids_of_outputs(about.names, ids_of_run(weights.path))
         self.parameters = sum(one.numel() for one in detector.parameters())
         self.weight_bytes = sum(one.nbytes for one in (*detector.parameters(), *detector.buffers()))
+
+    def check_sides(self) -> None:
+        multiple, sides = getattr(self.detector, "sides", 1), (self.resize.short, self.resize.long)
+        if multiple == 1 or (self.resize.stretch and not any(side % multiple for side in sides)):
+            return
+        short, long = (max(1, round(side / multiple)) * multiple for side in sides)
+        raise InputError(
+            f"{self.title}: takes images whose sides are multiples of {multiple}, which photographs of another shape must be stretched to: "
+            f"give --set resize.stretch=true --set resize.short={short} --set resize.long={long}"
+        )
 
     @torch.no_grad()
     def outputs(self, batch: Batch) -> tuple[Tensor, ...]:

@@ -57,10 +57,11 @@ def predict(
         batch: images at once; padding changes the numbers of some detectors a little.
 
     Raises:
-        InputError: an option is out of range, `out` cannot be written to, there are no images, or none can be read.
+        InputError: an option is out of range, the detector does not take images of any shape as they are prepared, `out` cannot be written to, there are no images, or none can be read.
         NonFiniteError: a prediction is NaN or infinite.
     """
     check_options(threshold, batch)
+    model.check_sides()
     root, paths = find_images(images, out)
     require_writable(out)
     found = Predictions()
