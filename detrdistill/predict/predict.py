@@ -57,7 +57,8 @@ def predict(
         batch: images at once; padding changes the numbers of some detectors a little.
 
     Raises:
-        InputError: an option is out of range, the detector does not take images of any shape as they are prepared, `out` cannot be written to, there are no images, or none can be read.
+        InputError: an option is out of range, images as they are prepared have shapes that the detector does not take, `out` cannot be
+            written to, there are no images, or none can be read.
         NonFiniteError: a prediction is NaN or infinite.
     """
     check_options(threshold, batch)

@@ -24,7 +24,9 @@ def test_sides_are_asked_for_before_anything_is_written(tmp_path: Path) -> None:
     store.write(Record(id=run_id(recipe), recipe=recipe, metrics={}, curve=[], cost={}, parents={}, provenance={}))
     run, images = str(store.folder(recipe)), str(write_folder(tmp_path / "mine", images=1) / "images")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(InputError, match=r"multiples of 32, .*: give --set resize\.stretch=true --set resize\.short=64 --set resize\.long=64$") as error:
+    with pytest.raises(
+        InputError, match=r"multiples of 32, .*: give --set resize\.stretch=true --set resize\.short=64 --set resize\.long=64$"
+    ) as error:
         predict(open_model(run, "cpu"), images, tmp_path / "out", progress=False)
     assert "\n" not in str(error.value) and sorted(tmp_path.rglob("*")) == before
     remedy = dict(word.split("=") for word in str(error.value).split(" --set ")[1:])
