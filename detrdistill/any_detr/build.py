@@ -6,8 +6,10 @@ transformers is imported when a family needs it: it is an optional extra, and ta
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from detrdistill.errors import InputError
+from detrdistill.files import make_folder, write_text, writing
 from detrdistill.models import build_detector
 from detrdistill.models.weights import few
 from detrdistill.recipes.families import FAMILIES, Family
@@ -212,12 +215,34 @@ def is_name(label: object) -> bool:
     return isinstance(label, str) and not re.fullmatch(r"LABEL_\d+|N/A", label)
 
 
-def write_family(detector: nn.Module, folder: Path, categories: Sequence[str]) -> None:
-    """Write config.json and model.safetensors as transformers does, heads that it ties once."""
-    model = detector.model
-    model.config.id2label, model.config.label2id = dict(enumerate(categories)), {name: row for row, name in enumerate(categories)}
-    with _transformers(detector.family.title):
-        model.save_pretrained(folder)
+def write_family(detector: nn.Module, folder: Path, categories: Sequence[str], beside: Mapping[str, str]) -> None:
+    """Write config.json and model.safetensors as transformers does, heads that it ties once. Nothing is moved there before all is whole.
+
+    Args:
+        categories: a name for each class.
+        beside: text of further files by their names.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
+    """
+    model, own = detector.model, detector.model.config
+    make_folder(folder)
+    with writing(folder), _transformers(detector.family.title), tempfile.TemporaryDirectory(dir=folder, prefix=".export-") as name:
+        temporary = Path(name)
+        model.config = deepcopy(own)  # in which transformers notes what it writes
+        model.config.id2label, model.config.label2id = dict(enumerate(categories)), {name: row for row, name in enumerate(categories)}
+        try:
+            model.save_pretrained(temporary)
+        finally:
+            model.config = own
+        for file, text in beside.items():
+            write_text(temporary / file, text)
+        for file in sorted(temporary.iterdir(), key=_is_config):  # which says that there is a model, last
+            file.replace(folder / file.name)
+
+
+def _is_config(file: Path) -> bool:
+    return file.name == "config.json"
 
 
 @contextmanager

@@ -44,12 +44,13 @@ def export_hugging_face(detector: nn.Module, folder: Path | str, categories: Seq
         resize: the recipe's; by default 800 pixels on the shorter side and at most 1333 on the longer.
 
     Raises:
-        InputError: transformers has no such detector or backbone, or not one name a class.
+        InputError: transformers has no such detector or backbone, not one name a class, or the folder cannot be written.
     """
     folder, resize = Path(folder), resize or Resize()
     if (family := getattr(detector, "family", None)) is not None:
-        write_family(detector, folder, categories)
-        write_text(folder / "preprocessor_config.json", json.dumps(_processor(family.processor, resize), indent=2) + "\n")
+        _require_names(folder, categories, detector.model.config.num_labels)
+        processor = json.dumps(_processor(family.processor, resize), indent=2) + "\n"
+        write_family(detector, folder, categories, {"preprocessor_config.json": processor})
         return folder
     config = _config(detector, folder, list(categories))
     state = {name: value.detach().cpu() for name, value in detector.state_dict().items()}
@@ -63,12 +64,12 @@ def export_hugging_face(detector: nn.Module, folder: Path | str, categories: Seq
 
 
 def _processor(kind: str, resize: Resize) -> dict[str, Any]:
-    sides = ("height", "width") if resize.stretch else ("shortest_edge", "longest_edge")
+    theirs = {"short": "shortest_edge", "long": "longest_edge"}
     return {
         "image_processor_type": kind,
         "format": "coco_detection",
         "do_resize": True,
-        "size": dict(zip(sides, (resize.short, resize.long), strict=True)),
+        "size": {theirs.get(name, name): side for name, side in resize.sides.items()},
         "resample": 2,  # bilinear
         "do_rescale": True,
         "rescale_factor": 1 / 255,
@@ -101,8 +102,7 @@ def _config(detector: nn.Module, folder: Path, categories: list[str]) -> dict[st
     heads = layer.heads if kind == "conditional_detr" else layer.cross_attn.heads
     sizes = recipe_fields(state, folder, {"detector": kind, "heads": heads})
     classes = len(state["class_embed.weight" if kind == "conditional_detr" else "class_embed.0.weight"])
-    if len(set(categories)) != classes or len(categories) != classes:
-        raise InputError(f"export to {folder}: {len(set(categories))} different names for {classes} classes; give each class its name")
+    _require_names(folder, categories, classes)
     levels = sizes.get("levels", 1)
     config = {
         "architectures": [f"{_CLASSES[kind]}ForObjectDetection"],
@@ -138,6 +138,11 @@ def _config(detector: nn.Module, folder: Path, categories: list[str]) -> dict[st
         # Transformers 5 would else tie the class heads of all stages, also where they differ.
         "tie_word_embeddings": False,
     }
+
+
+def _require_names(folder: Path, categories: Sequence[str], classes: int) -> None:
+    if len(set(categories)) != classes or len(categories) != classes:
+        raise InputError(f"export to {folder}: {len(set(categories))} different names for {classes} classes; give each class its name")
 
 
 def _their_state(state: Mapping[str, Tensor], detector: nn.Module) -> dict[str, Tensor]:

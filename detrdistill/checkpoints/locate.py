@@ -3,12 +3,16 @@
 import json
 import os
 import re
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
+from detrdistill.data.layout import category_ids, data_cache
 from detrdistill.errors import InputError
 from detrdistill.files import nearby
 from detrdistill.recipes.parts import DetectorWeights
+from detrdistill.recipes.recipe import Recipe
+from detrdistill.records import Record, read_record
 
 CONFIG, OF_RUN = "config.json", "weights.safetensors"
 WHOLE = ("model.safetensors", "pytorch_model.bin")  # transformers' names; the first that is there is read
@@ -42,6 +46,28 @@ def locate(model: str | Path) -> DetectorWeights:
         f"model '{text}': no such file or folder (looked in {Path.cwd()} and above); give a checkpoint file, a Hugging Face folder, a "
         "run's folder or id, or a hub id such as SenseTime/deformable-detr"
     )
+
+
+def record_of(path: Path) -> Record | None:
+    """The record of a detector's run, given its folder or the weights in it; None of anything else.
+
+    Raises:
+        InputError: the record is damaged.
+    """
+    folder = path if path.is_dir() else path.parent
+    if not (path.is_dir() or path.name == OF_RUN) or not (folder / "record.json").is_file():
+        return None
+    record = read_record(folder / "record.json")
+    return record if isinstance(record.recipe, Recipe) else None
+
+
+def ids_of_run(path: Path) -> dict[str, int]:
+    """The id of each class in the data of a run (its folder or weights), by name; empty for anything else, or where the data is gone."""
+    if (record := record_of(path)) is None:
+        return {}
+    with suppress(InputError, OSError, KeyError, TypeError, ValueError):  # such a run can be used all the same
+        return category_ids(record.recipe.data, data_cache())
+    return {}
 
 
 def pinned_weights(weights: DetectorWeights) -> DetectorWeights:

@@ -186,6 +186,33 @@ def our_state(theirs: Mapping[str, Tensor], table: Table, one_head: bool = False
     return state
 
 
+def outputs_by_name(names: Sequence[str | None], wanted: Sequence[str]) -> tuple[int | None, ...]:
+    """The output for each class that is `wanted`, None where there is none: by its name, capitals and spaces aside where none is alike.
+
+    Args:
+        names: the class of each output, None for none.
+    """
+    exact = {name: row for row, name in enumerate(names) if name is not None}
+    plain = {_plain(name): row for name, row in exact.items()}
+    return tuple(exact.get(name, plain.get(_plain(name))) for name in wanted)
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.lower().split())
+
+
+def ids_of_outputs(names: Sequence[str | None], known: Mapping[str, int]) -> tuple[int | None, ...]:
+    """Each output's category id: as `known` where that has all their names, or COCO's where all are COCO's, or else counted from 0.
+
+    Args:
+        names: the class of each output; None for none, which has no id.
+    """
+    named = [name for name in names if name is not None]
+    coco = {name: id for id, name in enumerate(COCO_91) if name}
+    ids = next((ids for ids in (known, coco) if ids.keys() >= {*named}), {name: number for number, name in enumerate(named)})
+    return tuple(None if name is None else ids[name] for name in names)
+
+
 # By COCO's ids from 0 on; those never given out are empty.
 COCO_91 = tuple(
     name or None

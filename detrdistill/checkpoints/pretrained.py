@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from detrdistill.any_detr.build import build_any
 from detrdistill.checkpoints.formats import FAMILIES, About, read_detector_weights
+from detrdistill.checkpoints.names import outputs_by_name
 from detrdistill.checkpoints.sizes import recipe_fields
 from detrdistill.errors import InputError
 from detrdistill.models.weights import few, fit
@@ -156,19 +157,13 @@ def _load(
 
 def _rows(about: About, categories: Sequence[str], replace_head: bool) -> tuple[int | None, ...]:
     """The file's output for each category, found by name."""
-
-    def plain(name):
-        return " ".join(name.lower().split())
-
-    known = {plain(name): row for row, name in enumerate(about.names) if name is not None}
-    if not known and not replace_head:
+    if not any(name is not None for name in about.names) and not replace_head:
         raise InputError(
             f"{about.title} does not say its classes; name its {len(about.names)} outputs as 'outputs', or say replace_head=True"
         )
-    exact = {name: row for row, name in enumerate(about.names)}  # where classes differ by capitals alone
-    rows = tuple(exact.get(name, known.get(plain(name))) for name in categories)
+    rows = outputs_by_name(about.names, categories)
     fresh = [name for name, row in zip(categories, rows, strict=True) if row is None]
-    dropped = [about.names[row] for row in known.values() if row not in rows]
+    dropped = [name for row, name in enumerate(about.names) if name is not None and row not in rows]
     if (fresh or dropped) and not replace_head:
         found = [f"{len(some)} {what} ({few(some)})" for some, what in ((fresh, "unknown to it"), (dropped, "not among them")) if some]
         raise InputError(

@@ -14,6 +14,8 @@ from tqdm.auto import tqdm
 
 from detrdistill.analysis.confusion import Matched, Repairs, confusion_matrix, crowds_of, match, repairs
 from detrdistill.analysis.detections import ground_truth
+from detrdistill.checkpoints.locate import record_of
+from detrdistill.checkpoints.names import outputs_by_name
 from detrdistill.compare.costs import COUNTER, cost_of, first_images, gflops, hardware, milliseconds, peak_mib, seen_by
 from detrdistill.data.coco import Category, CocoDataset, open_dataset
 from detrdistill.data.layout import data_cache, data_hash
@@ -22,8 +24,7 @@ from detrdistill.figures.detections import Objects
 from detrdistill.models.weights import few
 from detrdistill.predict.models import Model, TorchModel, open_model
 from detrdistill.recipes.parts import Digits, Folder
-from detrdistill.recipes.recipe import Recipe
-from detrdistill.records import Cost, Record, read_record
+from detrdistill.records import Cost
 from detrdistill.runs.reference import FOLDER as REFERENCE
 from detrdistill.runs.store import Store
 from detrdistill.training.batches import loading
@@ -143,11 +144,13 @@ def compare_models(
         batch: images at once when AP is measured.
 
     Raises:
-        InputError: a model does not know a class of the data.
+        InputError: a model does not know a class of the data, or costs beside a run are damaged.
         NonFiniteError: a prediction is NaN or infinite.
     """
     dataset = open_dataset(data, split, data_cache(), None)
     outputs = {name: outputs_for(name, models, dataset.categories, dataset.report.file) for name in models}
+    # Read before anything is measured, which a damaged file would throw away.
+    lacking = {name: store for name, model in models.items() if split == "val" and (store := _store_without_cost(model, data))}
     firsts = [first_images(dataset, model) for model in models.values()]
     everything = range(len(dataset))
     truths, crowds = ground_truth(dataset, everything), crowds_of(dataset, everything)
@@ -166,57 +169,47 @@ def compare_models(
         matched = [match(*one, threshold) for one in zip(found, truths, crowds, strict=True)]
         counted = gflops(model, batches) if isinstance(model, TorchModel) else None
         sides.append(Side(name, model, metrics, classes, found, matched, counted, taken, peak))
-        if counted is not None and split == "val":
-            _keep_cost(model, data, cost_of(model, batches, counted, taken, peak))
+        if name in lacking:
+            _keep_cost(lacking[name], model, cost_of(model, batches, counted, taken, peak))
     return Comparison(dataset, sides, threshold)
 
 
-def _keep_cost(model: TorchModel, data: Digits | Folder, cost: dict[str, Any]) -> None:
-    """Write costs beside the record of a run that was compared on its own data, once; never into the committed reference."""
-    if (record := record_of(model.path)) is None or data_hash(data, data_cache()) != record.provenance["data_sha256"]:
-        return
+def _store_without_cost(model: Model, data: Digits | Folder) -> Store | None:
+    """Where the costs of a run that is compared on its own data are to be written, once; never into the committed reference.
+
+    Raises:
+        InputError: costs lie there that are damaged, or of other weights.
+    """
+    if not isinstance(model, TorchModel) or (record := record_of(model.path)) is None:
+        return None
     folder = (model.path if model.path.is_dir() else model.path.parent).resolve()
     store = Store(folder.parents[1])
     ours = store.folder(record.recipe) == folder and REFERENCE not in folder.parents and os.access(folder, os.W_OK)
-    if ours and store.cost(record) is None:
-        stated = {"weights_sha256": record.provenance["weights_sha256"], "data_sha256": record.provenance["data_sha256"]}
-        store.write_cost(record.recipe, Cost(run=record.id, **stated, **cost))
+    of_data = ours and data_hash(data, data_cache()) == record.provenance["data_sha256"]
+    return store if of_data and store.cost(record) is None else None
 
 
-def outputs_for(name: str, models: Mapping[str, Model], categories: Sequence[Category], where: Path) -> list[int]:
+def _keep_cost(store: Store, model: TorchModel, cost: dict[str, Any]) -> None:
+    record = record_of(model.path)
+    stated = {name: record.provenance[name] for name in ("weights_sha256", "data_sha256")}
+    store.write_cost(record.recipe, Cost(run=record.id, **stated, **cost))
+
+
+def outputs_for(name: str, models: Mapping[str, Model], categories: Sequence[Category], where: Path) -> tuple[int, ...]:
     """The output of a model for each class of the data, by name.
 
     Raises:
         InputError: it does not know one; says which other model does.
     """
-
-    def plain(text: str) -> str:
-        return " ".join(text.lower().split())
-
-    def known(model: Model) -> dict[str, int]:
-        return {plain(text): row for row, text in enumerate(model.names) if text is not None} | {
-            text: row for row, text in enumerate(model.names) if text is not None
-        }
-
-    rows = known(models[name])
-    found = [rows.get(category.name, rows.get(plain(category.name))) for category in categories]
+    found = outputs_by_name(models[name].names, [category.name for category in categories])
     if unknown := [category.name for category, row in zip(categories, found, strict=True) if row is None]:
-        others = [other for other, model in models.items() if unknown[0] in known(model) or plain(unknown[0]) in known(model)]
+        others = [other for other, model in models.items() if outputs_by_name(model.names, unknown[:1]) != (None,)]
         more = f", and {others[0]} does" if others else ""
         raise InputError(
             f"{name} does not know {len(unknown)} of the {len(categories)} classes of {where} ({few(unknown)}){more}; compare detectors "
             "of the same classes, on data of these"
         )
     return found
-
-
-def record_of(path: Path) -> Record | None:
-    """The record of a run's folder or weights; None of anything else."""
-    folder = path if path.is_dir() else path.parent
-    if not (folder / "record.json").is_file():
-        return None
-    record = read_record(folder / "record.json")
-    return record if isinstance(record.recipe, Recipe) else None
 
 
 def named_models(models: Sequence[str], names: Sequence[str], device: str) -> dict[str, Model]:

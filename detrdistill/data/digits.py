@@ -29,6 +29,7 @@ REVISION = 1  # raise when the drawing changes: the cache folder's name depends 
 SPLITS = ("train", "val")
 VAL_DIGITS = 360  # the last fifth of scikit-learn's 1797 samples; in file order, so whatever the seed, no val digit is ever trained on
 MOST_OBJECTS = 8
+CATEGORIES = [{"id": k + 1, "name": str(k), "supercategory": "digit"} for k in range(10)]
 MOST_OVERLAP = 0.25  # of the smaller of two boxes
 CONTRAST = 80  # least distance of ink and ground in luminance, of 255
 LICENCES = [
@@ -137,7 +138,7 @@ def _fill(folder: Path, spec: Digits) -> None:
         content = {
             "info": {"description": "handwritten digits on photographs", "version": str(REVISION), "contributor": "detrdistill"},
             "licenses": LICENCES,
-            "categories": [{"id": k + 1, "name": str(k), "supercategory": "digit"} for k in range(10)],
+            "categories": CATEGORIES,
             "images": images,
             "annotations": annotations,
         }

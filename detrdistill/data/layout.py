@@ -1,10 +1,11 @@
 """Where a data set's files lie, and its hash, which a recipe is pinned to. No torch here: the batch names runs before any is trained."""
 
+import json
 import os
 from hashlib import sha256
 from pathlib import Path
 
-from detrdistill.data.digits import write_digits
+from detrdistill.data.digits import CATEGORIES, write_digits
 from detrdistill.data.layouts import Split, find
 from detrdistill.errors import InputError
 from detrdistill.recipes.parts import Digits, Folder
@@ -32,6 +33,20 @@ def data_hash(spec: Digits | Folder, cache: Path) -> str:
     if isinstance(spec, Folder) and spec.sha256 and spec.sha256 != found:
         raise InputError(f"data folder {spec.path}: its annotations hash to {found}, the recipe says {spec.sha256}; give that run's data")
     return found
+
+
+def category_ids(spec: Digits | Folder, cache: Path) -> dict[str, int]:
+    """The id of each class by its name, without a look at the images.
+
+    Raises:
+        InputError: as `data_hash` and `layout`.
+    """
+    if isinstance(spec, Digits):
+        return {one["name"]: one["id"] for one in CATEGORIES}
+    if spec.sha256:
+        data_hash(spec, cache)
+    listed = json.loads(layout(spec, "val", cache)[0].read_text(encoding="utf-8"))["categories"]
+    return {one["name"]: one["id"] for one in listed}
 
 
 def layout(spec: Digits | Folder, split: Split, cache: Path) -> tuple[Path, Path]:

@@ -15,8 +15,8 @@ from torchvision.transforms.v2 import functional
 from detrdistill import __version__
 from detrdistill.checkpoints.formats import About
 from detrdistill.checkpoints.hugging_face import export_hugging_face
-from detrdistill.checkpoints.locate import locate
-from detrdistill.checkpoints.names import COCO_91
+from detrdistill.checkpoints.locate import ids_of_run, locate, record_of
+from detrdistill.checkpoints.names import ids_of_outputs
 from detrdistill.checkpoints.pretrained import load_pretrained
 from detrdistill.data.coco import CocoDataset, open_dataset
 from detrdistill.data.layout import data_cache
@@ -67,15 +67,13 @@ def export_onnx(
     if getattr(detector, "sides", 1) > 1:  # one of transformers' that takes no other size: its graph has this one
         resize = resize.replace(stretch=True)
     dataset, source = dataset_of(data, record, resize)
-    ids = {one.name: one.id for one in dataset.categories} if dataset is not None else {}
+    ids = ids_of_run(path) if data is None else {one.name: one.id for one in dataset.categories}
     described = {
         "detector": about.settings["detector"],
         "classes": json.dumps(classes(about.names, ids)),
         "mean": json.dumps(resize.mean),
         "std": json.dumps(resize.std),
-        "resize": json.dumps(
-            dict(zip(("height", "width") if resize.stretch else ("short", "long"), (resize.short, resize.long), strict=True))
-        ),
+        "resize": json.dumps(resize.sides),
         "top": str(detector.top),
         "parameters": str(sum(one.numel() for one in detector.parameters())),
         "run": record.id if record else "",
@@ -137,18 +135,12 @@ def load(path: Path, outputs: Sequence[str], settings: dict[str, str]) -> tuple[
     return detector, about
 
 
-def record_of(path: Path) -> Record | None:
-    """The record of a run's folder or of the weights in it."""
-    file = (path if path.is_dir() else path.parent) / "record.json"
-    return read_record(file) if file.is_file() and (path.is_dir() or path.name == "weights.safetensors") else None
-
-
 def dataset_of(data: Path | None, record: Record | None, resize: Resize) -> tuple[CocoDataset | None, str]:
     """The validation images to verify on, or None, and what to call them."""
     transform = build_transform(resize, train=False)
     if data is not None:
         return open_dataset(Folder(path=data), "val", data_cache(), transform), f"images of {data}"
-    if record is None or not isinstance(record.recipe, Recipe):
+    if record is None:
         return None, "noise (no images: give --data)"
     try:
         return open_dataset(record.recipe.data, "val", data_cache(), transform), "the run's validation images"
@@ -158,11 +150,7 @@ def dataset_of(data: Path | None, record: Record | None, resize: Resize) -> tupl
 
 def classes(names: Sequence[str], ids: Mapping[str, int]) -> list[dict[str, int | str]]:
     """Each output's class: its id in the data, or COCO's where all are COCO's, or else its number."""
-    if not ids.keys() >= {*names}:
-        ids = {name: id for id, name in enumerate(COCO_91) if name}
-    if not ids.keys() >= {*names}:
-        ids = {name: number for number, name in enumerate(names)}
-    return [{"id": ids[name], "name": name} for name in names]
+    return [{"id": id, "name": name} for id, name in zip(ids_of_outputs(names, ids), names, strict=True)]
 
 
 def verification_images(dataset: CocoDataset | None, resize: Resize) -> list[Images]:

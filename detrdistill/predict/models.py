@@ -6,8 +6,6 @@ Both see images as `data.transforms` prepares them for an evaluation, and both a
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,15 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from detrdistill.checkpoints.locate import locate
-from detrdistill.checkpoints.names import COCO_91
+from detrdistill.checkpoints.locate import ids_of_run, locate
+from detrdistill.checkpoints.names import ids_of_outputs
 from detrdistill.checkpoints.pretrained import load_pretrained
 from detrdistill.data.coco import Batch, collate
-from detrdistill.data.layout import data_cache, layout
 from detrdistill.data.transforms import ImageTransform, build_transform
 from detrdistill.errors import InputError, NonFiniteError
 from detrdistill.files import nearby
 from detrdistill.models.weights import few
-from detrdistill.recipes.parts import DetectorWeights, Folder, Resize
-from detrdistill.records import read_record
+from detrdistill.recipes.parts import DetectorWeights, Resize
 from detrdistill.runs.evaluate import SETTINGS
 from detrdistill.training.evaluation import detections
 from detrdistill.training.fabric import make_fabric
@@ -39,7 +35,7 @@ class Model(ABC):
     Attributes:
         path: the run's folder, checkpoint or .onnx.
         names: the class of each output; None where an output stands for none.
-        ids: COCO's category id of each output.
+        ids: the category id of each output: of a run as in its data, else COCO's, or counted; None where an output stands for none.
         transform: how it wants its images.
         runtime: whose code computes.
         top: how many pairs of query and class it reports an image.
@@ -50,7 +46,7 @@ class Model(ABC):
     path: Path
     title: str
     names: tuple[str | None, ...]
-    ids: tuple[int, ...]
+    ids: tuple[int | None, ...]
     transform: ImageTransform
     top: int
     runtime: str
@@ -65,6 +61,9 @@ class Model(ABC):
             logits [B Q C], and boxes [B Q 4] (cxcywh, relative to each image without padding); or of a file that has post-processing
             inside: scores [B K], labels [B K], and boxes [B K 4] (xyxy in pixels of the image's file), best first.
         """
+
+    def check_sides(self) -> None:  # noqa: B027
+        """Raise InputError unless images of any shape become ones that the detector takes; an .onnx does so by itself."""
 
     def detect(self, batch: Batch, classes: Sequence[int] | None = None) -> list[dict[str, Tensor]]:
         """What is seen on each image, best first: `scores`, `labels` (output numbers) and `boxes` (xyxy in pixels of the file).
@@ -100,10 +99,21 @@ class TorchModel(Model):
             raise InputError(f"{about.title} does not say its classes; name its {len(about.names)} outputs as 'outputs'")
         self.detector: nn.Module = detector.to(self.device).requires_grad_(False)
         self.path, self.title, self.names, self.top = weights.path, about.title, about.names, detector.top
-        self.transform = build_transform(about.settings.get("resize", Resize()), train=False)
-        self.ids = category_ids(weights.path, about.names)
+        self.resize = about.settings.get("resize", Resize())
+        self.transform = build_transform(self.resize, train=False)
+        self.ids = ids_of_outputs(about.names, ids_of_run(weights.path))
         self.parameters = sum(one.numel() for one in detector.parameters())
         self.weight_bytes = sum(one.nbytes for one in (*detector.parameters(), *detector.buffers()))
+
+    def check_sides(self) -> None:
+        multiple, sides = getattr(self.detector, "sides", 1), (self.resize.short, self.resize.long)
+        if multiple == 1 or (self.resize.stretch and not any(side % multiple for side in sides)):
+            return
+        short, long = (max(1, round(side / multiple)) * multiple for side in sides)
+        raise InputError(
+            f"{self.title}: takes images whose sides are multiples of {multiple}, which photographs of another shape must be stretched to: "
+            f"give --set resize.stretch=true --set resize.short={short} --set resize.long={long}"
+        )
 
     @torch.no_grad()
     def outputs(self, batch: Batch) -> tuple[Tensor, ...]:
@@ -143,10 +153,8 @@ class OnnxModel(Model):
             reason = " ".join(str(error).split())[:160]
             raise InputError(f"model {path}: not a detector that detrdistill exported ({type(error).__name__}: {reason})") from None
         self.path, self.title, self.inputs = path, f"{path} (ONNX)", [one.name for one in self.session.get_inputs()]
-        sides = {name: rule[name] for name in ("short", "long") if name in rule}
+        sides = {"short": rule["height"], "long": rule["width"], "stretch": True} if "height" in rule else rule
         self.transform = build_transform(Resize.read(sides | {"mean": mean, "std": std}, where=str(path)), train=False)
-        if "height" in rule:
-            self.transform = replace(self.transform, fixed=v2.Resize([rule["height"], rule["width"]], antialias=True))
         self.parameters = int(about["parameters"]) if "parameters" in about else None
         self.weight_bytes = path.stat().st_size
 
@@ -184,20 +192,6 @@ def open_model(
         return OnnxModel(path, device, threads)
     weights = locate(model)
     return TorchModel(weights.replace(part=settings.pop("part", "")), device, outputs, settings)
-
-
-def category_ids(path: Path, names: Sequence[str | None]) -> tuple[int, ...]:
-    """COCO's ids for COCO's classes; of a run those of its data, where it is at hand; else the outputs' numbers, as an export has them."""
-    if {name for name in names if name} == {name for name in COCO_91 if name}:
-        return tuple(COCO_91.index(name) for name in names)
-    known = {name: id for id, name in enumerate(names)}
-    with suppress(InputError, OSError, KeyError, ValueError):  # a run whose data is gone can be used all the same
-        data = read_record((path if path.is_dir() else path.parent) / "record.json").recipe.data
-        if isinstance(data, Folder) and nearby(data.path).is_dir():
-            listed = json.loads(layout(data, "train", data_cache())[0].read_text(encoding="utf-8"))["categories"]
-            if {one["name"] for one in listed} == set(names):
-                known = {one["name"]: one["id"] for one in listed}
-    return tuple(known[name] for name in names)
 
 
 def prepare(images: Sequence[Image.Image], ids: Sequence[int], transform: ImageTransform) -> Batch:

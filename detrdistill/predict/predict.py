@@ -57,10 +57,12 @@ def predict(
         batch: images at once; padding changes the numbers of some detectors a little.
 
     Raises:
-        InputError: an option is out of range, `out` cannot be written to, there are no images, or none can be read.
+        InputError: an option is out of range, images as they are prepared have shapes that the detector does not take, `out` cannot be
+            written to, there are no images, or none can be read.
         NonFiniteError: a prediction is NaN or infinite.
     """
     check_options(threshold, batch)
+    model.check_sides()
     root, paths = find_images(images, out)
     require_writable(out)
     found = Predictions()

@@ -177,6 +177,11 @@ class Resize(Strict):
     def _listed(cls, value: object) -> object:
         return value.replace(",", " ").split() if isinstance(value, str) else value
 
+    @property
+    def sides(self) -> dict[str, int]:
+        """How long sides become at evaluation, by what they are: height and width where images are stretched, else short and long."""
+        return dict(zip(("height", "width") if self.stretch else ("short", "long"), (self.short, self.long), strict=True))
+
 
 class Schedule(Strict):
     """Optimisation: AdamW, warm-up, then step or cosine decay."""

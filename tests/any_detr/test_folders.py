@@ -1,6 +1,7 @@
 """Folders of transformers' DETRs as teachers and as starts: what they say becomes a recipe, and what does not fit is one line."""
 
 import builtins
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -87,6 +88,39 @@ def test_what_a_folder_says_is_what_its_model_is(family: str, folder_of: Folders
     assert about.settings["resize"] == SQUARE and about.names == tuple(NAMES) and not detector.training
     assert all(about.settings[name] == getattr(wanted, name) for name in ("detector", "dim", "queries", "decoder_layers", "levels"))
     assert wanted.levels == detector.levels
+
+
+def test_a_folder_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    detector = adapted("detr")
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    before = detector.model.config.to_dict()
+    for names, folder, message in (
+        (["a", "b"], "out", "2 different names for 3 classes; give each class its name"),
+        (["a", "b", "b"], "out", "2 different names for 3 classes"),
+        (NAMES, "file", "file is a file; move it away or choose another folder"),
+        (NAMES, "file/out", "file is a file; move it away or choose another folder"),
+    ):
+        with pytest.raises(InputError, match=message) as error:
+            export_hugging_face(detector, tmp_path / folder, names, SQUARE)
+        one_line(error)
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+    def full(path, **_):
+        (path / "config.json").write_text("{", encoding="utf-8")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(detector.model, "save_pretrained", full)
+    with pytest.raises(InputError, match=r"out: cannot be written \(No space left on device\); free disk space") as error:
+        export_hugging_face(detector, tmp_path / "out", NAMES, SQUARE)
+    one_line(error)
+    assert not list((tmp_path / "out").iterdir())
+    monkeypatch.undo()
+    written: list[str] = []
+    replace = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, to: written.append(to.name) or replace(path, to))
+    export_hugging_face(detector, tmp_path / "out", NAMES, SQUARE)
+    assert written[-1] == "config.json" and {path.name for path in (tmp_path / "out").iterdir()} == {*written}
+    assert detector.model.config.to_dict() == before, "the caller's configuration stays as it was"
 
 
 def head_rows(detector: nn.Module) -> dict[str, Tensor]:

@@ -98,6 +98,21 @@ def test_costs_are_kept_beside_a_run_once(
     assert paths[0].exists() and sorted(path.name for path in tmp_path.rglob("*")) == ["elsewhere", "record.json", "weights.safetensors"]
 
 
+def test_damaged_costs_are_said_before_anything_is_measured(
+    runs: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "results" / "runs" / runs["student"].name
+    shutil.copytree(runs["student"], run)
+    (run / COST).write_text("{")
+    models = named_models([str(run), str(runs["teacher"])], ["student", "teacher"], "cpu")
+    measured = []
+    for name in ("peak_mib", "milliseconds", "_detect"):
+        monkeypatch.setattr(comparing, name, lambda *given: measured.append(given))
+    with pytest.raises(InputError, match=r"cost\.json: not a JSON object; delete it to measure again"):
+        compare_models(models, Folder(path=data), progress=False)
+    assert not measured
+
+
 def test_flops_are_those_of_the_products(data: Path, runs: dict[str, Path]) -> None:
     """Of a convolution and a linear layer, by hand; a size that was seen is not counted twice."""
     model = open_model(str(runs["student"]), "cpu")

@@ -11,10 +11,16 @@ import pytest
 from PIL import Image
 
 from detrdistill import cli
+from detrdistill.checkpoints.locate import ids_of_run
+from detrdistill.checkpoints.names import COCO_91, ids_of_outputs, outputs_by_name
+from detrdistill.data.coco import open_dataset
+from detrdistill.data.layout import data_cache
 from detrdistill.errors import InputError
 from detrdistill.predict.images import draw, find_images, read_upright
-from detrdistill.predict.models import category_ids, open_model
+from detrdistill.predict.models import open_model
 from detrdistill.predict.predict import HEADER, predict
+from detrdistill.recipes.parts import Digits
+from detrdistill.records import read_record, record_text
 from detrdistill.runs.evaluate import evaluate_model
 from detrdistill.runs.store import Store
 from tests.folders import write_folder
@@ -109,14 +115,23 @@ def test_which_images_are_meant(tmp_path: Path) -> None:
     )
 
 
-def test_category_ids(run: Path, tmp_path: Path) -> None:
-    from detrdistill.checkpoints.names import COCO_91
+def test_ids_are_those_of_the_run_s_data(run: Path, tmp_path: Path) -> None:
+    """Of the digits too, whose ids count from 1; without data COCO's, or counted from 0."""
+    for path in (run, run / "weights.safetensors"):
+        assert open_model(str(path), "cpu").ids == (3, 17, 90)
+    digits = Digits(train=1, val=1)
+    record = read_record(run / "record.json")
+    (tmp_path / "record.json").write_text(record_text(record.model_copy(update={"recipe": record.recipe.replace(data=digits)})))
+    known = ids_of_run(tmp_path)
+    assert known == {one.name: one.id for one in open_dataset(digits, "val", data_cache(), None).categories}
+    assert ids_of_outputs(["7", None, "0"], known) == (8, None, 1)
+    assert ids_of_run(tmp_path / "other.pth") == {} and ids_of_outputs(["b", None, "a"], {}) == (0, None, 1)
+    assert [id for id in ids_of_outputs(COCO_91, {}) if id is not None] == [id for id, name in enumerate(COCO_91) if name]
 
-    assert category_ids(run, NAMES) == (3, 17, 90) and category_ids(run / "weights.safetensors", NAMES) == (3, 17, 90)
-    assert category_ids(tmp_path, NAMES) == (0, 1, 2)
-    of_91 = category_ids(tmp_path, COCO_91)
-    assert all(COCO_91[id] == name for id, name in zip(of_91, COCO_91, strict=True)) and of_91[1] == 1 and of_91[90] == 90
-    assert category_ids(tmp_path, [name for name in COCO_91 if name])[-1] == 90
+
+def test_outputs_are_found_by_name() -> None:
+    """Capitals count where classes differ by them alone."""
+    assert outputs_by_name(["Traffic light", None, "cat", "Cat"], ["CAT", "cat", "Cat", "traffic  Light", "dog"]) == (3, 2, 3, 0, None)
 
 
 @pytest.mark.parametrize(
