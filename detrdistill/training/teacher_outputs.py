@@ -245,18 +245,14 @@ def padded_images(dataset: CocoDataset, recipe: Recipe) -> int:
     """The images, times the sizes to which batches may pad them: an output depends on its image's padding."""
     sides, all_alike = (recipe.resize.short, recipe.resize.long), recipe.resize.stretch
     sizes = [sides if all_alike else shorter_side(image["height"], image["width"], *sides) for image in dataset.coco.imgs.values()]
-    heights, widths = map(set, zip(*sizes, strict=True))
-    return len(sizes) * len(heights) * len(widths)
+    return len(sizes) * len({height for height, _ in sizes}) * len({width for _, width in sizes})
 
 
 def code_hash() -> str:
     """SHA-256 of the code that detectors are made of and called with: outputs of other code are other outputs."""
     package = Path(detrdistill.__file__).parent
-    files = [
-        one
-        for where in ("boxes.py", "distill/distiller.py", "models/*.py", "any_detr/*.py", "recipes/families.py")
-        for one in sorted(package.glob(where))
-    ]
+    parts = ("boxes.py", "distill/distiller.py", "models/*.py", "any_detr/*.py", "recipes/families.py")
+    files = [one for where in parts for one in sorted(package.glob(where))]
     return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 
