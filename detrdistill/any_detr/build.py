@@ -163,7 +163,7 @@ def family_of(folder: Path) -> str | None:
     """The family whose model lies in a folder, as its config.json says; None for another model or another file."""
     try:
         model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return next((name for name, family in FAMILIES.items() if family.model_type == model_type), None)
 

@@ -187,7 +187,7 @@ def write_folder(detector: nn.Module, folder: Path, about: Mapping[str, str], im
     with writing(folder):
         temporary = Path(tempfile.mkdtemp(dir=make_folder(folder.parent), prefix=f".{folder.name}.", suffix=".part"))
         try:
-            rule = json.loads(about["resize"])
+            rule = json.loads(about.get("resize", "{}"))
             write_graph(whole, temporary / MODEL, about, fixed=(rule["height"], rule["width"]) if "height" in rule else None)
             worst = verify(whole, temporary / MODEL, images)
             shutil.copyfile(Path(__file__).with_name(SCRIPT), temporary / SCRIPT)

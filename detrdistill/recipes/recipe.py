@@ -163,6 +163,10 @@ class Recipe(Strict):
         if method.assignment and method.references == "student" and self.form == "two_stage":
             raise ValueError("a two-stage detector has no layer that makes reference points; set 'references' to 'teacher'")
 
+    def __hash__(self) -> int:
+        """Of all fields: `config` has no hash of its own."""
+        return hash(self.model_dump_json())
+
     @property
     def family(self) -> Family | None:
         """The facts of a detector of transformers; None for the kit's own."""

@@ -174,7 +174,7 @@ def test_a_file_that_differs_is_refused_and_nothing_is_left(
 ) -> None:
     folder, _ = exported("conditional")
     image = Images.together([(torch.randn(3, 64, 64), (64, 64))])
-    monkeypatch.setattr(write, "write_graph", lambda whole, path, about: shutil.copyfile(folder / "model.onnx", path))
+    monkeypatch.setattr(write, "write_graph", lambda whole, path, about, fixed: shutil.copyfile(folder / "model.onnx", path))
     other = small_detector("conditional", seed=1, decoder_layers=1)
     with pytest.raises(
         InputError, match=r"detections differ from torch's by .*, more than 0\.0001 \(1 of 64 x 64 px\); nothing is written"
@@ -182,7 +182,7 @@ def test_a_file_that_differs_is_refused_and_nothing_is_left(
         write.write_folder(other, tmp_path / "out", {}, [image], post_processing=True)
     with pytest.raises(InputError, match=r"onnxruntime .* fails on images, 1 of 64 x 64 px \("):
         write.write_folder(other, tmp_path / "out", {}, [image], post_processing=False)  # lacks an input
-    monkeypatch.setattr(write, "write_graph", lambda whole, path, about: path.write_bytes(b"none"))
+    monkeypatch.setattr(write, "write_graph", lambda whole, path, about, fixed: path.write_bytes(b"none"))
     with pytest.raises(InputError, match=r"onnxruntime .* refuses the file"):
         write.write_folder(other, tmp_path / "out", {}, [image], post_processing=True)
     assert not list(tmp_path.iterdir())

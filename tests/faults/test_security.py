@@ -43,7 +43,7 @@ ALLOWED = {
     ("detrdistill/__init__.py", "importlib.import_module"): (1, "of a table of the kit's own modules"),
     ("detrdistill/notebooks.py", "subprocess.run"): (1, "papermill, as a list of words, no shell"),
     ("detrdistill/runs/provenance.py", "subprocess.run"): (1, "git with fixed words, no shell, to name the commit"),
-    ("detrdistill/process.py", "ctypes.CDLL"): (1, "the C library that is loaded already, for one call with two fixed numbers"),
+    ("detrdistill/process.py", "ctypes.CDLL"): (2, "the C library that is loaded already, for two calls with fixed numbers"),
     ("detrdistill/training/batches.py", "multiprocessing.active_children"): (2, "only lists which processes this one has started"),
 }
 # What the Snakefile's shell commands may name: made from words that were compared with known names, or from whole numbers; names of

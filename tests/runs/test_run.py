@@ -229,13 +229,15 @@ def test_runs_from_other_weights_of_torchvision_are_refused(store):
 
 
 def test_which_imagenet_weights_is_in_the_record_too(monkeypatch, tmp_path):
-    class Body:
+    class Detector:
+        backbone = property(lambda self: self)
+
         def load(self, state, source):
             pass
 
     monkeypatch.setattr(load, "imagenet_weights", lambda name: {})
     recipe = STUDENT.replace(backbone={"name": "resnet50", "weights": "imagenet"})
-    assert start_backbone(Body(), recipe, Store(tmp_path)) == {"weights": "ResNet50_Weights.IMAGENET1K_V1"}
+    assert start_backbone(Detector(), recipe, Store(tmp_path)) == {"weights": "ResNet50_Weights.IMAGENET1K_V1"}
 
 
 def test_the_commits_of_all_sittings(store, monkeypatch):
