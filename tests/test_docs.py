@@ -199,11 +199,12 @@ def test_lost_faults_are_counted_and_replace_the_old_table() -> None:
 @pytest.mark.parametrize(
     ("args", "options", "whole"),
     [
-        (["tests/faults"], {}, True),
+        (["tests/faults", "tests/export"], {}, True),
+        (["tests/faults"], {}, False),
         (["tests/faults/test_data.py"], {}, False),
         (["tests/faults", "tests/data"], {}, False),
-        (["tests/faults"], {"keyword": "kill"}, False),
-        (["tests/faults"], {"maxfail": 1}, False),
+        (["tests/faults", "tests/export"], {"keyword": "kill"}, False),
+        (["tests/faults", "tests/export"], {"maxfail": 1}, False),
     ],
 )
 def test_a_part_of_the_faults_does_not_stand_for_the_whole(args: list[str], options: dict, whole: bool) -> None:

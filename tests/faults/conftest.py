@@ -6,12 +6,15 @@ A fault counts as survived if nothing was lost, executed or believed that should
 """
 
 import os
+import random
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from time import monotonic
 
+import hypothesis
 import pytest
+from hypothesis import HealthCheck
 
 from detrdistill.files import write_text
 from detrdistill.records import short_commit
@@ -23,6 +26,7 @@ STARTED = monotonic()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--long", action="store_true", help="the long loops of the fault tests, and their table")
+    parser.addoption("--seed", type=int, default=0, help="another seed breaks other things, and kills at other moments (default 0)")
 
 
 @pytest.fixture
@@ -31,6 +35,30 @@ def times(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
     # The option is unknown to pytest when it starts above this folder, as in a plain `pytest`.
     long = request.config.getoption("long", default=False)
     return lambda few, many: many if long else few
+
+
+@pytest.fixture
+def seed(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("seed", default=0)
+
+
+@pytest.fixture
+def chance(request: pytest.FixtureRequest, seed: int) -> random.Random:
+    """Moments and places to break something at: others in each test and for each --seed."""
+    return random.Random(f"{request.node.nodeid} {seed}")
+
+
+@pytest.fixture
+def examples(times: Callable[[int, int], int], seed: int) -> Callable[[int, int], Callable]:
+    """How many of Hypothesis' inputs to try: `@examples(few, many)` above `@given`. The same ones for the same --seed."""
+
+    def number(few: int, many: int) -> Callable:
+        few_or_many = hypothesis.settings(
+            max_examples=times(few, many), deadline=None, database=None, suppress_health_check=[*HealthCheck]
+        )
+        return lambda test: few_or_many(hypothesis.seed(seed)(test))
+
+    return number
 
 
 @pytest.fixture
@@ -75,7 +103,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
     minutes, seconds = divmod(round(monotonic() - STARTED), 60)
     skipped = len(terminalreporter.stats.get("skipped", []))
     note = f"{minutes} min {seconds} s on {os.cpu_count()} cores; {skipped} test{'s' * (skipped != 1)} skipped"
-    text = table_text(f"{date.today()}, commit {short_commit(commit())}", table, note)
+    seed = terminalreporter.config.getoption("seed", default=0)
+    text = table_text(f"{date.today()}, commit {short_commit(commit())}, seed {seed}", table, note)
     terminalreporter.section("faults")
     terminalreporter.write_line(text)
     if exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) and is_whole(terminalreporter.config):
@@ -84,7 +113,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, exitstatu
 
 
 def is_whole(config: pytest.Config) -> bool:
-    """Whether all of this folder was asked for, and nothing else: a part must not stand in the place of the whole."""
-    asked = [Path(config.invocation_params.dir, name).resolve() for name in config.args]
+    """Whether `make faults` asked: for all of this folder and of the exports. A part must not stand in the place of the whole."""
+    asked = {Path(config.invocation_params.dir, name).resolve() for name in config.args}
     part = [name for name in ("keyword", "markexpr", "maxfail", "lf", "deselect") if getattr(config.option, name, None)]
-    return asked == [Path(__file__).parent] and not part
+    here = Path(__file__).parent
+    return asked == {here, here.with_name("export")} and not part

@@ -68,15 +68,15 @@ VICTIMS = {
 
 
 @pytest.mark.timeout(1200)
-def test_a_notebook_that_trains(finished: Path, tmp_path: Path, times: Callable[[int, int], int], tries) -> None:
+def test_a_notebook_that_trains(finished: Path, tmp_path: Path, times: Callable[[int, int], int], tries, chance: random.Random) -> None:
     """Whoever is killed, there is no notebook, and all processes end; called again, its run continues and equals the undisturbed one."""
-    moments, wanted = random.Random(5), None
+    wanted = None
     for number in range(times(1, 8)):
         folder, victim = tmp_path / str(number), list(VICTIMS)[number % len(VICTIMS)]
         folder.mkdir()
         store = backbone_only(finished, folder / "results")
         with tries(f"{'SIGTERM' if 'SIGTERM' in victim else 'kill -9'} of the {victim.partition(',')[0]}"):
-            runner, lines = notebook(folder, store), moments.randrange(5, 9)
+            runner, lines = notebook(folder, store), chance.randrange(5, 9)
             until(lambda: steps(store, LONG) >= lines, runner)  # noqa: B023
             kernel = psutil.Process(holder(store, LONG))
             papermill = kernel.parent()
@@ -158,11 +158,11 @@ def test_the_batch_at_any_moment(finished: Path, place: Callable[[str], Path], t
     """The whole of it, and Snakemake alone, whose children then go on: a call meanwhile is refused what they hold, and says so."""
     if not times(0, 1):
         pytest.skip("minutes: with --long; tests/test_batch.py kills the batch twice")
-    moments, logs = random.Random(6), {path.parent.name: path.read_bytes() for path in finished.glob("runs/*/log.jsonl")}
+    logs = {path.parent.name: path.read_bytes() for path in finished.glob("runs/*/log.jsonl")}
     for chain in range(2):
         folder, before = place(str(chain)), 0
         for _ in range(5):
-            alone = moments.random() < 0.5
+            alone = chance.random() < 0.5
             with tries("kill -9 of Snakemake alone" if alone else "kill -9 of the whole batch"):
                 process = subprocess.Popen(
                     [sys.executable, "-m", *batch(folder)],
@@ -172,7 +172,7 @@ def test_the_batch_at_any_moment(finished: Path, place: Callable[[str], Path], t
                     start_new_session=True,
                 )
                 try:
-                    time.sleep(moments.uniform(0, 25))
+                    time.sleep(chance.uniform(0, 25))
                     process.kill() if alone else os.killpg(process.pid, signal.SIGKILL)
                     process.wait(20)
                     complete = check_left(folder, logs)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -171,15 +171,11 @@ def write(folder: Path, content: bytes, pictures: list[tuple] = ()) -> None:
     (folder / "instances_train.json").write_bytes(content)
 
 
-def reproducible(times, few: int, many: int) -> settings:
-    return settings(max_examples=times(few, many), derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
-
-
 @pytest.mark.timeout(600)
-def test_broken_fields(folder: Path, times, tries) -> None:
+def test_broken_fields(folder: Path, examples, tries) -> None:
     ends = set()
 
-    @reproducible(times, 30, 1500)
+    @examples(30, 3000)
     @given(st.lists(CHANGES, min_size=1, max_size=4))
     def run(changes: list[tuple]) -> None:
         write(folder, json.dumps(broken(changes)).encode())
@@ -191,10 +187,10 @@ def test_broken_fields(folder: Path, times, tries) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_broken_text(folder: Path, times, tries) -> None:
+def test_broken_text(folder: Path, examples, tries) -> None:
     whole = json.dumps(GOOD).encode()
 
-    @reproducible(times, 40, 500)
+    @examples(40, 500)
     @given(DAMAGES | JUNK)
     def run(damage: object) -> None:
         write(folder, damaged(whole, damage) if isinstance(damage, tuple) else json.dumps(damage).encode())
@@ -205,10 +201,10 @@ def test_broken_text(folder: Path, times, tries) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_broken_images(folder: Path, times, tries) -> None:
+def test_broken_images(folder: Path, examples, tries) -> None:
     ends = set()
 
-    @reproducible(times, 40, 1500)
+    @examples(40, 2500)
     @given(st.lists(PICTURES, min_size=1, max_size=3))
     def run(pictures: list[tuple]) -> None:
         write(folder, json.dumps(GOOD).encode(), pictures)
@@ -221,13 +217,13 @@ def test_broken_images(folder: Path, times, tries) -> None:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("build", [yolo, voc], ids=["yolo", "voc"])
-def test_broken_files_of_other_tools(build: Callable[[Path], Path], tmp_path: Path, times, tries) -> None:
+def test_broken_files_of_other_tools(build: Callable[[Path], Path], tmp_path: Path, examples, tries) -> None:
     """A label, a list or a description, overwritten or cut: refused on one line, or opened."""
     root = build(write_folder(tmp_path / "mine"))
     files = sorted(path for path in root.rglob("*") if path.suffix in (".txt", ".xml", ".yaml"))
     ends = set()
 
-    @reproducible(times, 30, 500)
+    @examples(30, 1000)
     @given(st.integers(0, len(files) - 1), DAMAGES)
     def run(number: int, damage: tuple) -> None:
         whole = files[number].read_bytes()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
@@ -162,29 +162,27 @@ def refused_or_whole(load: Callable[[], object], path: Path, module: nn.Module, 
 
 
 @pytest.mark.parametrize("form", ["zip", "old pickle", "safetensors", "backbone"])
-def test_truncated_anywhere(form: str, tmp_path: Path, tries, times) -> None:
+def test_truncated_anywhere(form: str, tmp_path: Path, tries, times, chance) -> None:
     path, load, module = saved(form, tmp_path / "w.pth")
     before = {name: value.clone() for name, value in module.state_dict().items()}
     whole = path.read_bytes()
     assert refused_or_whole(load, path, module, before)
-    random = np.random.default_rng(0)
-    for length in (0, 1, len(whole) - 1, *random.integers(2, len(whole) - 1, times(5, 100))):
+    for length in (0, 1, len(whole) - 1, *(chance.randrange(2, len(whole) - 1) for _ in range(times(5, 100)))):
         path.write_bytes(whole[:length])
         with tries("truncated checkpoint"):
             assert not refused_or_whole(load, path, module, before)
 
 
 @pytest.mark.parametrize("form", ["zip", "old pickle", "safetensors", "backbone"])
-def test_overwritten_anywhere(form: str, tmp_path: Path, tries, times) -> None:
+def test_overwritten_anywhere(form: str, tmp_path: Path, tries, times, chance) -> None:
     """Half of the bytes are written where names and shapes lie. What lies among the numbers only a hash would show."""
     path, load, module = saved(form, tmp_path / "w.pth")
     before = {name: value.clone() for name, value in module.state_dict().items()}
     whole = path.read_bytes()
-    random = np.random.default_rng(1)
     for k in range(times(12, 400)):
         harmed = bytearray(whole)
-        for place in random.integers(0, len(whole) if k % 2 else 3000, 4):
-            harmed[place] = random.integers(0, 256)
+        for _ in range(4):
+            harmed[chance.randrange(len(whole) if k % 2 else 3000)] = chance.randrange(256)
         path.write_bytes(harmed)
         with tries("overwritten checkpoint"):
             refused_or_whole(load, path, module, before)
@@ -294,10 +292,10 @@ TEXTS = st.lists(
 ).map(", ".join)
 
 
-def test_broken_config(folder: Path, tmp_path: Path, tries, times) -> None:
+def test_broken_config(folder: Path, tmp_path: Path, tries, examples) -> None:
     keys = sorted(json.loads((folder / "config.json").read_text(encoding="utf-8")) | {"dilation": 0, "position_embedding_type": 0})
 
-    @settings(max_examples=times(15, 300), derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @examples(15, 300)
     @given(st.dictionaries(st.sampled_from(keys), VALUES, min_size=1, max_size=3))
     def attempt(changes: dict[str, Any]) -> None:
         path = copy(folder, tmp_path / "folder", **changes)
@@ -323,12 +321,12 @@ def test_broken_list_of_shards(listed: object, folder: Path, tmp_path: Path, tri
         load_pretrained(path)
 
 
-def test_broken_arguments(tmp_path: Path, tries, times) -> None:
+def test_broken_arguments(tmp_path: Path, tries, examples) -> None:
     """What official checkpoints and mmdetection's say of themselves."""
     path, state = tmp_path / "w.pth", official("deformable")["model"]
     names = ["nheads", "dropout", "dilation", "with_box_refine", "two_stage", "enc_n_points", "dec_n_points", "num_queries"]
 
-    @settings(max_examples=times(15, 300), derandomize=True, deadline=None, database=None, suppress_health_check=[*HealthCheck])
+    @examples(15, 300)
     @given(
         st.dictionaries(st.sampled_from(names), VALUES),
         st.dictionaries(st.sampled_from(["CLASSES", "dataset_meta", "cfg", "config", "mmengine_version"]), VALUES | TEXTS),

@@ -35,15 +35,14 @@ def stores(whole: Whole, tmp_path: Path) -> Callable[[], Store]:
 
 
 @pytest.mark.timeout(1200)
-def test_kill_9_at_any_moment(whole: Whole, stores: Callable[[], Store], times: Times, tries) -> None:
+def test_kill_9_at_any_moment(whole: Whole, stores: Callable[[], Store], times: Times, tries, chance) -> None:
     """Again and again in one folder: no kill costs more than the step it came in."""
-    moments = random.Random(1)
     for _ in range(times(1, 14)):
         store, before = stores(), 0
         for _ in range(3):
             with tries("kill -9 of the trainer at a random moment"):
                 child = start(store)
-                child.join(moments.uniform(0, whole.seconds))
+                child.join(chance.uniform(0, whole.seconds))
                 child.kill()
                 assert ended(child) in (-signal.SIGKILL, 0)
                 after = whole.check_left(store)
@@ -53,9 +52,9 @@ def test_kill_9_at_any_moment(whole: Whole, stores: Callable[[], Store], times: 
 
 
 @pytest.mark.timeout(1200)
-def test_kill_9_before_every_file_operation(whole: Whole, stores: Callable[[], Store], times: Times, tries) -> None:
+def test_kill_9_before_every_file_operation(whole: Whole, stores: Callable[[], Store], times: Times, tries, chance) -> None:
     """Opening, renaming, removing, giving rights: all moments at which the folder looks different."""
-    few = random.Random(2).sample(range(1, 40), 3)
+    few = chance.sample(range(1, 40), 3)
     for number in count(1) if times(0, 1) else few:
         store = stores()
         with tries("kill -9 of the trainer before a file operation"):
@@ -71,14 +70,13 @@ def test_kill_9_before_every_file_operation(whole: Whole, stores: Callable[[], S
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", ["log.jsonl", "checkpoint.pt", "weights.safetensors", "record.json"])
-def test_killed_in_the_middle_of_writing(whole: Whole, stores: Callable[[], Store], times: Times, tries, name: str) -> None:
+def test_killed_in_the_middle_of_writing(whole: Whole, stores: Callable[[], Store], times: Times, tries, chance, name: str) -> None:
     # Half of a checkpoint is more than the other files are long; of the log, what is written before the first checkpoint.
     size = {"log.jsonl": 300, "checkpoint.pt": 1_500_000}.get(name) or (whole.folder / name).stat().st_size
-    bytes_ = random.Random(name)
     for _ in range(times(1, 8)):
         store = stores()
         # The log is opened after it was written anew; the other files are written under a hidden name.
-        death = Death(name, 6 if name == "log.jsonl" else 1, bytes_.randrange(1, size))
+        death = Death(name, 6 if name == "log.jsonl" else 1, chance.randrange(1, size))
         with tries(f"killed while writing {name}"):
             assert ended(start(store, death, every_step=False)) == -signal.SIGXFSZ
             whole.check_left(store)
@@ -87,14 +85,13 @@ def test_killed_in_the_middle_of_writing(whole: Whole, stores: Callable[[], Stor
             whole.check_continued(store)
 
 
-def test_sigterm_saves_and_exits(whole: Whole, stores: Callable[[], Store], times: Times, tries) -> None:
+def test_sigterm_saves_and_exits(whole: Whole, stores: Callable[[], Store], times: Times, tries, chance) -> None:
     """To the process alone, or to all it started, as schedulers do; there are checkpoints at evaluations else, after steps 2 and 5."""
-    moments = random.Random(3)
     for number in range(times(1, 8)):
         store = stores()
         log = store.folder(RECIPE) / "log.jsonl"
         with tries("SIGTERM to the trainer"):
-            lines = moments.randrange(1, 5)
+            lines = chance.randrange(1, 5)
             words = [sys.executable, "-m", "detrdistill", *command(store), "--workers", "2" if number % 2 == 0 else "0"]
             process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
             until(lambda: steps(store) >= lines, process)  # noqa: B023
@@ -201,18 +198,17 @@ def test_an_error_of_one_process_ends_the_others_that_wait_for_it(tmp_path: Path
 
 
 @pytest.mark.timeout(1200)
-def test_two_processes_of_torchrun(stores: Callable[[], Store], times: Times, tries) -> None:
+def test_two_processes_of_torchrun(stores: Callable[[], Store], times: Times, tries, chance) -> None:
     """One of two is killed, or the launcher is asked to stop: both end, and go on together as if nothing had been."""
     if not times(0, 1):
         pytest.skip("minutes: with --long")
     undisturbed = stores()
     assert torchrun(undisturbed).wait(200) == 0
     wanted = (undisturbed.folder(OF_PAIR) / "log.jsonl").read_bytes()
-    moments = random.Random(4)
     for number in range(6):
         store, victim = stores(), ("rank 0", "rank 1", "torchrun")[number % 3]
         with tries(f"{'SIGTERM' if victim == 'torchrun' else 'kill -9'} of {victim}"):
-            launcher, lines = torchrun(store), moments.randrange(4, 11)
+            launcher, lines = torchrun(store), chance.randrange(4, 11)
             until(lambda: steps(store, OF_PAIR) >= lines, launcher)  # noqa: B023
             first = psutil.Process(holder(store, OF_PAIR))
             if victim == "torchrun":
