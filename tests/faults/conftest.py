@@ -53,9 +53,7 @@ def examples(times: Callable[[int, int], int], seed: int) -> Callable[[int, int]
     """How many of Hypothesis' inputs to try: `@examples(few, many)` above `@given`. The same ones for the same --seed."""
 
     def number(few: int, many: int) -> Callable:
-        few_or_many = hypothesis.settings(
-            max_examples=times(few, many), deadline=None, database=None, suppress_health_check=[*HealthCheck]
-        )
+        few_or_many = hypothesis.settings(max_examples=times(few, many), deadline=None, database=None, suppress_health_check=[*HealthCheck])
         return lambda test: few_or_many(hypothesis.seed(seed)(test))
 
     return number

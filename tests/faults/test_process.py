@@ -1,7 +1,6 @@
 """The trainer is killed at any moment, or asked to stop: nothing is lost, nothing half is read, and it ends as if nothing had been."""
 
 import os
-import random
 import signal
 import socket
 import subprocess
