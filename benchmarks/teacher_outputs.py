@@ -9,24 +9,20 @@ drawn as in training. On one CPU thread time is what the process had a core for,
 """
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter, process_time
 
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor
 
+from benchmarks.distillation import groups_of
 from benchmarks.measure import Table, make_parser, spread, table_path
 from detrdistill.data.coco import Batch, CocoDataset
-from detrdistill.distill.assignment import QueryAdapter
 from detrdistill.distill.build import build_distiller
-from detrdistill.distill.distiller import Distiller, Term
-from detrdistill.distill.loss import DistillationLoss
+from detrdistill.distill.distiller import Distiller
 from detrdistill.errors import InputError
-from detrdistill.matching import Pairs
 from detrdistill.models import build_detector
-from detrdistill.models.outputs import DetectorOutput, Queries, Targets
 from detrdistill.recipes.presets import DETECTORS_OF, get_preset
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.words import DETECTORS
@@ -42,28 +38,11 @@ KINDS = ("student", "student and decoding", "computed", "disk", "memory")
 COLUMNS = ("detector", "method", "step", "milliseconds", "low", "high", "of student and decoding", "ratio low", "ratio high", "aim")
 
 
-class Decoding(DistillationLoss):
-    """The student decodes the teacher's queries, as for `AssignmentDistillation`, and nothing is made of it."""
-
-    def __init__(self, student_dim: int, teacher_dim: int, position: bool) -> None:
-        super().__init__()
-        self.adapter = QueryAdapter(student_dim, teacher_dim, position)
-
-    def student_queries(self, teacher: DetectorOutput) -> Queries:
-        return self.adapter(teacher.initial)
-
-    def forward(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]) -> dict[str, Tensor]:
-        return {"nothing": 0 * (student.logits.sum() + student.boxes.sum())}
-
-
 def distillers(recipe: Recipe, classes: int) -> dict[str, Distiller]:
     """For the student alone, with a second group of queries where the method has one, and under the method."""
     student = build_detector(recipe, classes)
-    found = {"student": Distiller(student), "student and decoding": Distiller(student), "method": build_distiller(student, recipe)}
-    if found["method"].with_student_queries:
-        decoding = Decoding(recipe.dim, recipe.teacher.dim, student.query_position)
-        found["student and decoding"] = Distiller(student, [Term("decoding", 1.0, decoding)])
-    return found
+    found = {"student": Distiller(student), "method": build_distiller(student, recipe)}
+    return found | {"student and decoding": groups_of(found["method"])}
 
 
 def step(fabric: Fabric, distiller: Distiller, teacher: Callable | None, batch: Batch, recipe: Recipe) -> float:

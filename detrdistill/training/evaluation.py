@@ -90,6 +90,19 @@ def detect(
     return results, torch.cat(held, dim=1)
 
 
+class WholeFile(COCO):
+    """Annotations that are evaluated all together: the evaluator gets them as they are, and none is looked up by its id."""
+
+    def createIndex(self) -> None:
+        self.imgs, self.cats = ({one["id"]: one for one in self.dataset[kind]} for kind in ("images", "categories"))
+
+    def getAnnIds(self, **chosen: Any) -> list[int]:
+        return []
+
+    def loadAnns(self, ids: list[int]) -> list[dict[str, Any]]:
+        return self.dataset["annotations"]
+
+
 def coco_metrics(annotations: dict[str, Any], found: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """The first of what `coco_evaluation` gives."""
     return coco_evaluation(annotations, found)[0]
@@ -110,9 +123,8 @@ def coco_evaluation(
     with no_garbage_collection():  # which would look through half a million of dicts again and again
         objects = [{key: one[key] for key in needed if key in one} for one in annotations["annotations"]]
         guesses = [one | {"id": i, "area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0} for i, one in enumerate(found, start=1)]
-        evaluator = COCOeval_faster(
-            COCO(images_and_categories | {"annotations": objects}), COCO(images_and_categories | {"annotations": guesses}), iouType="bbox"
-        )
+        truth, found = (WholeFile(images_and_categories | {"annotations": some}) for some in (objects, guesses))
+        evaluator = COCOeval_faster(truth, found, iouType="bbox")
         evaluator.run()
     metrics = {name: None if value < 0 else 100 * float(value) for name, value in zip(METRICS, evaluator.stats, strict=True)}
     precision = evaluator.eval["precision"][:, :, :, 0, -1]  # [IoUs, recalls, classes] for objects of all sizes, 100 detections
