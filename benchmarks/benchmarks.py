@@ -5,6 +5,7 @@ Cores are shared and noisy: each line is a median of repeats with its spread, an
 
 import contextlib
 import io
+import json
 import os
 import platform
 import shutil
@@ -59,7 +60,7 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale((7, 3), "quick", (6, 16, 300), 400),
+    "full": Scale((7, 3), "quick", (6, 16, 300), 5000),
     "quick": Scale((3, 1), "quick", (6, 16, 300), 400),
     "small": Scale((1, 1), "smoke", (2, 2, 20), 10),
 }
@@ -75,6 +76,18 @@ def import_time(scale: Scale) -> Row:
     return {"what": "import detrdistill, interpreter included", **command_time("import detrdistill", scale.repeats[0]), "aim": "< 2"}
 
 
+def help_time(scale: Scale) -> Row:
+    code = "import sys; from detrdistill.cli import main; sys.argv = ['detrdistill', '--help']; main()"
+    return {"what": "detrdistill --help, interpreter included", **command_time(code, scale.repeats[0]), "aim": "< 0.5"}
+
+
+def first_cell_time(scale: Scale) -> Row:
+    """What all notebooks begin with, in a fresh interpreter; a kernel's own start comes on top."""
+    code = json.loads((ROOT / "notebooks" / "00_quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    first = next("".join(cell["source"]) for cell in code if cell["cell_type"] == "code")
+    return {"what": "first cell of a notebook, interpreter included", **command_time(first, scale.repeats[0]), "aim": "< 2"}
+
+
 def report_time(scale: Scale) -> Row:
     """Of the runs that are committed, copied: the report is written beside them."""
     few = ", formats=['png'], figures=['main_results']" if scale.preset == "smoke" else ""
@@ -87,7 +100,8 @@ def report_time(scale: Scale) -> Row:
 
 def command_time(code: str, repeats: int, **environment: str) -> Row:
     command = [sys.executable, "-c", code]
-    times = [seconds(lambda: subprocess.run(command, check=True, cwd=ROOT, env=os.environ | environment)) for _ in range(repeats)]
+    options = {"check": True, "cwd": ROOT, "env": os.environ | environment, "stdout": subprocess.DEVNULL}
+    times = [seconds(lambda: subprocess.run(command, **options)) for _ in range(repeats)]
     return {**spread(times), "unit": "s"}
 
 
@@ -216,7 +230,7 @@ def main(words: Sequence[str] | None = None) -> None:
     repeats = " and ".join(map(str, scale.repeats))
     about = f"commit {commit()}; {platform.system()} {platform.machine()}; torch {torch.__version__}, one thread; medians of {repeats}"
     table.start(about)
-    for measure in (import_time, report_time, matching, evaluation, distillation_step):
+    for measure in (import_time, help_time, first_cell_time, report_time, matching, evaluation, distillation_step):
         table.add(measure(scale))
     for row in stored_runs():
         table.add(row)
