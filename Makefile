@@ -116,6 +116,7 @@ benchmark: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.distillation $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.teacher_outputs $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.export $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loader $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu_days $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.since $(ARGS)

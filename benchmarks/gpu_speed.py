@@ -1,6 +1,5 @@
 """Checks of what a GPU costs: time and memory of steps, loading images, torch.compile, forms of deformable attention."""
 
-import json
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -8,16 +7,15 @@ from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
-from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.detectors import passes, port
 from benchmarks.distillation import CLASSES
 from benchmarks.gpu_report import Lesson, Report
+from benchmarks.loader import write_photographs
 from detrdistill.models import attention
 from detrdistill.process import share_of_cores
 from detrdistill.recipes.parts import Folder
@@ -60,7 +58,7 @@ def loader(report: Report) -> None:
     """Images a second that worker processes load, augment as the DETRs do and put into batches of two, beside nothing else."""
     cores = share_of_cores()
     with tempfile.TemporaryDirectory() as folder:
-        write_photographs(Path(folder), count=8 if report.small else 64, size=(60, 80) if report.small else (480, 640))
+        write_photographs(Path(folder), *((8, [(80, 60)]) if report.small else (64, [(640, 480)])))
         recipe = get_preset("coco").student.replace(data=Folder(path=Path(folder)))
         if report.small:
             recipe = recipe.replace(**{"resize.short": 64, "resize.long": 96})
@@ -74,23 +72,6 @@ def loader(report: Report) -> None:
             start = perf_counter()
             count = sum(len(batch.pixels) for batches in stream for batch in batches)
             report.add(f"{recipe.resize.short} px, {workers} workers of {cores} cores", count / (perf_counter() - start), "images a second")
-
-
-def write_photographs(folder: Path, count: int, size: tuple[int, int]) -> None:
-    """A COCO folder of smooth random pictures [height, width] as JPEG, with seven objects each."""
-    rng, (height, width) = np.random.default_rng(0), size
-    (folder / "images").mkdir()
-    images, annotations = [], []
-    for i in range(count):
-        rough = Image.fromarray(rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8))
-        rough.resize((width, height), Image.Resampling.BICUBIC).save(folder / "images" / f"{i}.jpg", quality=90)
-        images.append({"id": i, "file_name": f"{i}.jpg", "width": width, "height": height})
-        for k in range(7):
-            box = [k * width / 10, k * height / 10, width / 4, height / 4]
-            annotations.append({"id": 7 * i + k, "image_id": i, "category_id": 1, "bbox": box, "area": box[2] * box[3], "iscrowd": 0})
-    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "object"}]}
-    for split in ("train", "val"):
-        (folder / f"instances_{split}.json").write_text(json.dumps(content))
 
 
 def compiled(report: Report) -> None:

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import benchmarks, coverage, detectors, distillation, export, gpu_days, since, teacher_outputs
+from benchmarks import benchmarks, coverage, detectors, distillation, export, gpu_days, loader, since, teacher_outputs
 from tests.models.small import untyped
 
 ROWS = {
@@ -18,6 +18,7 @@ ROWS = {
     coverage: {"Deformable DETR"},
     gpu_days: {"conditional_detr"},
     export: {"deformable_detr", "conditional_detr", "adamixer"},
+    loader: {"pil", "tensor"},
     since: {"deformable_detr"},
 }
 

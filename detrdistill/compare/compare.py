@@ -27,7 +27,7 @@ from detrdistill.recipes.parts import Digits, Folder
 from detrdistill.records import Cost
 from detrdistill.runs.reference import FOLDER as REFERENCE
 from detrdistill.runs.store import Store
-from detrdistill.training.batches import loading
+from detrdistill.training.batches import in_order, loading
 from detrdistill.training.evaluation import coco_evaluation
 
 SCORED = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -250,7 +250,7 @@ def _detect(model: Model, dataset: CocoDataset, outputs: Sequence[int], batch: i
     """In COCO's result format, with ids of the data."""
     category = {row: one.id for row, one in zip(outputs, dataset.categories, strict=True)}
     results: list[dict[str, Any]] = []
-    with loading(dataset, 0, batch_size=batch) as batches:
+    with loading(dataset, in_order(dataset, batch), 0) as batches:
         for samples in batches:
             for id, seen in zip(samples.image_ids, model.detect(samples, outputs), strict=True):
                 for score, label, (x0, y0, x1, y1) in zip(*(seen[key].tolist() for key in ("scores", "labels", "boxes")), strict=True):

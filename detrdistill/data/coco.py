@@ -2,14 +2,14 @@
 
 import contextlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from pycocotools.coco import COCO
 from torch import Tensor
@@ -27,6 +27,8 @@ from detrdistill.models.outputs import Targets
 from detrdistill.recipes.parts import Digits, Folder
 
 Sample = tuple[Float[Tensor, "3 H W"], dict[str, Any]]
+Drawn = tuple[UInt8[Tensor, "3 H W"], dict[str, Any]]
+Key = int | tuple[int, int]
 Prepared = tuple[tv_tensors.Image, dict[str, Tensor]]
 KEPT = 2**28  # bytes of decoded images that a process keeps of a split; of larger splits none
 
@@ -70,9 +72,9 @@ class CocoDataset(CocoDetection):
         self.index_of = {category.id: category.index for category in self.categories}
         self.kept: dict[int, Prepared] = {}
 
-    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
-        """Image `key`, or for a pair (index, seed), as a training sampler yields them, `sample(index, seed)`."""
-        return self.sample(*key) if isinstance(key, tuple) else self.sample(key, 0)
+    def __getitem__(self, key: Key) -> Sample:
+        """Image `key`, or for a pair (index, seed), as in training, `sample(index, seed)`."""
+        return self.sample(*_pair(key))
 
     def sample(self, index: int, seed: int) -> Sample:
         """Image and target, transformed with random numbers that depend on `index` and `seed` alone.
@@ -87,12 +89,23 @@ class CocoDataset(CocoDetection):
         Raises:
             InputError: the image cannot be decoded or is not of the size that the annotations say.
         """
+        image, target = self._drawn(index, seed)
+        return self.transforms.normalise(torch.empty(image.shape), image), target
+
+    def batch(self, keys: Iterable[Key]) -> "Batch":
+        """What `collate` makes of the samples of `keys`, but each is normalised in its place in the batch.
+
+        Raises:
+            InputError: as `sample`.
+        """
+        return collate([self._drawn(*_pair(key)) for key in keys], self.transforms.normalise)
+
+    def _drawn(self, index: int, seed: int) -> Drawn:
+        """A sample before it is normalised."""
         image, target = self.kept.get(index) or self._prepare(index)
         image_id = self.ids[index]
         size = self.coco.imgs[image_id]["height"], self.coco.imgs[image_id]["width"]
-        with torch.random.fork_rng(devices=[]):
-            # The default generator, not torch.manual_seed, which would seed the GPU as well and not give its state back.
-            torch.default_generator.manual_seed(int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]))
+        with seeded(seed, index):
             image, target = self.transforms.drawn(image, target)
         height, width = image.shape[-2:]
         boxes = v2.functional.convert_bounding_box_format(target["boxes"], new_format="CXCYWH").as_subclass(Tensor)
@@ -130,6 +143,19 @@ class CocoDataset(CocoDetection):
             return read_image(Path(self.root) / entry["file_name"], entry["width"], entry["height"])
         except InputError as fault:
             raise InputError(f"image {id}: {fault}") from None
+
+
+def _pair(key: Key) -> tuple[int, int]:
+    return key if isinstance(key, tuple) else (key, 0)
+
+
+@contextlib.contextmanager
+def seeded(*numbers: int) -> Iterator[None]:
+    """torch's random numbers depend on `numbers` alone, and go on as before when the block ends."""
+    with torch.random.fork_rng(devices=[]):
+        # The default generator, not torch.manual_seed, which would seed the GPU as well and not give its state back.
+        torch.default_generator.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
+        yield
 
 
 def open_dataset(spec: Digits | Folder, split: Split, cache: Path, transform: ImageTransform | None) -> CocoDataset:
@@ -183,15 +209,21 @@ class Batch:
         return replace(self, pixels=self.pixels.pin_memory(), padding=self.padding.pin_memory())
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples of a `CocoDataset` as one batch."""
+def collate(samples: Sequence[Sample | Drawn], write: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> Batch:
+    """Samples of a `CocoDataset` as one batch.
+
+    Args:
+        write: puts an image into its place in the batch.
+    """
     images, targets = zip(*samples, strict=True)
     height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
-    pixels = torch.zeros(len(images), 3, height, width)
+    # numpy's zeros come from the system when they are touched, in huge pages where it has them. torch would write them once more.
+    pixels = torch.from_numpy(np.zeros((len(images), 3, height, width), np.float32))
     padding = torch.ones(len(images), height, width, dtype=torch.bool)
     for i, image in enumerate(images):
         h, w = image.shape[-2:]
-        pixels[i, :, :h, :w], padding[i, :h, :w] = image, False
+        write(pixels[i, :, :h, :w], image)
+        padding[i, :h, :w] = False
     ids, original_sizes = ([target[key] for target in targets] for key in ("image_id", "original_size"))
     packed = Targets.pack([target["labels"] for target in targets], [target["boxes"] for target in targets])
     return Batch(pixels, padding, packed, ids, original_sizes)

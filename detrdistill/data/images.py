@@ -70,7 +70,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any mode as RGB; 16-bit grey is scaled down (Pillow would cut it off at 255)."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).clip(0, DEEP) // 257).astype(np.uint8)).convert("RGB")
-    return image.convert("RGB")
+    image.load()  # its file may be closed next
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def doubts(headers: Mapping[str, Header], folder: Path) -> Iterator[str]:

@@ -4,12 +4,11 @@ import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing import active_children
-from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader
 
-from detrdistill.data.coco import Batch, CocoDataset, collate
+from detrdistill.data.coco import Batch, CocoDataset, Key
 
 
 def mix(*numbers: int) -> int:
@@ -49,20 +48,27 @@ class Draws(Sequence[list[tuple[int, int]]]):
 
 def micro_batches(dataset: CocoDataset, draws: Draws, workers: int, pin: bool = False) -> Iterator[list[Batch]]:
     """The micro-batches of each optimizer step in turn; close it, if it is not used up."""
-    with loading(dataset, workers, batch_sampler=draws, pin_memory=pin) as batches:
+    with loading(dataset, draws, workers, pin) as batches:
         while step := [batch for _, batch in zip(range(draws.accumulate), batches, strict=False)]:
             yield step
 
 
+def in_order(dataset: CocoDataset, batch: int) -> list[Sequence[Key]]:
+    """All images, for `loading`."""
+    return [range(len(dataset))[first : first + batch] for first in range(0, len(dataset), batch)]
+
+
 @contextmanager
-def loading(dataset: CocoDataset, workers: int, **options: Any) -> Iterator[Iterator[Batch]]:
-    """Batches loaded by `workers` processes (0: by this one), which end with the block.
+def loading(dataset: CocoDataset, keys: Sequence[Sequence[Key]], workers: int, pin: bool = False) -> Iterator[Iterator[Batch]]:
+    """`dataset.batch` of each of `keys`, loaded by `workers` processes (0: by this one), which end with the block.
 
     Python ends what processes it has left by SIGTERM, which these ignore: after an error it would wait for them forever.
     """
     before = set(active_children())
     try:
-        batches = iter(DataLoader(dataset, collate_fn=collate, num_workers=workers, worker_init_fn=ignore_sigterm, **options))
+        # What torch calls a data set are the keys here, and what it calls collating makes a batch of some of them.
+        options = {"collate_fn": dataset.batch, "num_workers": workers, "pin_memory": pin, "worker_init_fn": ignore_sigterm}
+        batches = iter(DataLoader(keys, batch_size=None, **options))
     except BaseException:
         for started in set(active_children()) - before:  # the system would not start all of them
             started.kill()

@@ -16,7 +16,7 @@ from detrdistill.data.coco import CocoDataset
 from detrdistill.errors import InputError, NonFiniteError
 from detrdistill.process import no_garbage_collection
 from detrdistill.recipes.words import METRICS
-from detrdistill.training.batches import loading
+from detrdistill.training.batches import in_order, loading
 
 
 def best_pairs(
@@ -72,7 +72,7 @@ def detect(
     """
     results: list[dict[str, Any]] = []
     held: list[Tensor] = []
-    with loading(dataset, workers, batch_size=batch) as batches, ExitStack() as at_end:
+    with loading(dataset, in_order(dataset, batch), workers) as batches, ExitStack() as at_end:
         at_end.callback(detector.train, detector.training)
         detector.eval()
         for samples in batches:

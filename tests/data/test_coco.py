@@ -15,6 +15,7 @@ from detrdistill.data.crops import object_crops
 from detrdistill.data.transforms import build_transform
 from detrdistill.errors import InputError
 from detrdistill.recipes.parts import MEAN, STD, Digits, Folder, Resize
+from detrdistill.training.batches import loading
 
 EVALUATION = build_transform(Resize(train="none", short=32, long=64), train=False)
 JITTER = build_transform(Resize(train="jitter", short=32, long=64), train=True)
@@ -106,6 +107,25 @@ def test_workers_do_not_change_samples(folder):
     pairs = [(i, seed) for seed in (0, 1) for i in range(3)]
     loaded = list(DataLoader(data, sampler=pairs, batch_size=3, collate_fn=collate, num_workers=1))
     assert torch.equal(loaded[1].pixels, collate([data.sample(i, 1) for i in range(3)]).pixels)
+
+
+@pytest.mark.parametrize("train", ["none", "flip", "detr", "jitter"])
+def test_a_batch_is_its_samples_side_by_side(folder, train):
+    """Bit by bit, though only samples are normalised before they have their places; and whoever loads it."""
+    data = opened(folder, build_transform(Resize(train=train, short=32, long=64), train=True))
+    pairs = [(i, seed) for seed in range(5) for i in range(3)]
+    one_by_one = collate([data[pair] for pair in pairs])
+    for batch in (data.batch(pairs), *loaded(data, [pairs], 1)):
+        for name in ("pixels", "padding"):
+            assert torch.equal(getattr(batch, name), getattr(one_by_one, name)), name
+        assert torch.equal(batch.targets.boxes, one_by_one.targets.boxes) and torch.equal(batch.targets.labels, one_by_one.targets.labels)
+        assert (batch.image_ids, batch.original_sizes) == (one_by_one.image_ids, one_by_one.original_sizes)
+    assert torch.equal(data.batch(range(3)).pixels, collate([data[i] for i in range(3)]).pixels)
+
+
+def loaded(data, keys, workers):
+    with loading(data, keys, workers) as batches:
+        return list(batches)
 
 
 def test_batch_is_padded_and_masked(folder):

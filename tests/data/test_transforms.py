@@ -4,6 +4,7 @@ import pytest
 import torch
 from torchvision import tv_tensors
 from torchvision.ops import box_convert
+from torchvision.transforms import v2
 
 from detrdistill.data.coco import collate
 from detrdistill.data.transforms import RandomCropOfAnySize, build_transform, renormalised, shorter_side
@@ -16,6 +17,64 @@ def scene(height=120, width=160):
     image[:, 40:80, 50:110] = 255
     boxes = tv_tensors.BoundingBoxes([[50.0, 40.0, 110.0, 80.0], [0.0, 0.0, 6.0, 5.0]], format="XYXY", canvas_size=(height, width))
     return tv_tensors.Image(image), {"boxes": boxes, "labels": torch.tensor([3, 1])}
+
+
+def draw(low, high):
+    return int(torch.randint(low, high + 1, ()))
+
+
+def plainly(resize, train, image, target):
+    """What `build_transform` does, by torchvision's stock transforms one after the other."""
+    scale = resize.short / 800
+
+    def to(side, long=resize.long):
+        return v2.Resize(shorter_side(*image.shape[-2:], round(side * scale), long))(image, target)
+
+    stretch = v2.Resize((resize.short, resize.long))
+    name = resize.train if train else "none"
+    if name != "detr":
+        image, target = stretch(image, target) if resize.stretch else to(800)
+    if name in ("flip", "detr"):
+        image, target = v2.RandomHorizontalFlip()(image, target)
+    if name == "detr":
+        if int(torch.multinomial(torch.tensor([0.5, 0.5]), 1)):
+            image, target = to((400, 500, 600)[draw(0, 2)], None)
+            least, most, (height, width) = round(384 * scale), round(600 * scale), image.shape[-2:]
+            h, w = (draw(min(least, side), min(most, side)) for side in (height, width))
+            place = draw(0, height - h), draw(0, width - w), h, w
+            image, target = v2.functional.crop(image, *place), target | {"boxes": v2.functional.crop(target["boxes"], *place)}
+            image, target = v2.ClampBoundingBoxes()(image, target)
+        image, target = stretch(image, target) if resize.stretch else to(480 + 32 * draw(0, 10))
+    if name == "jitter":
+        fill = {tv_tensors.Image: [round(255 * mean) for mean in resize.mean], "others": 0}
+        affine = v2.RandomAffine(0, (0.05, 0.05), (0.9, 1.1), interpolation=v2.InterpolationMode.BILINEAR, fill=fill)
+        image, target = v2.ColorJitter(0.3, 0.3, 0.3)(*affine(image, target))
+    image, target = v2.SanitizeBoundingBoxes()(*v2.ClampBoundingBoxes()(image, target))
+    return v2.Normalize(resize.mean, resize.std)(v2.ToDtype(torch.float32, scale=True)(image)), target
+
+
+@pytest.mark.parametrize("stretch", [False, True])
+@pytest.mark.parametrize("name", ["none", "flip", "detr", "jitter"])
+def test_every_bit_is_that_of_stock_transforms(name, stretch):
+    """Whatever the layout of the image in memory; and the random numbers that follow are the same."""
+    random, resize = torch.Generator().manual_seed(0), Resize(train=name, short=111, long=170, stretch=stretch)
+    for seed in range(40):
+        height, width = torch.randint(60, 240, (2,), generator=random).tolist()
+        image = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=random).permute(2, 0, 1)
+        corners = torch.rand(seed % 6, 2, 2, generator=random).sort(1).values * torch.tensor([width, height])
+        boxes = tv_tensors.BoundingBoxes(corners.flatten(1), format="XYXY", canvas_size=(height, width))
+        target = {"boxes": boxes, "labels": torch.arange(len(boxes))}
+        for train in (True, False):
+            given = tv_tensors.Image(image if seed % 2 else image.contiguous())
+            torch.manual_seed(seed)
+            pixels, wanted = plainly(resize, train, given, target)
+            state = torch.get_rng_state()
+            torch.manual_seed(seed)
+            seen, ours = build_transform(resize, train)(given, target)
+            assert torch.equal(seen, pixels) and seen.dtype == torch.float32
+            assert torch.equal(ours["boxes"], wanted["boxes"]) and torch.equal(ours["labels"], wanted["labels"])
+            assert ours["boxes"].canvas_size == pixels.shape[-2:] and ours.keys() == {"boxes", "labels"}
+            assert torch.equal(state, torch.get_rng_state())
 
 
 def bright(image):

@@ -66,7 +66,7 @@ def test_no_process_is_left_where_the_system_starts_no_more(monkeypatch, tmp_pat
     monkeypatch.setattr(BaseProcess, "start", start_one)
     root = write_folder(tmp_path / "mine")
     data = CocoDataset(root / "instances_train.json", root / "images", None)
-    with pytest.raises(OSError, match="temporarily unavailable"), loading(data, 2):
+    with pytest.raises(OSError, match="temporarily unavailable"), loading(data, [[0]], 2):
         pass
     started[0].join(5)
     assert started[0].exitcode == -signal.SIGKILL

@@ -5,6 +5,7 @@ import copy
 import io
 import math
 import multiprocessing
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
-from detrdistill.data.coco import Category
+from detrdistill.data.coco import Batch, Category, collate
 from detrdistill.errors import InputError, NonFiniteError
 from detrdistill.models.outputs import DetectorOutput
 from detrdistill.training.evaluation import METRICS, changes, coco_metrics, detections, evaluate
@@ -137,6 +138,9 @@ class Data(list):
         images = [{"id": 20 + i, "height": 2 * height, "width": 2 * width} for i, (height, width) in enumerate(sizes)]
         categories = [{"id": category.id, "name": category.name} for category in self.categories]
         self.coco = SimpleNamespace(dataset={"images": images, "annotations": annotations, "categories": categories})
+
+    def batch(self, keys: Sequence[int]) -> Batch:
+        return collate([self[key] for key in keys])
 
 
 class KnowsAll(nn.Module):
