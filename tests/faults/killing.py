@@ -51,6 +51,9 @@ class Death:
 
     def prepare(self, folder: Path) -> None:
         """To be called in the process that is to die."""
+        if self.name == "log.jsonl" and self.byte is not None:
+            self._prepare_log()
+            return
         numbers, prefix = count(1), str(folder)
 
         def watch(event: str, arguments: tuple[Any, ...]) -> None:
@@ -58,12 +61,28 @@ class Death:
                 if self.name in Path(path).name and next(numbers) == self.number:
                     if self.byte is None:
                         os.kill(os.getpid(), signal.SIGKILL)
-                    # The system writes up to the limit and kills at the next byte; Python would otherwise make it an error.
-                    signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-                    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-                    resource.setrlimit(resource.RLIMIT_FSIZE, (self.byte, self.byte))
+                    self._limit()
 
         sys.addaudithook(watch)
+
+    def _limit(self) -> None:
+        """The system writes up to the limit and kills at the next byte; Python would otherwise make it an error."""
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.byte, resource.RLIM_INFINITY))
+
+    def _prepare_log(self) -> None:
+        """It stays open between two lines, when others write their files: libraries to share memory, for one."""
+        from detrdistill.training.logging import Log
+
+        write = Log.write
+
+        def limited(*arguments: Any, **entry: Any) -> None:
+            self._limit()
+            write(*arguments, **entry)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+        Log.write = limited
 
 
 def start(store: Store, death: Death | None = None, *, every_step: bool = True, workers: int = 0) -> BaseProcess:

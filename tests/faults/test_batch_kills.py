@@ -154,7 +154,9 @@ def check_left(place: Path, wanted: dict[str, bytes]) -> int:
 
 
 @pytest.mark.timeout(1500)
-def test_the_batch_at_any_moment(finished: Path, place: Callable[[str], Path], times: Callable[[int, int], int], tries) -> None:
+def test_the_batch_at_any_moment(
+    finished: Path, place: Callable[[str], Path], times: Callable[[int, int], int], tries, chance: random.Random
+) -> None:
     """The whole of it, and Snakemake alone, whose children then go on: a call meanwhile is refused what they hold, and says so."""
     if not times(0, 1):
         pytest.skip("minutes: with --long; tests/test_batch.py kills the batch twice")
