@@ -114,6 +114,7 @@ benchmark: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.benchmarks $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.detectors $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.distillation $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.growth $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.teacher_outputs $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.export $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage $(ARGS)
