@@ -46,7 +46,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Scale:
-    """Values of each thing that grows, from the base on or up to it."""
+    """What is measured: `grown` has the values of each thing, the base's among them."""
 
     preset: str
     base: Point
@@ -66,7 +66,7 @@ SCALES = {
         },
         2,
     ),
-    "quick": Scale("coco", Point(side=256), {"queries": (300, 600), "side": (256, 512)}, 1),
+    "quick": Scale("coco", Point(side=256), {"queries": (100, 300), "side": (128, 256)}, 1),
     "small": Scale("smoke", Point(20, 64, 7, "resnet18"), {"queries": (20, 40), "teacher": (ALONE, "resnet18")}, 1),
 }
 
