@@ -36,7 +36,7 @@ help:
 	@echo "                  for a paper: ARGS=\"--width 3.3 --font serif --figures forest main_results\", see docs/report.md)"
 	@echo "make lab          open the notebooks in JupyterLab"
 	@echo "make lint         check style, and that source notebooks carry no outputs"
-	@echo "make benchmark    measure times and ratios, print them, write benchmarks/*.csv (an hour; ARGS=--quick: ten minutes)"
+	@echo "make benchmark    measure times and ratios, print them, write benchmarks/*.csv (over an hour; ARGS=--quick: ten minutes)"
 	@echo "make gpu-check    what only a GPU can tell, in 8 minutes on one: numbers, memory, speed, resuming; writes benchmarks/gpu.csv"
 	@echo "make prose        for maintainers: write the numbers in README.md and docs/ again from committed results"
 	@echo "make constraints  write the versions installed in .venv into constraints.txt"
@@ -114,6 +114,7 @@ benchmark: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.benchmarks $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.detectors $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.distillation $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.growth $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.teacher_outputs $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.export $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loader $(ARGS)

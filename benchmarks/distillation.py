@@ -74,7 +74,7 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale("coco", 512, 300, 16, 3, tuple(KNOWN)),
+    "full": Scale("coco", 512, 300, 16, 2, tuple(KNOWN)),
     "quick": Scale("coco", 256, 300, 4, 1, ("detrdistill", "kd_detr")),
     "small": Scale("smoke", 64, 20, 2, 1, ("detrdistill", "kd_detr", RELEASED)),
 }
@@ -145,10 +145,10 @@ def build(recipe: Recipe, device: str) -> nn.Module:
     return detector.to(device, memory_format=torch.channels_last)
 
 
-def make_batch(height: int, width: int, device: str, images: int = BATCH) -> Batch:
+def make_batch(height: int, width: int, device: str, images: int = BATCH, objects: int = OBJECTS) -> Batch:
     pixels, padding = torch.randn(images, 3, height, width), torch.zeros(images, height, width, dtype=torch.bool)
     pixels[0, :, :, width // 2 :], padding[0, :, width // 2 :] = 0, True
-    targets = Targets.pack([torch.randint(0, CLASSES, (OBJECTS,)) for _ in range(images)], [draw_boxes(OBJECTS) for _ in range(images)])
+    targets = Targets.pack([torch.randint(0, CLASSES, (objects,)) for _ in range(images)], [draw_boxes(objects) for _ in range(images)])
     return pixels.to(device).contiguous(memory_format=torch.channels_last), padding.to(device), targets.to(device)
 
 
@@ -160,10 +160,10 @@ def total(parts: dict[str, Tensor]) -> Tensor:
     return torch.stack([value.sum() for value in parts.values()]).sum()
 
 
-def step(distiller: Distiller, teacher: nn.Module, batch: Batch, clock: Clock) -> None:
-    """One step; without terms the student's own, and the teacher's forward pass for nothing."""
+def step(distiller: Distiller, teacher: nn.Module | None, batch: Batch, clock: Clock) -> None:
+    """One step; without terms the student's own, and the teacher's forward pass, where there is one, for nothing."""
     pixels, padding, targets = batch
-    outputs = clock.wrap("teacher", distiller.teacher_outputs)(teacher, pixels, padding)
+    outputs = clock.wrap("teacher", distiller.teacher_outputs)(teacher, pixels, padding) if teacher is not None else ()
     loss = clock.wrap("forward", lambda: total(distiller(pixels, padding, targets, outputs)))()
     clock.wrap("backward", loss.backward)()
 
@@ -179,7 +179,7 @@ def watched(distiller: Distiller, clock: Clock) -> Iterator[None]:
         yield
 
 
-def measure(distiller: Distiller, teacher: nn.Module, batch: Batch, device: str) -> dict[str, float]:
+def measure(distiller: Distiller, teacher: nn.Module | None, batch: Batch, device: str) -> dict[str, float]:
     """Seconds of one step and of its parts. On a GPU two steps: waiting for each part would lengthen the whole."""
     clock = Clock(device)
     distiller.zero_grad()

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import pytest
 
-from benchmarks import benchmarks, coverage, detectors, distillation, export, gpu_days, loader, since, teacher_outputs
+from benchmarks import benchmarks, coverage, detectors, distillation, export, gpu_days, growth, loader, since, teacher_outputs
 from tests.models.small import untyped
 
 ROWS = {
@@ -17,6 +17,7 @@ ROWS = {
     teacher_outputs: {"deformable_detr", "conditional_detr", "adamixer"},
     coverage: {"Deformable DETR"},
     gpu_days: {"conditional_detr"},
+    growth: {"deformable_detr", "conditional_detr", "adamixer"},
     export: {"deformable_detr", "conditional_detr", "adamixer"},
     loader: {"pil", "tensor"},
     since: {"deformable_detr"},

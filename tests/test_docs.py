@@ -14,7 +14,7 @@ from tests.faults.conftest import is_whole
 from tests.faults.table import PAGE as TRUST
 from tests.faults.table import table_text, with_table
 from tests.test_rooms import ORDER
-from workflow import findings, prose
+from workflow import findings, growth, prose
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted(ROOT.glob("docs/**/*.md"))
@@ -36,6 +36,17 @@ def test_marked_blocks_are_what_the_tables_give_now(page: Path) -> None:
     assert prose.filled(text) == text, "run make prose"
     assert {block[0] for block in prose.BLOCK.findall(text)} <= prose.BLOCKS.keys() | {"faults"}
     assert text.count("<!-- end -->") == len(prose.BLOCK.findall(text)) == text.count("<!--") / 2
+
+
+def test_the_curves_are_what_their_table_gives_now() -> None:
+    assert prose.CURVES.read_bytes() == prose.curves(), "run make prose"
+    assert len(prose.CURVES.read_bytes()) < 120_000
+
+
+def test_growth_that_nobody_explains_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(growth.WHY, ("queries", "matching"))
+    with pytest.raises(InputError, match=r"matching of \w+ grows with queries to the power of \d\.\d; say why"):
+        growth.growth()
 
 
 def test_every_block_is_used() -> None:

@@ -8,12 +8,14 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from detrdistill.files import write_text
+from detrdistill.files import atomic, write_text
 from detrdistill.recipes.words import DETECTORS, TITLES
 from workflow.any_detr import families, families_measured, methods_of_families, parity
 from workflow.findings import REFERENCE, as_table, found, listed, read, rows
+from workflow.growth import curves, growth
 
 ROOT = Path(__file__).resolve().parents[1]
+CURVES = ROOT / "docs" / "growth.png"
 BENCHMARKS = ROOT / "benchmarks"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), REFERENCE / "mini" / "README.md"]
 BLOCK = re.compile(r"<!-- (\w+)((?: [\w-]+)*) -->\n(.*?)<!-- end -->", re.DOTALL)
@@ -184,7 +186,7 @@ def commits() -> str:
 
 BLOCKS: Mapping[str, Callable[..., str]] = {
     one.__name__: one for one in (
-        found, cost, measured, results, gpu_days, ratios, teacher_outputs, exported, commits, families, families_measured,
+        found, cost, measured, results, gpu_days, ratios, teacher_outputs, exported, growth, commits, families, families_measured,
         methods_of_families, parity,
     )
 }  # fmt: skip
@@ -206,6 +208,8 @@ def main() -> None:
         if filled(text) != text:
             write_text(page, filled(text))
             print(page.relative_to(ROOT))
+    with atomic(CURVES) as temporary:
+        temporary.write_bytes(curves())
 
 
 if __name__ == "__main__":
