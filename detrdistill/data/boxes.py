@@ -9,7 +9,7 @@ from typing import Any
 
 from pycocotools import mask
 
-from detrdistill.data.values import number, show, whole
+from detrdistill.data.values import is_quoted_number, number, show, whole
 from detrdistill.errors import InputError
 
 SMALLEST = 0.01  # pixels; COCO writes two decimals, so less than this is a side of zero
@@ -23,7 +23,8 @@ def read_box(value: Any, image: dict, note: Callable[..., None]) -> list[float] 
     """The box [x, y, w, h] within its image, or None if it is dropped."""
     numbers = finite_box(value)
     if numbers is None:
-        return note("box", f"bbox is {show(value)}, not four finite numbers")
+        quoted = isinstance(value, list) and any(map(is_quoted_number, value))
+        return note("box", f"bbox is {show(value)}, not four finite numbers{' (write them without quotes)' * quoted}")
     x, y, w, h = numbers
     if w < SMALLEST or h < SMALLEST:
         return note("empty box", f"bbox {show(value)} has no width or no height")

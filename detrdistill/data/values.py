@@ -48,7 +48,10 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def is_quoted_number(value: Any) -> bool:
+    return isinstance(value, str) and len(value) < 20 and value.isascii() and value.replace(".", "", 1).removeprefix("-").isdigit()
+
+
 def show_number(value: Any) -> str:
     """A value where a number is meant; of a number in quotes, how to write it."""
-    quoted = isinstance(value, str) and len(value) < 20 and value.isascii() and value.replace(".", "", 1).removeprefix("-").isdigit()
-    return f"{show(value)} (write {value}, without quotes)" if quoted else show(value)
+    return f"{show(value)} (write {value}, without quotes)" if is_quoted_number(value) else show(value)

@@ -62,6 +62,7 @@ def test_images_without_boxes_are_kept(images):
     "changes, kind, text",
     [
         ({"bbox": [1, 2, math.nan, 3]}, "box", "[1, 2, nan, 3], not four finite numbers"),
+        ({"bbox": ["1", "2", "9.5", "3"]}, "box", "not four finite numbers (write them without quotes)"),
         ({"bbox": [1, math.inf, 2, 3]}, "box", "inf"),
         ({"bbox": [1, 2, "3", 3]}, "box", "'3'"),
         ({"bbox": [True, 2, 3, 3]}, "box", "True"),
