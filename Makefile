@@ -38,7 +38,7 @@ help:
 	@echo "make lint         check style, and that source notebooks carry no outputs"
 	@echo "make benchmark    measure times and ratios, print them, write benchmarks/*.csv (over an hour; ARGS=--quick: ten minutes)"
 	@echo "make gpu-check    what only a GPU can tell, in 8 minutes on one: numbers, memory, speed, resuming; writes benchmarks/gpu.csv"
-	@echo "make prose        for maintainers: write the numbers in README.md and docs/ again from committed results"
+	@echo "make prose        for maintainers: write the numbers and curves in README.md and docs/ again from committed results"
 	@echo "make constraints  write the versions installed in .venv into constraints.txt"
 	@echo "make clean        remove caches; results, data and .venv stay"
 

@@ -83,8 +83,8 @@ def help_time(scale: Scale) -> Row:
 
 def first_cell_time(scale: Scale) -> Row:
     """What all notebooks begin with, in a fresh interpreter; a kernel's own start comes on top."""
-    code = json.loads((ROOT / "notebooks" / "00_quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
-    first = next("".join(cell["source"]) for cell in code if cell["cell_type"] == "code")
+    cells = json.loads((ROOT / "notebooks" / "00_quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    first = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     return {"what": "first cell of a notebook, interpreter included", **command_time(first, scale.repeats[0]), "aim": "< 2"}
 
 
@@ -200,7 +200,8 @@ def evaluation(scale: Scale) -> Row:
             evaluator.evaluate(), evaluator.accumulate(), evaluator.summarize()
 
     # Measured the other way round: how many times as long pycocotools takes.
-    return ratio("pycocotools / our COCO evaluation", theirs, lambda: coco_metrics(dataset, found), ">= 10", scale.repeats[1])
+    what = f"pycocotools / our COCO evaluation ({count:,} images, {len(found):,} detections)"
+    return ratio(what, theirs, lambda: coco_metrics(dataset, found), ">= 10", scale.repeats[1])
 
 
 def stored_runs() -> Iterator[Row]:

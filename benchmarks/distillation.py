@@ -2,8 +2,8 @@
 
 R101 teaches R50, as in the paper, with random weights: 6/6 layers, 300 queries, 2 images (one padded in half) of 7 objects, float32.
 A step is what the trainer does between batch and optimizer: teacher, losses, backward. It is held against a step of the student alone
-plus the teacher's forward pass, at most two steps before or after it. A method that decodes more groups of queries is held as well
-against the same with these groups, forward and backward, of which nothing is made: what is left are its losses and its matching.
+plus the teacher's forward pass, at most four steps before or after it. A method that decodes more groups of queries is held as well
+against the same with these groups, forward and backward, of which nothing is made: what is left is its losses and its matching.
 
 Two more comparisons: with the passes and the matching of the authors' released code, and of the matching alone. All in turn within one
 process, on a GPU or on one CPU thread. Of the latter it is the time that the process had a core, which other work on the machine
@@ -81,20 +81,22 @@ SCALES = {
 
 
 class Groups(DistillationLoss):
-    """Student and teacher decode the groups of queries of a loss, and nothing is made of them."""
+    """Student and teacher decode the groups of queries of a loss, with attention maps where it wants some; nothing is made of them."""
 
     def __init__(self, loss: DistillationLoss) -> None:
         super().__init__()
-        self.loss, self.student_queries, self.teacher_queries = loss, loss.student_queries, loss.teacher_queries
+        self.loss, self.attention = loss, loss.attention
+        self.student_queries, self.teacher_queries = loss.student_queries, loss.teacher_queries
 
     def forward(self, student: DetectorOutput, teacher: DetectorOutput, targets: Targets, pairs: Mapping[str, Pairs]) -> dict[str, Tensor]:
         return {"nothing": 0 * (student.logits.sum() + student.boxes.sum())}
 
 
 def groups_of(distiller: Distiller) -> Distiller:
-    """The student's own step with all groups of queries that the distiller's methods add."""
-    terms = (*distiller.with_student_queries, *distiller.with_teacher_queries)
-    return Distiller(distiller.student, [Term(term.name, 1.0, Groups(term.loss)) for term in dict.fromkeys(terms)])
+    """The student's own step with all groups of queries and attention maps that the distiller's methods add."""
+    adding = (*distiller.with_student_queries, *distiller.with_teacher_queries)
+    terms = [term for term in distiller.terms if term in adding or term.loss.attention]
+    return Distiller(distiller.student, [Term(term.name, 1.0, Groups(term.loss)) for term in terms])
 
 
 class Clock:

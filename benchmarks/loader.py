@@ -2,8 +2,9 @@
 
 Both read the same JPEG files of COCO's sizes, drawn here, and make padded batches of them, augmented as in the DETR papers with the same
 random numbers. The reference is what torchvision's `references/detection` has: `CocoDetection`, wrapped for v2 transforms; stock v2
-transforms; mean, deviation and padding of its models. Only the crop is ours: torchvision has none whose sides are drawn apart. The
-reference's backend "pil", its default, resizes Pillow's images, "tensor" does so with tensors, as we do.
+transforms; mean, deviation and padding of its models. Only the crop is ours: torchvision has none whose sides are drawn apart. It
+rounds sizes in another way, so images differ by a pixel. Its backend "pil", the default, resizes Pillow's images, "tensor" does so with
+tensors, as we do.
 
 Times are what the process had a core for, which other work on the machine changes little: of a batch of ours, then of the same batch of
 each backend, and again.

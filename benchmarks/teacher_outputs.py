@@ -3,7 +3,7 @@
 It needs data/bccd (docs/real_photographs.md); without, it says so and measures nothing.
 
 A step is the trainer's, between batch and optimizer: the teacher, the losses, the backward pass. Five kinds in turn within one process:
-the student alone; the student alone, but decoding the teacher's queries as a second group, forward and backward, for nothing; and
+the student alone; the student alone, but decoding the method's further groups of queries, forward and backward, for nothing; and
 distillation with the teacher's outputs computed, read from disk, and taken from memory. Weights are random, images are the data set's,
 drawn as in training. On one CPU thread time is what the process had a core for, which other work on the machine changes little.
 """

@@ -8,6 +8,7 @@ from types import ModuleType
 import pytest
 
 from benchmarks import benchmarks, coverage, detectors, distillation, export, gpu_days, growth, loader, since, teacher_outputs
+from detrdistill.distill.build import build_distiller
 from tests.models.small import untyped
 
 ROWS = {
@@ -34,6 +35,16 @@ def test_a_benchmark_works(tmp_path: Path, capsys: pytest.CaptureFixture, benchm
     found = list(csv.DictReader(table))
     assert about.startswith("# commit ") and rows <= {next(iter(row.values())) for row in found}
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(found), "every row is told when it is known"
+
+
+@pytest.mark.parametrize("method", distillation.KNOWN)
+def test_a_method_s_floor_decodes_what_the_method_does(method: str) -> None:
+    taught_by, recipe = distillation.recipes("deformable_detr", distillation.SCALES["small"])
+    whole = build_distiller(distillation.build(recipe, "cpu"), recipe.replace(methods=(distillation.KNOWN[method],), teacher=taught_by))
+    floor = distillation.groups_of(whole)
+    for names in ("with_student_queries", "with_teacher_queries"):
+        assert [term.name for term in getattr(floor, names)] == [term.name for term in getattr(whole, names)]
+    assert floor.attention == whole.attention and floor.student is whole.student
 
 
 def test_without_the_history_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

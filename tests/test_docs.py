@@ -39,8 +39,9 @@ def test_marked_blocks_are_what_the_tables_give_now(page: Path) -> None:
 
 
 def test_the_curves_are_what_their_table_gives_now() -> None:
-    assert prose.CURVES.read_bytes() == prose.curves(), "run make prose"
-    assert len(prose.CURVES.read_bytes()) < 120_000
+    committed, drawn = prose.CURVES.read_bytes(), prose.curves()
+    assert growth.same_picture(committed, drawn), "run make prose"
+    assert len(committed) < 120_000
 
 
 def test_growth_that_nobody_explains_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

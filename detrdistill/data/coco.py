@@ -72,9 +72,8 @@ class CocoDataset(CocoDetection):
         self.index_of = {category.id: category.index for category in self.categories}
         self.kept: dict[int, Prepared] = {}
 
-    def __getitem__(self, key: Key) -> Sample:
-        """Image `key`, or for a pair (index, seed), as in training, `sample(index, seed)`."""
-        return self.sample(*_pair(key))
+    def __getitem__(self, index: int) -> Sample:
+        return self.sample(index, 0)
 
     def sample(self, index: int, seed: int) -> Sample:
         """Image and target, transformed with random numbers that depend on `index` and `seed` alone.
@@ -90,15 +89,18 @@ class CocoDataset(CocoDetection):
             InputError: the image cannot be decoded or is not of the size that the annotations say.
         """
         image, target = self._drawn(index, seed)
-        return self.transforms.normalise(torch.empty(image.shape), image), target
+        return self.transforms.normalise(torch.empty(image.shape, dtype=torch.float32), image), target
 
     def batch(self, keys: Iterable[Key]) -> "Batch":
-        """What `collate` makes of the samples of `keys`, but each is normalised in its place in the batch.
+        """What `collate` makes of samples, but each is normalised in its place in the batch.
+
+        Args:
+            keys: an index, or a pair of index and seed as in training, of each.
 
         Raises:
             InputError: as `sample`.
         """
-        return collate([self._drawn(*_pair(key)) for key in keys], self.transforms.normalise)
+        return _assemble([self._drawn(*_pair(key)) for key in keys], self.transforms.normalise)
 
     def _drawn(self, index: int, seed: int) -> Drawn:
         """A sample before it is normalised."""
@@ -209,12 +211,13 @@ class Batch:
         return replace(self, pixels=self.pixels.pin_memory(), padding=self.padding.pin_memory())
 
 
-def collate(samples: Sequence[Sample | Drawn], write: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> Batch:
-    """Samples of a `CocoDataset` as one batch.
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Samples of a `CocoDataset` as one batch."""
+    return _assemble(samples, Tensor.copy_)
 
-    Args:
-        write: puts an image into its place in the batch.
-    """
+
+def _assemble(samples: Sequence[Sample | Drawn], write: Callable[[Tensor, Tensor], object]) -> Batch:
+    """A batch into which `write` puts each image, in its place."""
     images, targets = zip(*samples, strict=True)
     height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
     # numpy's zeros come from the system when they are touched, in huge pages where it has them. torch would write them once more.

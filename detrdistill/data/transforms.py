@@ -37,7 +37,7 @@ class ImageTransform:
 
     def __call__(self, image: tv_tensors.Image, target: Target) -> tuple[tv_tensors.Image, Target]:
         image, target = self.drawn(*self.fixed(image, target))
-        return tv_tensors.Image(self.normalise(torch.empty(image.shape), image)), target
+        return tv_tensors.Image(self.normalise(torch.empty(image.shape, dtype=torch.float32), image)), target
 
     def normalise(self, place: Float[Tensor, "3 H W"], image: UInt8[Tensor, "3 H W"]) -> Float[Tensor, "3 H W"]:
         """Write an image to `place`, scaled and normalised as v2.ToDtype and v2.Normalize do it, to the last bit; returns `place`.
@@ -95,7 +95,7 @@ def shorter_side(height: int, width: int, short: int, long: int | None) -> tuple
     return (int(short * height / width), short) if width < height else (short, int(short * width / height))
 
 
-# What follows takes image and target. As v2.Transforms these would look through both at each step for what they change, which takes longer.
+# What follows takes image and target. As v2.Transforms these would look through both at each step to find what they must change.
 
 
 def clamped(image: Any, target: Target) -> tuple[Any, Target]:

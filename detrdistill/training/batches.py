@@ -48,7 +48,7 @@ class Draws(Sequence[list[tuple[int, int]]]):
 
 def micro_batches(dataset: CocoDataset, draws: Draws, workers: int, pin: bool = False) -> Iterator[list[Batch]]:
     """The micro-batches of each optimizer step in turn; close it, if it is not used up."""
-    with loading(dataset, draws, workers, pin) as batches:
+    with loading(dataset, draws, workers, pin=pin) as batches:
         while step := [batch for _, batch in zip(range(draws.accumulate), batches, strict=False)]:
             yield step
 
@@ -59,14 +59,14 @@ def in_order(dataset: CocoDataset, batch: int) -> list[Sequence[Key]]:
 
 
 @contextmanager
-def loading(dataset: CocoDataset, keys: Sequence[Sequence[Key]], workers: int, pin: bool = False) -> Iterator[Iterator[Batch]]:
+def loading(dataset: CocoDataset, keys: Sequence[Sequence[Key]], workers: int, *, pin: bool = False) -> Iterator[Iterator[Batch]]:
     """`dataset.batch` of each of `keys`, loaded by `workers` processes (0: by this one), which end with the block.
 
     Python ends what processes it has left by SIGTERM, which these ignore: after an error it would wait for them forever.
     """
     before = set(active_children())
     try:
-        # What torch calls a data set are the keys here, and what it calls collating makes a batch of some of them.
+        # torch's data set is the list of keys here, and its collate_fn turns the keys of one batch into the batch.
         options = {"collate_fn": dataset.batch, "num_workers": workers, "pin_memory": pin, "worker_init_fn": ignore_sigterm}
         batches = iter(DataLoader(keys, batch_size=None, **options))
     except BaseException:

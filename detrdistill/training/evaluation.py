@@ -91,7 +91,10 @@ def detect(
 
 
 class WholeFile(COCO):
-    """Annotations that are evaluated all together: the evaluator gets them as they are, and none is looked up by its id."""
+    """Annotations that are evaluated all together: the evaluator gets them as they are, and none is looked up by its id.
+
+    faster-coco-eval asks its files for nothing else than these methods give; tests compare what it finds with pycocotools.
+    """
 
     def createIndex(self) -> None:
         self.imgs, self.cats = ({one["id"]: one for one in self.dataset[kind]} for kind in ("images", "categories"))
@@ -123,8 +126,8 @@ def coco_evaluation(
     with no_garbage_collection():  # which would look through half a million of dicts again and again
         objects = [{key: one[key] for key in needed if key in one} for one in annotations["annotations"]]
         guesses = [one | {"id": i, "area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0} for i, one in enumerate(found, start=1)]
-        truth, found = (WholeFile(images_and_categories | {"annotations": some}) for some in (objects, guesses))
-        evaluator = COCOeval_faster(truth, found, iouType="bbox")
+        truth, guessed = (WholeFile(images_and_categories | {"annotations": some}) for some in (objects, guesses))
+        evaluator = COCOeval_faster(truth, guessed, iouType="bbox")
         evaluator.run()
     metrics = {name: None if value < 0 else 100 * float(value) for name, value in zip(METRICS, evaluator.stats, strict=True)}
     precision = evaluator.eval["precision"][:, :, :, 0, -1]  # [IoUs, recalls, classes] for objects of all sizes, 100 detections

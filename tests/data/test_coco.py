@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 from torchvision.datasets import CocoDetection
 
 from detrdistill.data.coco import Category, CocoDataset, collate, data_hash, open_dataset, require_same_categories
@@ -94,7 +93,7 @@ def test_sample_depends_on_index_and_seed_alone(folder):
     torch.manual_seed(1)
     first, state = data.sample(1, 7), torch.get_rng_state()
     torch.manual_seed(2)
-    again = data[1, 7]
+    again = data.sample(1, 7)
     assert torch.equal(first[0], again[0]) and torch.equal(first[1]["boxes"], again[1]["boxes"])
     torch.manual_seed(1)
     assert torch.equal(torch.get_rng_state(), state), "the global generator is left as it was"
@@ -102,24 +101,25 @@ def test_sample_depends_on_index_and_seed_alone(folder):
     assert torch.equal(data[0][0], data[0][0]), "plain indexing is never random"
 
 
-def test_workers_do_not_change_samples(folder):
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_workers_do_not_change_batches(folder, workers):
     data = opened(folder, JITTER)
-    pairs = [(i, seed) for seed in (0, 1) for i in range(3)]
-    loaded = list(DataLoader(data, sampler=pairs, batch_size=3, collate_fn=collate, num_workers=1))
-    assert torch.equal(loaded[1].pixels, collate([data.sample(i, 1) for i in range(3)]).pixels)
+    found = loaded(data, [[(i, seed) for i in range(3)] for seed in range(5)], workers)
+    assert len(found) == 5
+    for seed, batch in enumerate(found):
+        assert torch.equal(batch.pixels, collate([data.sample(i, seed) for i in range(3)]).pixels)
 
 
 @pytest.mark.parametrize("train", ["none", "flip", "detr", "jitter"])
 def test_a_batch_is_its_samples_side_by_side(folder, train):
-    """Bit by bit, though only samples are normalised before they have their places; and whoever loads it."""
+    """Bit by bit, though a batch's images are normalised in their places and a sample's before it has one."""
     data = opened(folder, build_transform(Resize(train=train, short=32, long=64), train=True))
     pairs = [(i, seed) for seed in range(5) for i in range(3)]
-    one_by_one = collate([data[pair] for pair in pairs])
-    for batch in (data.batch(pairs), *loaded(data, [pairs], 1)):
-        for name in ("pixels", "padding"):
-            assert torch.equal(getattr(batch, name), getattr(one_by_one, name)), name
-        assert torch.equal(batch.targets.boxes, one_by_one.targets.boxes) and torch.equal(batch.targets.labels, one_by_one.targets.labels)
-        assert (batch.image_ids, batch.original_sizes) == (one_by_one.image_ids, one_by_one.original_sizes)
+    batch, one_by_one = data.batch(pairs), collate([data.sample(*pair) for pair in pairs])
+    for name in ("pixels", "padding"):
+        assert torch.equal(getattr(batch, name), getattr(one_by_one, name)), name
+    assert torch.equal(batch.targets.boxes, one_by_one.targets.boxes) and torch.equal(batch.targets.labels, one_by_one.targets.labels)
+    assert (batch.image_ids, batch.original_sizes) == (one_by_one.image_ids, one_by_one.original_sizes)
     assert torch.equal(data.batch(range(3)).pixels, collate([data[i] for i in range(3)]).pixels)
 
 

@@ -43,7 +43,11 @@ def command(store: Store, **changes: object) -> list[str]:
 
 @dataclass(frozen=True)
 class Death:
-    """Before an operation on a file of the run whose name contains `name`; with `byte`, in the first write that goes beyond it."""
+    """Before an operation on a file of the run whose name contains `name`; with `byte`, in the first write after it that goes beyond it.
+
+    The log stays open between two lines, when others write their files, libraries to share memory for one. So with `byte` it is the
+    log's own writes that are limited, whatever `number` says.
+    """
 
     name: str
     number: int
@@ -69,18 +73,17 @@ class Death:
         """The system writes up to the limit and kills at the next byte; Python would otherwise make it an error."""
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.byte, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.byte, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
     def _prepare_log(self) -> None:
-        """It stays open between two lines, when others write their files: libraries to share memory, for one."""
         from detrdistill.training.logging import Log
 
-        write = Log.write
+        write, before = Log.write, resource.getrlimit(resource.RLIMIT_FSIZE)
 
         def limited(*arguments: Any, **entry: Any) -> None:
             self._limit()
             write(*arguments, **entry)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
         Log.write = limited
 

@@ -92,6 +92,15 @@ def test_all_twelve_numbers_are_those_of_pycocotools(seed: int, capfd: pytest.Ca
     assert 1 < metrics["AP"] < 90
 
 
+def test_objects_of_images_that_are_not_listed_do_not_count() -> None:
+    annotations = random_annotations(0)
+    found = random_detections(100, annotations)
+    unlisted = annotations["annotations"][0]["image_id"]
+    annotations["images"] = [image for image in annotations["images"] if image["id"] != unlisted]
+    found = [one for one in found if one["image_id"] != unlisted]
+    assert coco_metrics(annotations, found) == pytest.approx(reference(annotations, found), abs=1e-9)
+
+
 def test_a_perfect_detector_has_full_marks_and_a_size_without_objects_none() -> None:
     annotations = random_annotations(0)
     annotations["annotations"] = [one | {"iscrowd": 0} for one in annotations["annotations"] if one["area"] < 96**2]
