@@ -4,6 +4,7 @@ they cannot read without a word. What a line or box cannot mean is handed on as 
 
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def yolo(root: Path) -> tuple[set[str], Callable[[], Read]] | None:
     categories = [{"id": number + 1, "name": str(name)} for number, name in sorted(names.items())]
 
     def read() -> Read:
-        return {split: (_content(categories, map(_yolo_image, found, [root] * len(found)), root), root) for split, found in images.items()}
+        image = partial(_yolo_image, root=root, pose=bool(stated.get("kpt_shape")))
+        return {split: (_content(categories, map(image, found), root), root) for split, found in images.items()}
 
     return set(images), read
 
@@ -70,7 +72,7 @@ def _yolo_images(file: Path, base: Any, entry: Any, split: str) -> list[Path] | 
     return found
 
 
-def _yolo_image(path: Path, root: Path) -> tuple[str, int, int, Iterator[dict[str, Any]]]:
+def _yolo_image(path: Path, root: Path, pose: bool) -> tuple[str, int, int, Iterator[dict[str, Any]]]:
     # YOLO's coordinates are those of the image as it is seen, turned by EXIF.
     inside = not steers(str(path)) and path.resolve().is_relative_to(root.resolve())
     width, height = _size(path) if inside else (1, 1)  # refused when the images are checked
@@ -78,7 +80,8 @@ def _yolo_image(path: Path, root: Path) -> tuple[str, int, int, Iterator[dict[st
     before, folder, after = f"/{name}".rpartition("/images/")
     labels = (root / (f"{before}/labels/{after}" if folder else name).lstrip("/")).with_suffix(".txt")
     lines = _lines(labels) if labels.is_file() else []
-    return name, width, height, (_yolo_object(line.split(), width, height) for line in lines)
+    values = 5 if pose else None  # key points follow the box
+    return name, width, height, (_yolo_object(line.split()[:values], width, height) for line in lines)
 
 
 def _lines(file: Path) -> list[str]:
@@ -118,7 +121,8 @@ def voc(root: Path) -> tuple[set[str], Callable[[], Read]] | None:
     """
     files = _voc_files(root)
     if not files:
-        return None
+        years = [folder.parent for folder in root.glob("VOCdevkit/VOC*/Annotations")]
+        return voc(years[0]) if len(years) == 1 else None
 
     def read() -> Read:
         parsed = {split: [_voc_image(path, folder) for path in paths] for split, (paths, folder) in files.items()}

@@ -44,9 +44,12 @@ LAYOUTS = (
     Layout("the kit", "instances_{split}.json", ("images",)),
     Layout("COCO", "annotations/instances_{split}2017.json", ("{split}2017",)),
     Layout("CVAT", "annotations/instances_{split}.json", ("images/{split}", "images")),
+    Layout("CVAT", "annotations/instances_{split}.json", ("images/{split}", "images"), ("Train", "Validation", "Test")),
+    Layout("CVAT", "annotations/instances_{split}.json", ("images/{split}", "images"), ("train", "validation", "test")),
     Layout("RT-DETR and mmdetection", "annotations/instances_{split}.json", ("{split}", "{split}2017")),
     Layout("finetune-detr", "annotations/custom_{split}.json", ("{split}2017", "{split}", "images")),
     Layout("Roboflow", "{split}/_annotations.coco.json", ("{split}",), ("train", "valid", "test")),
+    Layout("Roboflow", "{split}/_annotations.coco.json", ("{split}",)),
     Layout("CVAT, one subset", "annotations/instances_default.json", ("images/default", "images")),
     Layout("Label Studio", "result.json", ("images", ".")),
     Layout("FiftyOne", "labels.json", ("data",)),
@@ -120,8 +123,8 @@ def _stated(spec: Folder, root: Path) -> Found:
 
 
 def _recognised(root: Path) -> Found | None:
-    """By the first layout whose files are there."""
-    halves = []
+    """By the first layout whose files are there, rather one that has a validation split as well."""
+    halves, without = [], None
     for number, layout in enumerate(LAYOUTS):
         for_all = "{split}" not in layout.annotations
         files = {split: layout.file(root, split) for split in (SPLITS[:1] if for_all else SPLITS)}
@@ -130,7 +133,12 @@ def _recognised(root: Path) -> Found | None:
         halves += [(files[split], root / layout.images[0].format(split=layout.own(split))) for split in files if folders[split] is None]
         if files and None not in folders.values():
             said = f"layout of {layout.name}" if number >= UNSAID else ""
-            return Found({split: (file, folders[split]) for split, file in files.items()}, said + ONE_FILE * for_all)
+            found = Found({split: (file, folders[split]) for split, file in files.items()}, said + ONE_FILE * for_all)
+            if for_all or {"train", "val"} <= files.keys():
+                return found
+            without = without or found
+    if without:
+        return without
     if halves:
         file, folder = halves[0]
         raise InputError(f"data folder {root}: {file.name} is there but not the image folder {folder}; expected: {EXPECTED}")

@@ -4,6 +4,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 
 from torch import nn
 
@@ -20,7 +21,7 @@ from detrdistill.files import file_hash, nearby
 from detrdistill.models.backbones import file_weights, imagenet_version, imagenet_weights, weights_path
 from detrdistill.models.weights import classes_of, classes_text, few, load_weights, read_weights
 from detrdistill.recipes.identity import parents, run_id
-from detrdistill.recipes.parts import Digits, Folder
+from detrdistill.recipes.parts import Digits, Folder, WeightsFile
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.runs.store import Store
 
@@ -58,6 +59,21 @@ def open_test(recipe: Recipe, train: CocoDataset) -> CocoDataset | None:
         return None
     require_same_categories(train, test)
     return test
+
+
+def require_usable(recipe: Recipe) -> None:
+    """Refuse at once what the run would refuse after its backbone and its teacher have been trained.
+
+    Raises:
+        InputError: the data, or the weights that the detector starts from.
+    """
+    if isinstance(recipe.data, Folder):
+        open_test(recipe, open_splits(recipe)[0])
+    if recipe.start is not None:
+        names = [category.name for category in open_split(recipe, "val").categories]
+        start_detector(build_any(recipe, names), recipe, names)
+    elif isinstance(recipe.backbone.weights, Path | WeightsFile):
+        file_weights(recipe.backbone.weights)
 
 
 def tell(data: Digits | Folder, train: CocoDataset, others: dict[str, CocoDataset | None], queries: int | None = None) -> None:

@@ -16,15 +16,15 @@ from detrdistill.data.layout import data_cache, data_hash
 from detrdistill.distill.build import build_distiller
 from detrdistill.errors import InputError
 from detrdistill.files import file_hash, nearby
-from detrdistill.models.backbones import file_weights, imagenet_version
+from detrdistill.models.backbones import imagenet_version
 from detrdistill.models.weights import classes_text, save_weights
 from detrdistill.process import keep_freed_memory
 from detrdistill.recipes.identity import parents, run_id
-from detrdistill.recipes.parts import Digits, Folder, WeightsFile
+from detrdistill.recipes.parts import Digits, Folder
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.records import Record
 from detrdistill.runs.continuing import continue_shorter
-from detrdistill.runs.load import load_detector, open_split, open_splits, open_test, start_backbone, start_detector, tell
+from detrdistill.runs.load import load_detector, open_split, open_splits, open_test, require_usable, start_backbone, start_detector, tell
 from detrdistill.runs.pinned import pinned
 from detrdistill.runs.provenance import code, provenance
 from detrdistill.runs.reference import take
@@ -107,11 +107,8 @@ def _run(
             with store.hold(recipe):  # another process may have finished it since
                 record = store.record(recipe) or _run_crops(fabric, recipe, store, progress)
     else:
-        if recipe.start is None and isinstance(recipe.backbone.weights, Path | WeightsFile):
-            file_weights(recipe.backbone.weights)  # refused now, not after a teacher has been trained
-        if recipe.start is not None and parents(recipe):  # so is a start that does not fit
-            names = [category.name for category in open_split(recipe, "val").categories]
-            start_detector(build_any(recipe, names), recipe, names)
+        if not all(store.record(parent) for parent in parents(recipe).values()):
+            require_usable(recipe)
         how = {"device": device, "workers": workers, "progress": progress, "keep_teacher_outputs": keep_teacher_outputs, "logger": logger}
         records = {}
         for name, parent in parents(recipe).items():

@@ -65,11 +65,17 @@ def merged(root: Path, file: str) -> Path:
     return root
 
 
-def yolo(root: Path) -> Path:
+def cvat(root: Path, train: str, val: str) -> Path:
+    """CVAT's own names of subsets, and their images in folders of the same names."""
+    for split, own in (("train", train), ("val", val)):
+        move(root, {split: f"annotations/instances_{own}.json"}, f"images/{own}")
+    return root
+
+
+def yolo(root: Path, pose: bool = False) -> Path:
     names = [one["name"] for one in CATEGORIES]
-    (root / "data.yaml").write_text(
-        f"path: /home/someone/data\ntrain: ../train/images\nval: ../valid/images\ntest: ../test/images\nnames: {names}\n"
-    )
+    places = "path: /home/someone/data\ntrain: ../train/images\nval: ../valid/images\ntest: ../test/images\n"
+    (root / "data.yaml").write_text(f"{places}names: {names}\n" + "kpt_shape: [2, 2]\n" * pose)
     for split, own in (("train", "train"), ("val", "valid")):
         content = read_split(root, split)
         move(root, {split: f"{own}/gone.json"}, f"{own}/images")
@@ -83,7 +89,8 @@ def yolo(root: Path) -> Path:
                     kind = [3, 17, 90].index(one["category_id"])
                     box = (x + bw / 2) / w, (y + bh / 2) / h, bw / w, bh / h
                     outline = x / w, y / h, (x + bw) / w, y / h, (x + bw) / w, (y + bh) / h, x / w, (y + bh) / h
-                    lines.append(" ".join(map(str, (kind, *(outline if one["category_id"] == 17 else box)))))
+                    points = (0.05, 0.05, 0.95, 0.95) if pose else ()
+                    lines.append(" ".join(map(str, (kind, *(outline if one["category_id"] == 17 and not pose else box), *points))))
             (root / own / "labels" / entry["file_name"]).with_suffix(".txt").write_text("\n".join(lines))
     return root
 
@@ -113,15 +120,26 @@ def voc(root: Path, lists: bool = True) -> Path:
     return root
 
 
+def devkit(root: Path) -> Path:
+    whole = voc(root).rename(root.with_name("whole"))
+    (root / "VOCdevkit").mkdir(parents=True)
+    whole.rename(root / "VOCdevkit" / "VOC2012")
+    return root
+
+
 LAYOUTS: dict[str, tuple[Callable[[Path], Path], str]] = {
     "kit": (lambda root: root, ""),
     "coco": (lambda root: move(root, both("annotations/instances_{}2017.json"), "{}2017"), ""),
     "cvat": (lambda root: move(root, both("annotations/instances_{}.json"), "images"), "layout of CVAT"),
+    "cvat-Validation": (lambda root: cvat(root, "Train", "Validation"), "layout of CVAT"),
+    "cvat-validation": (lambda root: cvat(root, "train", "validation"), "layout of CVAT"),
     "rtdetr": (lambda root: move(root, both("annotations/instances_{}.json"), "{}"), "layout of RT-DETR and mmdetection"),
     "finetune": (lambda root: move(root, both("annotations/custom_{}.json"), "{}2017"), "layout of finetune-detr"),
     "roboflow": (roboflow, "layout of Roboflow"),
     "yolo": (yolo, "layout of YOLO, converted to COCO's"),
+    "yolo-pose": (lambda root: yolo(root, pose=True), "layout of YOLO, converted to COCO's"),
     "voc": (voc, "layout of Pascal VOC, converted to COCO's"),
+    "voc-devkit": (devkit, "layout of Pascal VOC, converted to COCO's"),
 }
 DIVIDED: dict[str, tuple[Callable[[Path], Path], str]] = {
     "cvat-default": (
@@ -317,6 +335,18 @@ def test_voc_s_own_pixels_count_from_one_and_difficult_objects_are_crowds(tmp_pa
     data = opened(root, "train")
     first, second = (one for entry in data.coco.imgs.values() if entry["file_name"] == "1.png" for one in data.coco.imgToAnns[entry["id"]])
     assert (first["bbox"], first["iscrowd"]) == ([3, 5, 21, 25], 1) and second["iscrowd"] == 0
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_classes_that_differ_are_refused_before_anything_is_trained(split: str, tmp_path: Path) -> None:
+    root, store = roboflow(write_folder(tmp_path / "mine")), Store(tmp_path / "results")
+    file = root / {"val": "valid"}.get(split, split) / "_annotations.coco.json"
+    content = json.loads(file.read_text())
+    content["categories"][-1]["name"] = "ring"
+    file.write_text(json.dumps(content))
+    with pytest.raises(InputError, match=r"categories differ from those of .* \(90 'bar', 90 'ring'\)"):
+        run(smoke().recipe("detrdistill").replace(data=Folder(path=root)), store, device="cpu", progress=False)
+    assert not list(store.root.glob("runs/*"))
 
 
 def test_a_test_split_is_measured_and_stands_in_the_record(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
