@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
-from time import perf_counter, process_time
 from unittest.mock import patch
 
 import numpy as np
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou
 
 import detrdistill.distill.distiller as steps
-from benchmarks.measure import Table, make_parser, spread, table_path
+from benchmarks.measure import Clock, Table, make_parser, spread, table_path
 from detrdistill.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 from detrdistill.criterion import ALPHA, CLASS, GAMMA, GIOU, L1, box_cost
 from detrdistill.distill.build import build_distiller
@@ -97,39 +96,6 @@ def groups_of(distiller: Distiller) -> Distiller:
     adding = (*distiller.with_student_queries, *distiller.with_teacher_queries)
     terms = [term for term in distiller.terms if term in adding or term.loss.attention]
     return Distiller(distiller.student, [Term(term.name, 1.0, Groups(term.loss)) for term in terms])
-
-
-class Clock:
-    """Seconds by part. On a GPU it waits until all work is done, before and after; on a CPU it counts what this process used.
-
-    Args:
-        wall: on a CPU too, count the time that passes.
-    """
-
-    def __init__(self, device: str, wall: bool = False) -> None:
-        self.device, self.spent = torch.device(device), {}
-        self.read = process_time if self.device.type == "cpu" and not wall else perf_counter
-
-    def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return self.read()
-
-    def wrap(self, part: str, call: Callable) -> Callable:
-        """The same call, its time added to a part."""
-
-        def timed(*arguments: object, **named: object) -> object:
-            start = self.now()
-            result = call(*arguments, **named)
-            self.spent[part] = self.spent.get(part, 0.0) + self.now() - start
-            return result
-
-        return timed
-
-    def seconds(self, action: Callable[[], object]) -> float:
-        start = self.now()
-        action()
-        return self.now() - start
 
 
 def recipes(detector: str, scale: Scale) -> tuple[Recipe, Recipe]:

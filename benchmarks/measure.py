@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
+
+import torch
 
 from detrdistill.files import write_text
 
@@ -80,3 +82,36 @@ def seconds(action: Callable[[], object]) -> float:
 def spread(values: Sequence[float], name: str = "value") -> dict[str, float]:
     """Median, least and largest."""
     return {name: statistics.median(values), "low": min(values), "high": max(values)}
+
+
+class Clock:
+    """Seconds by part. On a GPU it waits until all work is done, before and after; on a CPU it counts what this process used.
+
+    Args:
+        wall: on a CPU too, count the time that passes.
+    """
+
+    def __init__(self, device: str, wall: bool = False) -> None:
+        self.device, self.spent = torch.device(device), {}
+        self.read = process_time if self.device.type == "cpu" and not wall else perf_counter
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return self.read()
+
+    def wrap(self, part: str, call: Callable) -> Callable:
+        """The same call, its time added to a part."""
+
+        def timed(*arguments: object, **named: object) -> object:
+            start = self.now()
+            result = call(*arguments, **named)
+            self.spent[part] = self.spent.get(part, 0.0) + self.now() - start
+            return result
+
+        return timed
+
+    def seconds(self, action: Callable[[], object]) -> float:
+        start = self.now()
+        action()
+        return self.now() - start
