@@ -194,7 +194,7 @@ def test_the_committed_faults_are_what_make_faults_writes() -> None:
     page = TRUST.read_text(encoding="utf-8")
     (block,) = re.findall(r"<!-- faults -->\n\n(.*?)\n\n<!-- end -->", page, re.DOTALL)
     rows = re.findall(r"^\| (.+) \| (\d+) \| (\d+) \| \d+ \|$", block, re.MULTILINE)
-    about, note = re.match(r"(\d{4}-\d\d-\d\d, commit \w+): .* \((.*)\)\n", block).groups()
+    about, note = re.match(r"(\d{4}-\d\d-\d\d, commit \w+, seed \d+): .* \((.*)\)\n", block).groups()
     text = table_text(about, {fault: (int(tried), int(survived)) for fault, tried, survived in rows}, note)
     assert text == block and with_table(page, text) == page
 
