@@ -38,8 +38,11 @@ def test_equal_to_the_model_itself(family: str, check: str) -> None:
     assert measured(family, check) <= CHECKS[check][2]
 
 
+ROUNDED = dict.fromkeys(CHECKS, 0.0) | {"own_loss": 1e-6}
+
+
 def test_the_table_of_differences_is_what_is_found_now() -> None:
-    """Rounding differs a little between machines; where nothing differs, nothing may."""
+    """Rounding differs a little between machines; where nothing differs, nothing may, but for a loss, whose sum may round once."""
     with checks.TABLE.open(encoding="utf-8") as file:
         rows = {row.pop("family"): row for row in csv.DictReader(file)}
     assert list(rows) == list(FAMILIES) and {tuple(row) for row in rows.values()} == {tuple(CHECKS)}
@@ -47,7 +50,7 @@ def test_the_table_of_differences_is_what_is_found_now() -> None:
         (family, check): (said, rounded(found))
         for family, row in rows.items()
         for check, said in row.items()
-        if (found := measured(family, check)) > 10 * float(said) or (found == 0) != (said == "0")
+        if (found := measured(family, check)) > 10 * float(said) + ROUNDED[check] or (not ROUNDED[check] and (found == 0) != (said == "0"))
     }
     assert not worse, "said, found: write it again with python -m tests.any_detr.checks, then make prose"
 
