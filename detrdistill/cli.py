@@ -13,19 +13,24 @@ from typing import NoReturn
 
 import tyro
 
+from detrdistill import __version__
 from detrdistill.commands import COMMANDS
 from detrdistill.errors import InputError, NonFiniteError, StoppedError
 from detrdistill.process import TERMINATED
+from detrdistill.runs.provenance import commit
 
 ABOUT = """Distil a large detection transformer into a small one: train, measure, report.
 
-Bad input is one line and exit code 2. A run that is killed continues when the same command is called again.
+Bad input is one line and exit code 2. A run that is killed continues when the same command is called again. --version says the commit too.
 """
 
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
+        if sys.argv[1:] == ["--version"]:  # all that a report of a fault should begin with
+            print(f"detrdistill {__version__} ({commit() or 'no git checkout'})")
+            return
         tyro.extras.subcommand_cli_from_dict({one.__name__: one for one in COMMANDS}, prog="detrdistill", description=ABOUT)
     except (InputError, NonFiniteError) as error:
         # A process that loads images hands its whole traceback over, and the message at its end.

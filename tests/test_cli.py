@@ -14,6 +14,7 @@ from detrdistill.recipes.identity import run_id
 from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.presets import get_preset
 from detrdistill.runs.pinned import pinned_preset
+from detrdistill.runs.provenance import commit
 from tests.folders import read_split, write_folder, write_split
 from tests.report.test_tables import put
 
@@ -42,6 +43,12 @@ def refused(monkeypatch, capsys, tmp_path):
         return lines[0]
 
     return line
+
+
+def test_it_says_its_version_and_commit(monkeypatch, capsys) -> None:
+    assert call(monkeypatch, "--version") == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"detrdistill {cli.__version__} ({commit() or 'no git checkout'})"
 
 
 TRAIN = ("train", "smoke", "student", "--device", "cpu", "--results", "results")
