@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 
-def provenance() -> dict[str, Any]:
-    """Code, libraries and machine of this process."""
+def provenance(*further: str) -> dict[str, Any]:
+    """Code, libraries (with `further` ones) and machine of this process."""
     libraries = ("torch", "torchvision", "numpy", "scipy", "lightning-fabric", "faster-coco-eval", "pillow", "scikit-image", "scikit-learn")
     return {
         "commit": commit(),
         "python": platform.python_version(),
-        "versions": {name: version(name) for name in libraries},
+        "versions": {name: version(name) for name in (*libraries, *further)},
         "machine": f"{platform.system()} {platform.machine()}",
     }
 

@@ -20,7 +20,6 @@ from detrdistill.models.backbones import imagenet_version
 from detrdistill.models.weights import classes_text, save_weights
 from detrdistill.process import keep_freed_memory
 from detrdistill.recipes.identity import parents, run_id
-from detrdistill.recipes.parts import Digits, Folder
 from detrdistill.recipes.recipe import CropRecipe, Recipe
 from detrdistill.records import Record
 from detrdistill.runs.continuing import continue_shorter
@@ -166,7 +165,7 @@ def _run_crops(fabric: Fabric, recipe: CropRecipe, store: Store, progress: bool)
         curve=[],
         cost=watch.cost(recipe.backbone.crops.steps, watch.seconds(), 0),
         parents={},
-        provenance=_provenance(fabric, recipe.data, store.weights(recipe)) | {"commit": code()},
+        provenance=_provenance(fabric, recipe, store) | {"commit": code()},
     )
     store.write(record)
     return record
@@ -190,7 +189,7 @@ def _run_published(fabric: Fabric, recipe: Recipe, store: Store, workers: int) -
         curve=[{"step": 0, "AP": metrics["AP"]} | changes(held, None)],
         cost=watch.cost(0, watch.seconds(), 0),
         parents=lineage,
-        provenance=_provenance(fabric, recipe.data, store.weights(recipe)) | {"commit": code()},
+        provenance=_provenance(fabric, recipe, store) | {"commit": code()},
     )
     store.write(record)
     return record
@@ -267,7 +266,7 @@ def _run_detector(
         cost=watch.cost(state["step"], state["seconds"], state["resumed"], recipe.schedule.batch)
         | {name: state[name] for name in ("teacher_images",) if name in state},
         parents=lineage,
-        provenance=_provenance(fabric, recipe.data, store.weights(recipe)) | {"commit": ", ".join(state["commits"]) or None},
+        provenance=_provenance(fabric, recipe, store) | {"commit": ", ".join(state["commits"]) or None},
         kept=state["kept"] | {"split": "val", "of": len(state["curve"])} if "kept" in state else None,
         continued=state.get("continued"),
     )
@@ -300,13 +299,14 @@ def _evaluate_once(
     return fabric.broadcast(found)
 
 
-def _provenance(fabric: Fabric, data: Digits | Folder, weights: Path) -> dict[str, Any]:
+def _provenance(fabric: Fabric, recipe: Recipe | CropRecipe, store: Store) -> dict[str, Any]:
     on_gpu = fabric.device.type == "cuda"
+    of_transformers = isinstance(recipe, Recipe) and recipe.family is not None
     return (
-        provenance()
+        provenance(*["transformers"] * of_transformers)
         | {
-            "data_sha256": data_hash(data, data_cache()),
-            "weights_sha256": file_hash(weights),
+            "data_sha256": data_hash(recipe.data, data_cache()),
+            "weights_sha256": file_hash(store.weights(recipe)),
             "device": torch.cuda.get_device_name(fabric.device) if on_gpu else "cpu",
             "processes": fabric.world_size,
             "threads": torch.get_num_threads(),

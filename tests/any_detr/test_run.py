@@ -1,6 +1,7 @@
 """A run on a user's folder: D-FINE teaches an RT-DETR v2 that starts from a folder, and the student goes back to transformers."""
 
 from copy import deepcopy
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,7 @@ def distilled(teacher: str, start: str, data: Path, root: Path, teaches: list[st
 def test_a_published_one_teaches_another_which_transformers_then_opens(teacher: str, start: str, data: Path, tmp_path: Path) -> None:
     recipe, store = pinned(distilled(teacher, start, data, tmp_path)), Store(tmp_path / "results")
     record = run(recipe, store, device="cpu", progress=False)
+    assert record.provenance["versions"]["transformers"] == version("transformers")
     about = record.parents["start"]
     assert about["classes"] == "2 of 3 outputs" and "zebra" in about["fresh"] and "dog" in about["dropped"]
     log = (store.folder(recipe) / "log.jsonl").read_text(encoding="utf-8")
