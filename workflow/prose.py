@@ -42,12 +42,13 @@ def results(preset: str, table: str) -> str:
 
 
 def cost() -> str:
-    """What the two runs of `make reproduce` take."""
+    """What `make reproduce` takes, and its two runs."""
     seconds = {line["what"]: float(line["value"]) for line in read(BENCHMARKS / "results.csv")}
     plain, distilled = (seconds[f"quick {row}: training"] for row in ("student", "detrdistill"))
+    (fresh,) = (what for what in seconds if what.startswith("make reproduce"))
     return (
-        f"Training takes {plain:.0f} s for the plain student and {distilled:.0f} s for the distilled one, on one core each "
-        "([measured](docs/speed.md)). Downloads, figures and notebooks come on top."
+        f"`make reproduce` took {seconds[fresh] / 60:.1f} minutes on {fresh.split(', ')[-1]}, with packages in pip's cache "
+        f"([measured](docs/speed.md)). In it the plain student trains for {plain:.0f} s and the distilled one for {distilled:.0f} s."
     )
 
 
@@ -92,23 +93,24 @@ def ratios() -> str:
             line = steps[detector, size]
             memory = " instead of ".join(f"{float(line[column]):.0f}" for column in ("peak MiB", "transformers' peak MiB"))
             what = f"training step / transformers', {DETECTORS[detector]} ({words})"
-            table.append([what, f"{times(line['of transformers'])}, {memory} MiB", "0.9"])
+            table.append([what, f"{with_spread(line, 'of transformers')}, {memory} MiB", "0.9"])
     for detector in DETECTORS:
-        both = listed(times(since[detector, row]["ratio"]) for row in ("student", "detrdistill"))
+        both = listed(with_spread(since[detector, row]) for row in ("student", "detrdistill"))
         table.append(
             [f"training step of preset `mini` / the same at commit de1601d, {DETECTORS[detector]}: student and DETRDistill", both, "0.8"]
         )
     alone, with_groups = "student step + teacher forward", "student step with as many groups + teacher forward"
     for floor, limit in ((alone, "1.15"), (with_groups, "1.05")):
         for detector in DETECTORS:
-            if not (line := distilled.get((detector, "detrdistill", floor))):  # not measured yet
-                continue
-            table.append([f"DETRDistill's step / ({floor}), {DETECTORS[detector]} (R101 to R50, 512 px)", times(line["ratio"]), limit])
+            line = distilled[detector, "detrdistill", floor]
+            own = [f"{part} {float(line[part]) / float(line['step']):.1%}" for part in ("matching", "losses")]
+            said = f"{with_spread(line)}; {listed(own)} of it" if floor == with_groups else with_spread(line)
+            table.append([f"DETRDistill's step / ({floor}), {DETECTORS[detector]} (R101 to R50, 512 px)", said, limit])
     of_quick = f"distillation step / ({alone}), quick"
-    table.append([f"DETRDistill's step / ({alone}), Deformable DETR of preset `quick`", times(plain[of_quick]["value"]), "1.15"])
+    table.append([f"DETRDistill's step / ({alone}), Deformable DETR of preset `quick`", with_spread(plain[of_quick], "value"), "1.15"])
     released = distilled["deformable_detr", "detrdistill_released", "released design: two passes, matching one by one"]
     table.append(
-        ["the released form's step / the released design (two passes, matching one by one), Deformable DETR", times(released["ratio"]), "-"]
+        ["the released form's step / the released design (two passes, matching one by one), Deformable DETR", with_spread(released), "-"]
     )
     for against, words in (
         ("one by one, cross-entropy expanded", "the released code's, one by one"),
@@ -123,12 +125,13 @@ def ratios() -> str:
             ]
         )
     textbook = "matching / textbook matcher, 16 images, 6 stages, 300 queries"
-    table.append([textbook, times(plain[textbook]["value"]), "0.33"])
-    (evaluated,) = (what for what in plain if what.startswith("pycocotools / our COCO evaluation"))
-    table.append([evaluated, f"{float(plain[evaluated]['value']):.1f} x", "10"])
+    table.append([textbook, with_spread(plain[textbook], "value"), "0.33"])
+    for what, aim in (("pycocotools / our COCO evaluation", "10"), ("pycocotools / faster-coco-eval's own part of it", "-")):
+        (evaluated,) = (line for line in plain if line.startswith(what))
+        table.append([evaluated, with_spread(plain[evaluated], "value"), aim])
     for line in read(BENCHMARKS / "loader.csv"):
         what = f"torchvision's loader (detection reference, backend `{line['backend']}`) / ours, an image of 800 px, augmented as in DETR"
-        table.append([what, times(line["ratio"]), "1.5"])
+        table.append([what, with_spread(line), "1.5"])
     memory = max(float(line["value"]) for what, line in plain.items() if what.startswith("quick") and what.endswith("peak memory"))
     table.append(["peak memory of preset `quick`", f"{memory:.2f} GiB", "4"])
     for what, words, aim in (
@@ -136,10 +139,17 @@ def ratios() -> str:
         ("detrdistill --help", "`detrdistill --help`", "0.5 s"),
         ("first cell of a notebook", "a notebook's first cell", "2 s"),
     ):
-        if line := plain.get(f"{what}, interpreter included"):
-            table.append([words, f"{float(line['value']):.2f} s", aim])
+        table.append([words, f"{float(plain[f'{what}, interpreter included']['value']):.2f} s", aim])
+    (fresh,) = (what for what in plain if what.startswith("make reproduce"))
+    table.append([fresh.replace("make reproduce", "`make reproduce`"), f"{float(plain[fresh]['value']) / 60:.1f} min", "6 min"])
     table.append(["report from records", f"{float(plain['report of preset quick, interpreter included']['value']):.1f} s", "seconds"])
     return as_table(["What", "Ours", "Aim"], table)
+
+
+def with_spread(line: Mapping[str, str], column: str = "ratio") -> str:
+    """A median, and the least and the largest of what was measured."""
+    low, high = (f"{float(line[end]):.2f}" for end in ("low", "high"))
+    return f"{times(line[column])} ({low} to {high})"
 
 
 def times(ratio: str) -> str:
