@@ -33,6 +33,7 @@ from detrdistill.distill.build import build_distiller
 from detrdistill.matching import Problem, match
 from detrdistill.models import build_detector
 from detrdistill.models.outputs import DetectorOutput, Targets
+from detrdistill.process import keep_freed_memory
 from detrdistill.recipes.presets import get_preset
 from detrdistill.runs.load import open_split
 from detrdistill.runs.provenance import commit
@@ -253,6 +254,7 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = make_parser(__doc__).parse_args(words)
     scale = SCALES[arguments.scale]
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the trainer does on a CPU
     table = Table(table_path(arguments, "results.csv"), ("what", "value", "low", "high", "unit", "aim"))
     repeats = " and ".join(map(str, scale.repeats))
     about = f"commit {commit()}; {platform.system()} {platform.machine()}; torch {torch.__version__}, one thread; medians of {repeats}"

@@ -39,6 +39,7 @@ from detrdistill.models import build_detector
 from detrdistill.models.attention import sine_position
 from detrdistill.models.deformable_detr import Memory, token_centres
 from detrdistill.models.outputs import DetectorOutput, Targets
+from detrdistill.process import keep_freed_memory
 from detrdistill.recipes.methods import METHODS, DETRDistill
 from detrdistill.recipes.presets import get_preset
 from detrdistill.recipes.recipe import Recipe
@@ -62,20 +63,21 @@ class Scale:
     Attributes:
         preset: whose teacher and student are timed, with `queries` queries, on images of `side` pixels.
         matched: images whose queries are matched at 6 stages.
+        repeats: of DETRDistill's step, and of all else.
     """
 
     preset: str
     side: int
     queries: int
     matched: int
-    repeats: int
+    repeats: tuple[int, int]
     methods: Sequence[str]
 
 
 SCALES = {
-    "full": Scale("coco", 512, 300, 16, 2, tuple(KNOWN)),
-    "quick": Scale("coco", 256, 300, 4, 1, ("detrdistill", "kd_detr")),
-    "small": Scale("smoke", 64, 20, 2, 1, ("detrdistill", "kd_detr", RELEASED)),
+    "full": Scale("coco", 512, 300, 16, (5, 2), tuple(KNOWN)),
+    "quick": Scale("coco", 256, 300, 4, (1, 1), ("detrdistill", "kd_detr")),
+    "small": Scale("smoke", 64, 20, 2, (1, 1), ("detrdistill", "kd_detr", RELEASED)),
 }
 
 
@@ -162,7 +164,7 @@ def measure(distiller: Distiller, teacher: nn.Module | None, batch: Batch, devic
 
 
 def compare(detector: str, scale: Scale, device: str) -> Iterator[Row]:
-    """All methods on one pair of detectors, four at a time; a step of the student alone comes amid them.
+    """All methods on one pair of detectors: DETRDistill, then four at a time; a step of the student alone comes amid them.
 
     One with a method's groups of queries comes right after the method's.
     """
@@ -183,11 +185,13 @@ def compare(detector: str, scale: Scale, device: str) -> Iterator[Row]:
         measure(distillers[name], teacher, batch, device)
 
     alone: list[dict[str, float]] = []
-    for i in range(0, len(methods), 4):
-        turn = [(name, floor_of(name)) if floor_of(name) in distillers else (name,) for name in methods[i : i + 4]]
-        turn = [*chain(*turn[:2]), "plain", *chain(*turn[2:])]
+    others = [name for name in methods if name != "detrdistill"]
+    turns = [(["detrdistill"], scale.repeats[0])] + [(others[i : i + 4], scale.repeats[1]) for i in range(0, len(others), 4)]
+    for names, repeats in turns:
+        pairs = [[one for one in (name, floor_of(name)) if one in distillers] for name in names]
+        turn = [*chain(*pairs[:2]), "plain", *chain(*pairs[2:])]
         found: dict[str, list[dict[str, float]]] = {name: [] for name in turn}
-        for _ in range(scale.repeats):
+        for _ in range(repeats):
             of = {name: measure(distillers[name], teacher, batch, device) for name in turn}
             plain = of["plain"]
             for name, parts in of.items():
@@ -196,7 +200,7 @@ def compare(detector: str, scale: Scale, device: str) -> Iterator[Row]:
                 parts |= {"guests": guests, "student": parts["encode"] + parts["decode"] - guests}
                 found[name].append(parts)
         alone += found["plain"]
-        for name in (name for name in turn if name in methods):
+        for name in names:
             for against, floor, aim in ((ALONE, "plain", "<= 1.15"), (WITH_GROUPS, floor_of(name), "<= 1.05")):
                 if floor in found:
                     ratios = [one["step"] / other["step"] for one, other in zip(found[name], found[floor], strict=True)]
@@ -204,7 +208,7 @@ def compare(detector: str, scale: Scale, device: str) -> Iterator[Row]:
                     yield row | spread(ratios, "ratio")
     yield medians(detector, "plain", alone)
     if detector == "deformable_detr" and RELEASED in methods:
-        yield released_design(distillers[RELEASED], teacher, batch, scale.repeats, device)
+        yield released_design(distillers[RELEASED], teacher, batch, scale.repeats[1], device)
 
 
 def floor_of(method: str) -> str:
@@ -325,7 +329,7 @@ def matching(scale: Scale, device: str) -> Iterator[Row]:
             logits + 0.3 * torch.randn_like(logits), (boxes + 0.01 * torch.randn_like(boxes)).clamp(0.005, 1), device
         ),
     }
-    cores, repeats, size = os.cpu_count() or 1, scale.repeats, f"{scale.queries} x {scale.queries}"
+    cores, repeats, size = os.cpu_count() or 1, scale.repeats[1], f"{scale.queries} x {scale.queries}"
     loss = LogitsDistillation("joint")
     targets = Targets.pack([torch.zeros(0, dtype=torch.long)] * scale.matched, [torch.zeros(0, 4)] * scale.matched)
     for kind, student in others.items():
@@ -377,11 +381,12 @@ def main(words: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     scale, device = SCALES[arguments.scale], arguments.device
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the trainer does on a CPU
     named = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "CPU"
     table = Table(table_path(arguments, "distillation.csv"), COLUMNS)
     table.start(
         f"commit {commit()}; torch {torch.__version__}; {named}, one CPU thread where no other number is named, float32; "
-        f"{scale.side} x {scale.side} px; seconds and ratios are medians of {scale.repeats}"
+        f"{scale.side} x {scale.side} px; seconds and ratios are medians of {scale.repeats[0]} (DETRDistill) and {scale.repeats[1]}"
     )
     for row in matching(scale, device):
         table.add(row)

@@ -23,6 +23,7 @@ from detrdistill.distill.build import build_distiller
 from detrdistill.distill.distiller import Distiller
 from detrdistill.errors import InputError
 from detrdistill.models import build_detector
+from detrdistill.process import keep_freed_memory
 from detrdistill.recipes.presets import DETECTORS_OF, get_preset
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.words import DETECTORS
@@ -104,6 +105,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", help="cpu (one thread) or cuda")
     arguments = parser.parse_args(words)
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the trainer does on a CPU
     repeats, methods = (7, METHODS) if arguments.scale == "full" else (3, METHODS[:1])
     name = "smoke" if arguments.scale == "small" else "bccd"
     pairs = [(detector, method) for detector in DETECTORS_OF.get(name, DETECTORS) for method in methods]

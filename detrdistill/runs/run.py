@@ -301,9 +301,9 @@ def _evaluate_once(
 
 def _provenance(fabric: Fabric, recipe: Recipe | CropRecipe, store: Store) -> dict[str, Any]:
     on_gpu = fabric.device.type == "cuda"
-    of_transformers = isinstance(recipe, Recipe) and recipe.family is not None
+    detectors = [recipe, recipe.teacher] if isinstance(recipe, Recipe) else []
     return (
-        provenance(*["transformers"] * of_transformers)
+        provenance(*(["transformers"] if any(one and one.family for one in detectors) else []))
         | {
             "data_sha256": data_hash(recipe.data, data_cache()),
             "weights_sha256": file_hash(store.weights(recipe)),

@@ -307,5 +307,5 @@ def test_a_record_says_what_is_not_deterministic(finished, monkeypatch):
     assert Store(finished).record(DISTILLED).provenance["deterministic"] is True
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "some GPU")
     gpu = SimpleNamespace(device=torch.device("cuda"), world_size=1)
-    about = runs._provenance(gpu, DISTILLED.data, Store(finished).weights(DISTILLED))
+    about = runs._provenance(gpu, DISTILLED, Store(finished))
     assert about["deterministic"] is False and "grid_sample" in about["not_deterministic"]
