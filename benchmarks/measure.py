@@ -1,6 +1,6 @@
 """What all benchmarks share: how far they go, and a table that is printed and written row by row.
 
-Every benchmark has three scales. The full one is what is committed. `--quick` of all of them ends in ten minutes. `--small` takes
+Every benchmark has three scales. The full one is what is committed. `--quick` of all of them takes a quarter of an hour. `--small` takes
 seconds and its numbers mean nothing: the tests run it, so that no benchmark stops working unseen.
 """
 

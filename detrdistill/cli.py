@@ -21,14 +21,15 @@ from detrdistill.runs.provenance import commit
 
 ABOUT = """Distil a large detection transformer into a small one: train, measure, report.
 
-Bad input is one line and exit code 2. A run that is killed continues when the same command is called again. --version says the commit too.
+Bad input is one line and exit code 2. A run that is killed continues when the same command is called again.
+--version prints version and commit.
 """
 
 
 def main() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
-        if sys.argv[1:] == ["--version"]:  # all that a report of a fault should begin with
+        if sys.argv[1:] == ["--version"]:  # a bug report should begin with this
             print(f"detrdistill {__version__} ({commit() or 'no git checkout'})")
             return
         tyro.extras.subcommand_cli_from_dict({one.__name__: one for one in COMMANDS}, prog="detrdistill", description=ABOUT)

@@ -3,7 +3,7 @@
 import csv
 from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -63,3 +63,24 @@ def test_without_its_photographs_it_says_so(tmp_path: Path, capsys: pytest.Captu
         (line,) = capsys.readouterr().out.splitlines()
         assert line.startswith("not measured: data folder data/bccd: does not exist; expected there: ")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_fresh_clone_gets_nothing_of_the_benchmark_s_own_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[list[str], dict[str, str]]] = []
+
+    def run(command: list, env: dict[str, str], **_: object) -> SimpleNamespace:
+        calls.append(([str(word) for word in command], env))
+        return SimpleNamespace(returncode=len(calls) > 2, stderr="no route to host")
+
+    monkeypatch.setattr(benchmarks.subprocess, "run", run)
+    for name in ("PYTHONPATH", "MAKEFLAGS", "OMP_NUM_THREADS", "DETRDISTILL_RESULTS"):
+        monkeypatch.setenv(name, "ours")
+    row = benchmarks.fresh_clone(tmp_path)
+    (cloned, _), (made, environment) = calls
+    assert (
+        cloned[:2] == ["git", "clone"] and made[:3] == ["make", "--directory", cloned[-1]] and {"CORES=2", "ARGS=", "SEEDS=0"} <= set(made)
+    )
+    assert "ours" not in environment.values() and environment["DETRDISTILL_DATA"].startswith(str(tmp_path)) and "PATH" in environment
+    assert row["what"].startswith("make reproduce from a fresh clone") and row["unit"] == "s"
+    with pytest.raises(RuntimeError, match=r"git clone .*no route to host"):
+        benchmarks.fresh_clone(tmp_path)

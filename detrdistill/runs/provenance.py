@@ -9,7 +9,11 @@ from typing import Any
 
 
 def provenance(*further: str) -> dict[str, Any]:
-    """Code, libraries (with `further` ones) and machine of this process."""
+    """Code, libraries and machine of this process.
+
+    Args:
+        further: libraries whose versions count here beside the usual ones.
+    """
     libraries = ("torch", "torchvision", "numpy", "scipy", "lightning-fabric", "faster-coco-eval", "pillow", "scikit-image", "scikit-learn")
     return {
         "commit": commit(),
@@ -20,7 +24,10 @@ def provenance(*further: str) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of this code, with "+changes" if files differ from it or are new; None outside a git checkout."""
+    """The commit of this code, with "+changes" if files differ from it or are new; None outside a checkout of it.
+
+    An installed copy may lie inside somebody else's checkout, which does not track it.
+    """
 
     def git(*words: str) -> "subprocess.CompletedProcess[str]":
         folder = Path(__file__).parent
@@ -28,7 +35,7 @@ def commit() -> str | None:
 
     try:
         head = git("rev-parse", "HEAD")
-        if head.returncode:
+        if head.returncode or git("ls-files", "--error-unmatch", Path(__file__).name).returncode:
             return None
         changed = git("status", "--porcelain", "--untracked-files=normal", "--", "..").stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
