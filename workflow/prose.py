@@ -11,12 +11,12 @@ from pathlib import Path
 from detrdistill.files import atomic, write_text
 from detrdistill.recipes.words import DETECTORS, TITLES
 from workflow.any_detr import families, families_measured, methods_of_families, parity
-from workflow.findings import REFERENCE, as_table, found, listed, read, rows
+from workflow.findings import REFERENCE, as_table, found, read, rows
 from workflow.growth import curves, growth, same_picture
+from workflow.ratios import BENCHMARKS, cost, ratios
 
 ROOT = Path(__file__).resolve().parents[1]
 CURVES = ROOT / "docs" / "growth.png"
-BENCHMARKS = ROOT / "benchmarks"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), REFERENCE / "mini" / "README.md"]
 BLOCK = re.compile(r"<!-- (\w+)((?: [\w-]+)*) -->\n(.*?)<!-- end -->", re.DOTALL)
 
@@ -39,17 +39,6 @@ def results(preset: str, table: str) -> str:
     """All rows of a table in few columns."""
     columns = ("Detector", "Setting", "AP", "Gain", "Status", "Seeds")
     return as_table(columns, [[row[column] for column in columns] for row in rows(preset, table)])
-
-
-def cost() -> str:
-    """What `make reproduce` takes, and its two runs."""
-    seconds = {line["what"]: float(line["value"]) for line in read(BENCHMARKS / "results.csv")}
-    plain, distilled = (seconds[f"quick {row}: training"] for row in ("student", "detrdistill"))
-    (fresh,) = (what for what in seconds if what.startswith("make reproduce"))
-    return (
-        f"`make reproduce` took {seconds[fresh] / 60:.1f} minutes on {fresh.split(', ')[-1]}, with packages in pip's cache "
-        f"([measured](docs/speed.md)). In it the plain student trains for {plain:.0f} s and the distilled one for {distilled:.0f} s."
-    )
 
 
 def gpu_days() -> str:
@@ -79,77 +68,6 @@ def gpu_days() -> str:
 def from_to(low: float, high: float) -> str:
     first, last = (int(value + 0.5) for value in (low, high))
     return f"{first}" if first == last else f"{first} to {last}"
-
-
-def ratios() -> str:
-    """Times and memory as ratios within one run, with what the kit aims at."""
-    plain = {line["what"]: line for line in read(BENCHMARKS / "results.csv")}
-    steps = {(line["detector"], line["size"].split(",")[0]): line for line in read(BENCHMARKS / "detectors.csv") if line["pass"] == "step"}
-    distilled = {(line["detector"], line["method"], line["against"]): line for line in read(BENCHMARKS / "distillation.csv")}
-    since = {(line["detector"], line["setting"]): line for line in read(BENCHMARKS / "since.csv")}
-    table = []
-    for detector in ("deformable_detr", "conditional_detr"):
-        for size, words in (("R50", "R50, 300 queries, 512 px"), ("R18", "R18, 20 queries, 96 px")):
-            line = steps[detector, size]
-            memory = " instead of ".join(f"{float(line[column]):.0f}" for column in ("peak MiB", "transformers' peak MiB"))
-            what = f"training step / transformers', {DETECTORS[detector]} ({words})"
-            table.append([what, f"{with_spread(line, 'of transformers')}, {memory} MiB", "0.9"])
-    for detector in DETECTORS:
-        both = listed(with_spread(since[detector, row]) for row in ("student", "detrdistill"))
-        table.append(
-            [f"training step of preset `mini` / the same at commit de1601d, {DETECTORS[detector]}: student and DETRDistill", both, "0.8"]
-        )
-    alone, with_groups = "student step + teacher forward", "student step with as many groups + teacher forward"
-    for floor, limit in ((alone, "1.15"), (with_groups, "1.05")):
-        for detector in DETECTORS:
-            line = distilled[detector, "detrdistill", floor]
-            own = [f"{part} {float(line[part]) / float(line['step']):.1%}" for part in ("matching", "losses")]
-            said = f"{with_spread(line)}; {listed(own)} of it" if floor == with_groups else with_spread(line)
-            table.append([f"DETRDistill's step / ({floor}), {DETECTORS[detector]} (R101 to R50, 512 px)", said, limit])
-    of_quick = f"distillation step / ({alone}), quick"
-    table.append([f"DETRDistill's step / ({alone}), Deformable DETR of preset `quick`", with_spread(plain[of_quick], "value"), "1.15"])
-    released = distilled["deformable_detr", "detrdistill_released", "released design: two passes, matching one by one"]
-    table.append(
-        ["the released form's step / the released design (two passes, matching one by one), Deformable DETR", with_spread(released), "-"]
-    )
-    for against, words in (
-        ("one by one, cross-entropy expanded", "the released code's, one by one"),
-        ("one by one, our costs", "our own costs, one by one"),
-    ):
-        found = [float(line["ratio"]) for key, line in distilled.items() if "300 x 300" in key[1] and key[2] == against]
-        table.append(
-            [
-                f"matching 300 x 300 queries, 6 stages, 16 images / {words}, 1 and 2 threads",
-                f"{min(found):.2f} to {max(found):.2f} x",
-                "0.33",
-            ]
-        )
-    textbook = "matching / textbook matcher, 16 images, 6 stages, 300 queries"
-    table.append([textbook, with_spread(plain[textbook], "value"), "0.33"])
-    for what, aim in (("pycocotools / our COCO evaluation", "10"), ("pycocotools / faster-coco-eval's own part of it", "-")):
-        (evaluated,) = (line for line in plain if line.startswith(what))
-        table.append([evaluated, with_spread(plain[evaluated], "value"), aim])
-    for line in read(BENCHMARKS / "loader.csv"):
-        what = f"torchvision's loader (detection reference, backend `{line['backend']}`) / ours, an image of 800 px, augmented as in DETR"
-        table.append([what, with_spread(line), "1.5"])
-    memory = max(float(line["value"]) for what, line in plain.items() if what.startswith("quick") and what.endswith("peak memory"))
-    table.append(["peak memory of preset `quick`", f"{memory:.2f} GiB", "4"])
-    for what, words, aim in (
-        ("import detrdistill", "`import detrdistill`", "2 s"),
-        ("detrdistill --help", "`detrdistill --help`", "0.5 s"),
-        ("first cell of a notebook", "a notebook's first cell", "2 s"),
-    ):
-        table.append([words, f"{float(plain[f'{what}, interpreter included']['value']):.2f} s", aim])
-    (fresh,) = (what for what in plain if what.startswith("make reproduce"))
-    table.append([fresh.replace("make reproduce", "`make reproduce`"), f"{float(plain[fresh]['value']) / 60:.1f} min", "6 min"])
-    table.append(["report from records", f"{float(plain['report of preset quick, interpreter included']['value']):.1f} s", "seconds"])
-    return as_table(["What", "Ours", "Aim"], table)
-
-
-def with_spread(line: Mapping[str, str], column: str = "ratio") -> str:
-    """A median, and the least and the largest of what was measured."""
-    low, high = (f"{float(line[end]):.2f}" for end in ("low", "high"))
-    return f"{times(line[column])} ({low} to {high})"
 
 
 def times(ratio: str) -> str:
