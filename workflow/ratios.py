@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from detrdistill.errors import InputError
-from detrdistill.recipes.words import DETECTORS
+from detrdistill.recipes.words import DETECTORS, TITLES
 from workflow.findings import Line, as_table, listed, read
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -46,13 +46,13 @@ def others() -> Iterator[Row]:
     yield line["what"], with_spread(line, "value"), *NO_AIM
     line = line_of(results, "largest difference of the twelve numbers")
     apart = float(line["value"])
-    yield "their largest difference in the twelve numbers, in percent", f"{apart:.0e}", "≤ 1e-9", said(apart <= 1e-9)
+    yield "their largest difference in the twelve numbers, in percent", f"{apart:.1g}", "≤ 1e-9", said(apart <= 1e-9)
     for line in read(BENCHMARKS / "loader.csv"):
         what = f"torchvision's loader (detection reference, backend `{line['backend']}`) / ours, an image of 800 px, augmented as in DETR"
         yield what, with_spread(line), *at_least(1.5, float(line["ratio"]))
     for line in read(BENCHMARKS / "since.csv"):
         what = f"training step of preset `mini` / the same at the end of the first round (commit de1601d), {DETECTORS[line['detector']]}"
-        yield f"{what}, {line['setting']}", with_spread(line), *at_most(0.8, float(line["ratio"]))
+        yield f"{what}, {TITLES[line['setting']]}", with_spread(line), *at_most(0.8, float(line["ratio"]))
 
 
 def floors() -> Iterator[Row]:

@@ -170,7 +170,7 @@ def mini(detector: str = DEFORMABLE) -> Preset:
 
 
 def quick(detector: str = DEFORMABLE) -> Preset:
-    """The README's main job: Deformable DETR of preset mini, without rivals. On two cores it takes three minutes after set-up, with the stored teacher."""
+    """The README's main job: Deformable DETR of preset mini, without rivals. Three minutes on two cores, after set-up."""
     small = mini(one_of(detector, "quick"))
     return replace(small, name="quick", rivals=(), light=small.light[1:], students_a_teacher=None, tuned={})
 
