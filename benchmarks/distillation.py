@@ -164,9 +164,8 @@ def measure(distiller: Distiller, teacher: nn.Module | None, batch: Batch, devic
 
 
 def compare(detector: str, scale: Scale, device: str) -> Iterator[Row]:
-    """All methods on one pair of detectors: DETRDistill, then four at a time; a step of the student alone comes amid them.
-
-    One with a method's groups of queries comes right after the method's.
+    """All methods on one pair of detectors: DETRDistill, then four at a time; a step of the student alone comes amid them, and one with
+    a method's groups of queries right after the method's.
     """
     torch.manual_seed(0)
     taught_by, recipe = recipes(detector, scale)
