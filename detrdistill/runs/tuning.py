@@ -1,8 +1,9 @@
 """The same tuning for every method: what its weights are multiplied by, found on other digits than those that are reported.
 
-Every row has the same trials: all `FIRST` multipliers with one seed, further ones while the best is at an end, and the best two again
-with a second seed. What was tried is read off the records, so an interrupted tuning continues, and the table of it is a pure function
-of records. The multipliers that were found are frozen in `presets.TUNED`. No torch here.
+Every row has the same trials: all `FIRST` multipliers with one seed, further ones while the best is at an end, smaller ones while even
+the best is below the plain student, and the best two again with a second seed. What was tried is read off the records, so an interrupted
+tuning continues, and the table of it is a pure function of records. The multipliers that were found are frozen in `presets.TUNED`. No
+torch here.
 """
 
 import math
@@ -23,6 +24,7 @@ from detrdistill.runs.store import Store
 
 SEEDS = FIRST_SEED, SECOND_SEED = 100, 101  # of no reported run
 FIRST = (0.1, 0.3, 1.0, 3.0)
+PLAIN = 0.0  # no distillation: what a multiplier must not be worse than; it is not chosen
 MOST = 10  # multipliers a row; more than any row may want, so that all have as many as they need
 OTHER_DIGITS = 1  # seed of the data: other crops and other digits, of the same two collections
 
@@ -52,8 +54,10 @@ class TunedRow:
         return re.sub(r"[^a-z0-9]+", "_", f"{self.key} {self.name}".lower()).strip("_")
 
     def trial(self, factor: float, seed: int) -> Recipe:
-        """One run: the row's weights times `factor`."""
+        """One run: the row's weights times `factor`; of `PLAIN` the student without a teacher."""
         recipe = self.recipes[seed]
+        if factor == PLAIN:
+            return recipe.replace(methods=(), teacher=None, teacher_floor=0.0)
         return recipe.replace(methods=[method.times(factor) for method in recipe.methods])
 
 
@@ -68,7 +72,7 @@ class Trial:
     @property
     def mean(self) -> float:
         """AP over the seeds that were run."""
-        found = [record.metrics["AP"] or 0.0 for record in (self.first, self.second) if record]
+        found = [_ap(record) for record in (self.first, self.second) if record]
         return sum(found) / len(found)
 
 
@@ -131,6 +135,8 @@ def next_trials(row: TunedRow, store: Store) -> list[tuple[float, int]]:
     trials = _trials(row, store)
     if missing := [factor for factor, trial in trials.items() if trial is None]:
         return [(factor, FIRST_SEED) for factor in missing]
+    if store.record(row.trial(PLAIN, FIRST_SEED)) is None:
+        return [(PLAIN, FIRST_SEED)]
     return [(one.factor, SECOND_SEED) for one in _best_two(trials.values()) if one.second is None]
 
 
@@ -159,20 +165,25 @@ def tune(row: TunedRow, store: Store, train: Callable[[Recipe], object]) -> None
 
 
 def runs_before_tuning(presets: Presets) -> dict[str, Recipe | CropRecipe]:
-    """What the trials of these presets learn and start from, by run id; empty where nothing is tuned."""
+    """What the trials of these presets learn from, start from and are held against, by run id; empty where nothing is tuned."""
     digits = [preset for preset in presets if isinstance(preset.student.data, Digits)]
-    trials = all_runs(recipe for row in rows_to_tune(digits) for recipe in row.recipes.values())
+    rows = rows_to_tune(digits)
+    trials = all_runs([recipe for row in rows for recipe in (*row.recipes.values(), row.trial(PLAIN, FIRST_SEED))])
     return {name: recipe for name, recipe in trials.items() if not (isinstance(recipe, Recipe) and recipe.methods)}
 
 
 def _trials(row: TunedRow, store: Store) -> dict[float, Trial | None]:
-    """By multiplier, those to run with the first seed as far as is known by now: one more at an end while that end is the best."""
+    """By multiplier, those to run with the first seed as far as is known by now."""
+    plain = store.record(row.trial(PLAIN, FIRST_SEED))
     trials = {factor: _trial(row, factor, store) for factor in FIRST}
     while all(trials.values()) and len(trials) < MOST:
-        best = max(trials.values(), key=lambda trial: trial.first.metrics["AP"] or 0.0).factor
-        if best not in (min(trials), max(trials)):
+        best = max(trials.values(), key=lambda trial: _ap(trial.first))
+        if best.factor == max(trials):
+            further = _step(best.factor, 1)
+        elif best.factor == min(trials) or (plain is not None and _ap(best.first) < _ap(plain)):
+            further = _step(min(trials), -1)
+        else:
             break
-        further = _step(best, -1 if best == min(trials) else 1)
         trials[further] = _trial(row, further, store)
     return dict(sorted(trials.items()))
 
@@ -189,4 +200,8 @@ def _trial(row: TunedRow, factor: float, store: Store) -> Trial | None:
 
 
 def _best_two(trials: Iterable[Trial]) -> list[Trial]:
-    return sorted(trials, key=lambda trial: trial.first.metrics["AP"] or 0.0, reverse=True)[:2]
+    return sorted(trials, key=lambda trial: _ap(trial.first), reverse=True)[:2]
+
+
+def _ap(record: Record) -> float:
+    return record.metrics["AP"] or 0.0

@@ -18,6 +18,7 @@ from detrdistill.runs.store import Store
 from detrdistill.runs.tuning import (
     FIRST,
     MOST,
+    PLAIN,
     SEEDS,
     TunedRow,
     best_trial,
@@ -35,12 +36,12 @@ from tests.report.test_tables import put
 MINI = get_presets("mini")
 
 
-def fill(store: Store, row: TunedRow, score) -> list[tuple[float, int]]:
-    """Run what the row asks for until it asks for nothing; an AP is `score(factor, seed)`."""
+def fill(store: Store, row: TunedRow, score, plain: float = 0.0) -> list[tuple[float, int]]:
+    """Run what the row asks for until it asks for nothing; an AP is `score(factor, seed)`, and `plain` without a teacher."""
     ran = []
     while trials := next_trials(row, store):
         for factor, seed in trials:
-            put(store, row.trial(factor, seed), score(factor, seed))
+            put(store, row.trial(factor, seed), plain if factor == PLAIN else score(factor, seed))
             ran.append((factor, seed))
     return ran
 
@@ -82,7 +83,7 @@ def test_all_multipliers_with_one_seed_and_the_best_two_again(tmp_path: Path) ->
     ran = fill(
         store, row, lambda factor, seed: {0.1: 20.0, 0.3: 24.0, 1.0: 25.0, 3.0: 21.0}[factor] + (4.0 if (factor, seed) == (0.3, 101) else 0)
     )
-    assert sorted(ran) == [(0.1, 100), (0.3, 100), (0.3, 101), (1.0, 100), (1.0, 101), (3.0, 100)]
+    assert sorted(ran) == [(PLAIN, 100), (0.1, 100), (0.3, 100), (0.3, 101), (1.0, 100), (1.0, 101), (3.0, 100)]
     assert best_trial(row, store).factor == 0.3 and best_trial(row, store).mean == pytest.approx(26.0)
     methods = [row.trial(factor, 100).methods[0] for factor in (0.1, 1.0)]
     assert [method.foreground for method in methods] == [1e-4, 1e-3]
@@ -93,6 +94,23 @@ def test_further_steps_while_the_best_is_at_an_end(best: float, further: list[fl
     row, store = find_row(MINI, "fitnet"), Store(tmp_path)
     fill(store, row, lambda factor, seed: 30.0 - abs(math.log(factor / best)))
     assert {trial.factor for trial in tried(row, store)} == {*FIRST, *further} and best_trial(row, store).factor == best
+
+
+def test_smaller_steps_while_even_the_best_harms(tmp_path: Path) -> None:
+    """As CWD's and FGD's weights do on AdaMixer: within the first trials one is the best by chance."""
+    row, store = find_row(MINI, "cwd"), Store(tmp_path)
+    curve = {0.003: 22.5, 0.01: 23.0, 0.03: 21.0, 0.1: 5.0, 0.3: 4.0, 1.0: 6.0, 3.0: 5.0}
+    ran = fill(store, row, lambda factor, seed: curve[factor], plain=22.0)
+    assert [ran.index(one) for one in ((PLAIN, 100), (0.03, 100), (0.01, 100), (0.003, 100))] == [4, 5, 6, 7]
+    assert len(ran) == 4 + 4 + 2 and best_trial(row, store).factor == 0.01
+
+
+def test_the_plain_student_is_trained_before_and_never_chosen(tmp_path: Path) -> None:
+    row, store = find_row(MINI, "pkd"), Store(tmp_path)
+    plain = row.trial(PLAIN, SEEDS[0])
+    assert not plain.methods and plain.teacher is None and run_id(plain) in runs_before_tuning(MINI)
+    fill(store, row, lambda factor, seed: 10.0 + factor / 10 if factor <= 1 else 9.0, plain=20.0)
+    assert len(tried(row, store)) == MOST and best_trial(row, store).factor == 1.0
 
 
 def test_a_row_ends_even_if_more_is_always_better(tmp_path: Path) -> None:
