@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -256,26 +255,6 @@ def test_the_commits_of_all_sittings(store, monkeypatch):
         with contextlib.suppress(KeyboardInterrupt):
             go(recipe, store)
     assert store.record(recipe).provenance["commit"] == "one, two"
-
-
-def test_new_files_are_changes_of_the_code_and_another_checkout_is_not_its_own(monkeypatch, tmp_path):
-    from detrdistill.runs import provenance as module
-
-    (tmp_path / "detrdistill" / "runs").mkdir(parents=True)
-    (own := tmp_path / "detrdistill" / "runs" / "provenance.py").write_text("")
-    monkeypatch.setattr(module, "__file__", str(own))
-    git = lambda *words: subprocess.run(  # noqa: E731
-        ("git", "-c", "user.name=a", "-c", "user.email=a@b", *words), cwd=tmp_path, check=True, capture_output=True
-    )
-    git("init")
-    git("commit", "--allow-empty", "-m", "first")
-    assert module.commit() is None, "a copy that nobody tracks"
-    git("add", own)
-    git("commit", "-m", "second")
-    (tmp_path / "notes").write_text("not code")
-    assert re.fullmatch("[0-9a-f]{40}", module.commit())
-    (tmp_path / "detrdistill" / "new.py").write_text("")
-    assert module.commit().endswith("+changes")
 
 
 def test_random_backbones_are_announced(tmp_path):
