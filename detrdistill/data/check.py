@@ -8,6 +8,7 @@ from detrdistill.data.layout import data_cache, how_found
 from detrdistill.data.layouts import SPLITS
 from detrdistill.data.summary import advice, look_at_images, same_files, summarise, summary_lines, too_many_objects
 from detrdistill.data.validation import NoObjectsError
+from detrdistill.data.values import counted
 from detrdistill.recipes.parts import Folder
 from detrdistill.recipes.recipe import Recipe
 
@@ -66,7 +67,7 @@ def check_lines(found: dict[str, Any]) -> list[str]:
     """The same for people."""
     lines = [found["layout"]] if found["layout"] else []
     for split, one in found["splits"].items():
-        counts = f"{one['images']} images, {one['objects']} objects, {len(one['classes'])} classes"
+        counts = ", ".join((counted(one["images"], "image"), counted(one["objects"], "object"), counted(len(one["classes"]), "class")))
         lines += [f"{split}: {counts}; {one['report']}", *summary_lines(one)]
     lines += [f"warning: {one}" for one in found["warnings"]]
     return [*lines, "to set for this data: " + " ".join(f"--set {one}" for one in found["set"])]

@@ -16,7 +16,7 @@ from detrdistill.data.validation import load_annotations, without_outline
 from detrdistill.errors import InputError
 from detrdistill.files import file_hash, write_text
 
-REVISION = 1  # raise when what is written changes
+REVISION = 2  # raise when what is written changes
 
 
 def converted(root: Path, cache: Path, read: Callable[[], Read], division: tuple[float, int] | None) -> dict[str, tuple[Path, Path]]:

@@ -3,7 +3,7 @@ they cannot read without a word. What a line or box cannot mean is handed on as 
 """
 
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def yolo(root: Path) -> tuple[set[str], Callable[[], Read]] | None:
     categories = [{"id": number + 1, "name": str(name)} for number, name in sorted(names.items())]
 
     def read() -> Read:
-        image = partial(_yolo_image, root=root, pose=bool(stated.get("kpt_shape")))
+        image = partial(_yolo_image, root=root, classes=names.keys(), pose=bool(stated.get("kpt_shape")))
         return {split: (_content(categories, map(image, found), root), root) for split, found in images.items()}
 
     return set(images), read
@@ -72,7 +72,7 @@ def _yolo_images(file: Path, base: Any, entry: Any, split: str) -> list[Path] | 
     return found
 
 
-def _yolo_image(path: Path, root: Path, pose: bool) -> tuple[str, int, int, Iterator[dict[str, Any]]]:
+def _yolo_image(path: Path, root: Path, classes: Collection[int], pose: bool) -> tuple[str, int, int, Iterator[dict[str, Any]]]:
     # YOLO's coordinates are those of the image as it is seen, turned by EXIF.
     inside = not steers(str(path)) and path.resolve().is_relative_to(root.resolve())
     width, height = _size(path) if inside else (1, 1)  # refused when the images are checked
@@ -81,7 +81,7 @@ def _yolo_image(path: Path, root: Path, pose: bool) -> tuple[str, int, int, Iter
     labels = (root / (f"{before}/labels/{after}" if folder else name).lstrip("/")).with_suffix(".txt")
     lines = _lines(labels) if labels.is_file() else []
     values = 5 if pose else None  # key points follow the box
-    return name, width, height, (_yolo_object(line.split()[:values], width, height) for line in lines)
+    return name, width, height, (_yolo_object(line.split()[:values], width, height, classes) for line in lines)
 
 
 def _lines(file: Path) -> list[str]:
@@ -92,20 +92,25 @@ def _lines(file: Path) -> list[str]:
         raise InputError(f"{file}: cannot be read ({type(error).__name__}); write the file again") from None
 
 
-def _yolo_object(words: list[str], width: int, height: int) -> dict[str, Any]:
+def _yolo_object(words: list[str], width: int, height: int, classes: Collection[int]) -> dict[str, Any]:
     """A line "class x y w h", x and y of the centre, or "class x1 y1 x2 y2 ..." of an outline; all but the class relative to the image."""
     try:
-        kind, values = int(float(words[0])), [float(word) for word in words[1:]]
+        kind = int(float(words[0]))
     except (ValueError, OverflowError):
-        return {"category_id": None, "bbox": words}
+        kind = words[0]
+    category = kind + 1 if kind in classes else f"class {kind}"
+    try:
+        values = [float(word) for word in words[1:]]
+    except ValueError:
+        return {"category_id": category, "bbox": words[1:]}
     if len(values) == 4:
         x, y, w, h = values
         corners = x - w / 2, y - h / 2, x + w / 2, y + h / 2
     elif len(values) >= 6 and len(values) % 2 == 0:
         corners = min(values[0::2]), min(values[1::2]), max(values[0::2]), max(values[1::2])
     else:
-        return {"category_id": kind + 1, "bbox": values}
-    return {"category_id": kind + 1, "bbox": _box(corners, width, height)}
+        return {"category_id": category, "bbox": values}
+    return {"category_id": category, "bbox": _box(corners, width, height)}
 
 
 def _box(corners: tuple[float, ...], width: float = 1, height: float = 1) -> list[float]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from detrdistill.data.boxes import box_of_outline, finite_box, read_box, require_coco_form
 from detrdistill.data.file_names import ImageFolder
 from detrdistill.data.images import LONGEST, check_image, doubts
-from detrdistill.data.values import is_id, is_length, number, show, show_number, steers, whole
+from detrdistill.data.values import counted, is_id, is_length, number, show, show_number, steers, whole
 from detrdistill.errors import InputError
 
 Policy = Literal["drop", "clip", "repair", "refuse"]
@@ -29,17 +29,23 @@ class NoObjectsError(InputError):
 
 @dataclass(frozen=True)
 class Fault:
-    """One finding. `policy` says what was done: drop (the annotation), clip (the box), repair (a field), refuse (the file)."""
+    """One finding. `policy` says what was done: drop (the annotation), clip (the box), repair (a field), refuse (the file).
+
+    Attributes:
+        file_name: of the image, where it is known; YOLO and VOC have no other name for it.
+    """
 
     kind: str
     image_id: int | None
     annotation_id: int | None
     detail: str
     policy: Policy
+    file_name: str | None = None
 
     def __str__(self) -> str:
-        named = (("image", self.image_id), ("annotation", self.annotation_id))
-        where = ", ".join(f"{name} {number}" for name, number in named if number is not None)
+        image = "" if self.image_id is None else f"image {self.image_id}" + (f" ({self.file_name})" if self.file_name else "")
+        annotation = "" if self.annotation_id is None else f"annotation {self.annotation_id}"
+        where = ", ".join(filter(None, (image, annotation)))
         return f"{where}: {self.detail}" if where else self.detail
 
 
@@ -66,7 +72,9 @@ class Report:
 
     def text(self, most: int | None = None) -> str:
         """All warnings, and all faults by kind, or of each kind the first `most`."""
-        lines = [f"{self.file}: {self.images} images, {self.annotations} annotations, {len(self.faults)} faults"]
+        lines = [
+            f"{self.file}: {counted(self.images, 'image')}, {counted(self.annotations, 'annotation')}, {counted(len(self.faults), 'fault')}"
+        ]
         lines += [f"  warning: {one}" for one in self.warnings]
         for (kind, policy), count in Counter((fault.kind, fault.policy) for fault in self.faults).most_common():
             found = [str(fault) for fault in self.faults if (fault.kind, fault.policy) == (kind, policy)]
@@ -209,7 +217,7 @@ def _images(entries: list[Any], folder: ImageFolder, report: Report) -> Iterable
             report.faults.append(Fault("duplicate image id", number, None, "this image id is used twice", "refuse"))
             continue
         ids.add(number)
-        note = partial(_note, report, [number, None], "")
+        note = partial(_note, report, [number, None], "", None)  # details name the file
         if size := _size_fault(entry):
             note(*size, "refuse")
             continue
@@ -261,14 +269,15 @@ def _annotations(
         stated = [entry.get(key) for key in ("id", "image_id", "category_id", "iscrowd")]
         own, image_id, category_id, crowd = (whole(value) if isinstance(value, float) else value for value in stated)
         ids = [value if is_id(value) else None for value in (image_id, own)]
-        note = partial(_note, report, ids, "" if is_id(own) else f"annotations[{k}]: ")
-        if not is_id(image_id) or image_id not in images:
+        image = images.get(image_id) if is_id(image_id) else None
+        note = partial(_note, report, ids, "" if is_id(own) else f"annotations[{k}]: ", image and image["file_name"])
+        if image is None:
             note("unknown image", f"image_id {show_number(entry.get('image_id'))} is not among the images")
         elif not is_id(category_id) or category_id not in categories:
             note("unknown category", f"category_id {show_number(entry.get('category_id'))} is not among the categories")
         elif entry.get("iscrowd") is not None and not (isinstance(crowd, int) and crowd in (0, 1)):  # true and false are clear enough
             note("iscrowd", f"iscrowd is {show_number(entry['iscrowd'])}, not 0 or 1")
-        elif box := _box(entry, images[image_id], note, boxes):
+        elif box := _box(entry, image, note, boxes):
             if any(isinstance(value, float) and whole(value) is not None for value in stated):
                 note("whole numbers as 1.0", f"id, image_id, category_id, iscrowd are {', '.join(map(show, stated))}", "repair")
             area = number(entry.get("area", box[2] * box[3]))
@@ -302,5 +311,7 @@ def _box(entry: dict, image: dict, note: partial, boxes: list[tuple]) -> list[fl
     return read_box(listed, image, note)
 
 
-def _note(report: Report, ids: list[int | None], where: str, kind: str, detail: str, policy: Policy = "drop") -> None:
-    report.faults.append(Fault(kind, *ids, where + detail, policy))
+def _note(
+    report: Report, ids: list[int | None], where: str, file_name: str | None, kind: str, detail: str, policy: Policy = "drop"
+) -> None:
+    report.faults.append(Fault(kind, *ids, where + detail, policy, file_name))

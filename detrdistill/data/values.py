@@ -55,3 +55,8 @@ def is_quoted_number(value: Any) -> bool:
 def show_number(value: Any) -> str:
     """A value where a number is meant; of a number in quotes, how to write it."""
     return f"{show(value)} (write {value}, without quotes)" if is_quoted_number(value) else show(value)
+
+
+def counted(number: int, what: str) -> str:
+    """ "1 image", "2 images", "3 classes"."""
+    return f"{number} {what}" + ("" if number == 1 else "es" if what.endswith("s") else "s")

@@ -271,11 +271,17 @@ def test_a_conversion_is_made_anew_when_a_file_changes(tmp_path: Path) -> None:
     first = layout(Folder(path=root), "train", tmp_path / "cache")[0]
     written = first.stat().st_mtime_ns
     assert layout(Folder(path=root), "train", tmp_path / "cache")[0].stat().st_mtime_ns == written
-    (root / "train" / "labels" / "1.txt").write_text("0 0.5 0.5 0.25 0.25\n1 0.5 0.5 x 0.25\n7 0.5 0.5 0.1 0.1\n")
+    (root / "train" / "labels" / "1.txt").write_text("0 0.5 0.5 0.25 0.25\n1 0.5 0.5 x 0.25\n7 0.5 0.5 0.1 0.1\ndog 0.5 0.5 0.1 0.1\n")
     report = opened(root, "train").report
     assert layout(Folder(path=root), "train", tmp_path / "cache")[0] != first
-    assert "bbox is ['1', '0.5', '0.5', 'x', '0.25']" in str(report) or "category_id None is not among" in str(report)
-    assert "category_id 8 is not among the categories" in str(report) and report.annotations == 8
+    (image,) = (number for number, entry in opened(root, "train").coco.imgs.items() if entry["file_name"] == "train/images/1.png")
+    where = f"image {image} (train/images/1.png), annotation"
+    told = [str(fault) for fault in report.faults]
+    assert [fault.split(": ", 1)[0].rstrip("0123456789 ") for fault in told] == [where] * 3, (
+        "the number is the conversion's, the name theirs"
+    )
+    assert "bbox is ['0.5', '0.5', 'x', '0.25']" in told[0] and "category_id 'class 7' is not among the categories" in told[1]
+    assert "category_id 'class dog' is not among" in told[2] and report.annotations == 9
 
 
 def listed(root: Path, line: str) -> None:

@@ -82,7 +82,8 @@ def test_annotation_faults_are_reported(fault: str, root: Path, tries, capsys: p
     with tries(fault):
         commands.check(root)
         told = capsys.readouterr().out
-        assert f"image {changes.get('image_id', 1)}, annotation 10: {text}" in told and f"({policy})" in told
+        image = "image 77" if "image_id" in changes else "image 1 (1.png)"
+        assert f"{image}, annotation 10: {text}" in told and f"({policy})" in told
         labels = opened(root)[1][1]["labels"]
         assert len(labels) == (1 if policy == "drop" else 2)
 
@@ -91,7 +92,7 @@ def test_ids_used_twice(root: Path, tries, capsys: pytest.CaptureFixture) -> Non
     change(root, "annotations", 11, id=10)
     with tries("annotation id used twice"):
         commands.check(root)
-        assert "image 1, annotation 10: id 10 is used twice; 32 is used" in capsys.readouterr().out
+        assert "image 1 (1.png), annotation 10: id 10 is used twice; 32 is used" in capsys.readouterr().out
         assert len(opened(root)[1][1]["labels"]) == 2
     change(root, "images", 2, id=1)
     with tries("image id used twice"), pytest.raises(InputError, match=r"instances_train\.json: image 1: this image id is used twice"):
