@@ -12,7 +12,8 @@ PANEL = 1.6  # inches: a panel
 def weight_trials(frame: pd.DataFrame, note: str = "") -> Figure:
     """AP over the multiplier of a row's weights, one panel a row and detector that has trials, all on one scale.
 
-    A dot is a run with the first seed, a diamond one with the second, and the line goes through the first; what was chosen is ringed.
+    A dot is a run with the first seed, a diamond one with the second, and the line goes through the first; what was chosen is ringed. The
+    dashed line is the plain student with the first seed.
 
     Args:
         frame: of `tuning.tuning_frame`.
@@ -35,6 +36,8 @@ def weight_trials(frame: pd.DataFrame, note: str = "") -> Figure:
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.tick_params(axis="x", labelsize=style.points(6.5))
+            if trials["AP_plain"].notna().any():
+                axes.axhline(trials["AP_plain"].iloc[0], color=style.FAINT, linestyle="--", linewidth=1, zorder=1)
             axes.plot(trials["multiplier"], trials["AP_100"], color=style.BLUE, marker="o", markersize=3.5, linewidth=1)
             axes.plot(trials["multiplier"], trials["AP_101"], color=style.AMBER, marker="D", markersize=3.5, linestyle="none")
             chosen = trials[trials["chosen"]]
@@ -46,7 +49,7 @@ def weight_trials(frame: pd.DataFrame, note: str = "") -> Figure:
             axes.set_visible(False)
         figure.supylabel("AP", fontsize=style.points(8.5))
         left = f"; {waiting} rows have no trials yet" if waiting else ""
-        title = f"AP by the multiplier of the weights (blue: first seed, amber: second seed, ring: chosen){left}"
+        title = f"AP by the multiplier of the weights (blue: first seed, amber: second, ring: chosen, dashed: plain student){left}"
         title = "\n".join(style.even(title, style.room() - 0.1, 8.5))
         figure.suptitle(title, fontsize=style.points(8.5), x=0.01, ha="left")
         style.note(figure, note)

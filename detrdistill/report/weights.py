@@ -11,24 +11,27 @@ from detrdistill.recipes.tables import WEIGHTS
 from detrdistill.recipes.words import NOT_RUN
 from detrdistill.report.formats import to_markdown
 from detrdistill.runs.store import Store
-from detrdistill.runs.tuning import best_trial, rows_to_tune, tried
+from detrdistill.runs.tuning import FIRST_SEED, PLAIN, best_trial, rows_to_tune, tried
 
 NOTE = (
     "AP on other digits than the reported ones, by the multiplier of a row's weights; with both seeds their mean. Each row has the same "
     "trials: four multipliers with one seed, further ones while the best is at an end, smaller ones while even the best is below the "
-    "plain student, the best two with a second seed."
+    "plain student of the first seed, the best two with a second seed."
 )
 
 
 def tuning_frame(presets: Presets, store: Store) -> pd.DataFrame:
     """A line a trial: detector, row, multiplier, AP with both seeds, whether it was chosen, how many trials the row had, runs, commits.
 
-    Rows that have none have one line, with the multiplier and all numbers empty.
+    `AP_plain` is the plain student's with the first seed, the same in all lines of a detector. Rows that have no trials have one line,
+    with the multiplier and all numbers of trials empty.
     """
     lines = []
     for row in rows_to_tune(presets):
         trials, best = tried(row, store), best_trial(row, store)
+        plain = store.record(row.trial(PLAIN, FIRST_SEED))
         about = {"detector": row.detector, "row": row.name, "title": row.title, "trials": len(trials)}
+        about |= {"AP_plain": plain.metrics["AP"] if plain else math.nan}
         for trial in trials:
             line = about | {"multiplier": trial.factor, "AP_100": trial.first.metrics["AP"]}
             line |= {"AP_101": trial.second.metrics["AP"] if trial.second else math.nan, "chosen": best == trial}
@@ -43,7 +46,8 @@ def tuning_cells(frame: pd.DataFrame) -> pd.DataFrame:
     """A line a row as text: AP by multiplier (with both seeds: their mean), how many trials, what was chosen."""
     lines = []
     for (detector, _), trials in frame.groupby(["detector", "row"], sort=False):
-        line = {"Detector": detector, "Row": trials["title"].iloc[0]}
+        plain = trials["AP_plain"].iloc[0]
+        line = {"Detector": detector, "Row": trials["title"].iloc[0], "Plain student": "-" if math.isnan(plain) else f"{plain:.1f}"}
         for factor in sorted(frame["multiplier"].dropna().unique()):
             of_factor = trials[trials["multiplier"] == factor]
             line[f"x {factor:g}"] = "-" if of_factor.empty else _ap(of_factor.iloc[0])
@@ -55,7 +59,7 @@ def tuning_cells(frame: pd.DataFrame) -> pd.DataFrame:
 
 def write_tuning(frame: pd.DataFrame, note: str, folder: Path) -> list[Path]:
     """Write `weights.csv` (a line a trial) and `weights.md` (a line a row); the same bytes for the same records."""
-    numbers = ["multiplier", "AP_100", "AP_101"]
+    numbers = ["AP_plain", "multiplier", "AP_100", "AP_101"]
     written = frame.drop(columns="title").round(dict.fromkeys(numbers, 6)).astype(object)
     for column in numbers:
         written[column] = written[column].where(frame[column].notna(), NOT_RUN)

@@ -121,21 +121,24 @@ def test_a_row_ends_even_if_more_is_always_better(tmp_path: Path) -> None:
 
 def test_the_table_counts_trials(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    fill(store, find_row(MINI, "fgd"), lambda factor, seed: 20.0 - abs(math.log(factor)))
+    fill(store, find_row(MINI, "fgd"), lambda factor, seed: 20.0 - abs(math.log(factor)), plain=17.0)
     frame = tuning_frame(MINI, store)
     text = tuning_cells(frame).set_index(["Detector", "Row"])
     row = text.loc[("Deformable DETR", "FGD")]
+    assert row["Plain student"] == "17.0" == text.loc[("Deformable DETR", "MGD"), "Plain student"]
+    assert text.loc[("AdaMixer", "Logits"), "Plain student"] == "-"
     assert (row["Trials"], row["Multiplier"], row["x 1"], row["x 0.1"]) == ("4", "1", "20.0 (two seeds)", "17.7")
     assert text.loc[("AdaMixer", "Logits"), ["Trials", "Multiplier", "x 1"]].tolist() == ["0", "not run", "-"]
 
 
 def test_the_picture_has_a_panel_for_each_row_that_was_tried(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    fill(store, find_row(MINI, "fgd"), lambda factor, seed: 20.0 - abs(math.log(factor)))
+    fill(store, find_row(MINI, "fgd"), lambda factor, seed: 20.0 - abs(math.log(factor)), plain=17.0)
     figure = weight_trials(tuning_frame(MINI, store))
     shown = [axes for axes in figure.axes if axes.get_visible()]
     assert [axes.get_title(loc="left") for axes in shown] == ["Deformable DETR\nFGD"]
-    first, second, chosen = shown[0].lines
+    plain, first, second, chosen = shown[0].lines
+    assert set(plain.get_ydata()) == {17.0}
     assert list(first.get_xdata()) == list(FIRST) and list(chosen.get_xdata()) == [1.0] and chosen.get_ydata()[0] == pytest.approx(20.0)
     assert [label.get_text() for label in shown[0].get_xticklabels()] == ["0.1", "0.3", "1", "3"] and len(second.get_xdata()) == len(FIRST)
     assert f"{len(rows_to_tune(MINI)) - 1} rows have no trials yet" in figure.get_suptitle()
