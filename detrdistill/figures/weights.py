@@ -32,7 +32,8 @@ def weight_trials(frame: pd.DataFrame, note: str = "") -> Figure:
             )
             axes.set_xscale("log")
             factors = sorted(trials["multiplier"])
-            axes.set_xticks(factors[:: -(-len(factors) // (4 if style.narrow() else 5))], minor=False)  # so many numbers fit
+            fit = 3 if len(f"{factors[0]:g}") > 4 else 4 if style.narrow() else 5  # so many numbers
+            axes.set_xticks(factors[:: -(-len(factors) // fit)], minor=False)
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.tick_params(axis="x", labelsize=style.points(6.5))
