@@ -119,6 +119,7 @@ benchmark: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.loader $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.coverage $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.gpu_days $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.pulls $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.since $(ARGS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.benchmarks $(ARGS)
 

@@ -7,7 +7,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from benchmarks import benchmarks, coverage, detectors, distillation, export, gpu_days, growth, loader, since, teacher_outputs
+from benchmarks import benchmarks, coverage, detectors, distillation, export, gpu_days, growth, loader, pulls, since, teacher_outputs
 from detrdistill.distill.build import build_distiller
 from tests.models.small import untyped
 
@@ -21,6 +21,7 @@ ROWS = {
     growth: {"deformable_detr", "conditional_detr", "adamixer"},
     export: {"deformable_detr", "conditional_detr", "adamixer"},
     loader: {"pil", "tensor"},
+    pulls: {"fitnet", "features", "detrdistill"},
     since: {"deformable_detr"},
 }
 
