@@ -186,7 +186,11 @@ class Session:
 
         there = {setting: record for setting, record in records.items() if self.with_weights([record])}
         if len(there) < 2:
-            raise InputError(f"{len(there)} of {len(records)} runs have stored weights; a comparison needs two")
+            without = ", ".join(record.id for setting, record in records.items() if setting not in there)
+            raise InputError(
+                f"a comparison needs two runs with weights, and {self.store.root} has none of {without}; "
+                "set DETRDISTILL_RESULTS to another folder, where these runs are trained"
+            )
         models = {setting: open_model(str(self.store.folder(record.recipe)), self.device) for setting, record in there.items()}
         return compare_models(models, self.preset.student.data, threshold=self.threshold, progress=self.progress)
 

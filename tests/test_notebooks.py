@@ -10,6 +10,7 @@ import nbformat
 import papermill
 import pytest
 
+from detrdistill.errors import InputError
 from detrdistill.notebooks import execute as cold
 from detrdistill.notebooks import literal
 from detrdistill.recipes.presets import get_preset, get_presets
@@ -84,6 +85,8 @@ def test_a_run_without_weights_is_left_out_of_what_needs_them(
     assert session.with_weights([record]) == [record]
     store.weights(recipe).unlink()
     assert session.with_weights([record]) == []
+    with pytest.raises(InputError, match=rf"two runs with weights, and {store.root} has none of {record.id}; set DETRDISTILL_RESULTS"):
+        session.compare({"student": record})
     path = ROOT / "notebooks" / f"{name}.ipynb"
     one = {"detectors": "deformable_detr"} if "detectors" in papermill.inspect_notebook(str(path)) else {}
     execute(path, tmp_path / path.name, {"preset": "smoke", "seeds": [0], "progress": False} | one, timeout=280)
