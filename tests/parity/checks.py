@@ -1,5 +1,26 @@
-"""All checks by the kind of oracle that they replay."""
+"""All checks by the kind of oracle that they replay: our functions on its inputs, compared with all of its outputs.
 
-from tests.parity import checks_detectors, checks_detrdistill, checks_maps, checks_queries, checks_regions
+Every size comes from the oracle itself.
+"""
 
-CHECKS = checks_detectors.CHECKS | checks_detrdistill.CHECKS | checks_maps.CHECKS | checks_queries.CHECKS | checks_regions.CHECKS
+from tests.parity import (
+    checks_adamixer,
+    checks_conditional,
+    checks_criterion,
+    checks_deformable,
+    checks_detrdistill,
+    checks_maps,
+    checks_queries,
+    checks_regions,
+)
+
+CHECKS = (
+    checks_criterion.CHECKS
+    | checks_deformable.CHECKS
+    | checks_conditional.CHECKS
+    | checks_adamixer.CHECKS
+    | checks_detrdistill.CHECKS
+    | checks_maps.CHECKS
+    | checks_queries.CHECKS
+    | checks_regions.CHECKS
+)

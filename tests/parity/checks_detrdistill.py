@@ -14,8 +14,9 @@ from detrdistill.distill.features import FeatureDistillation, best_overlap, rele
 from detrdistill.distill.logits import LogitsDistillation, class_cost
 from detrdistill.matching import Problem, match
 from detrdistill.models.outputs import DetectorOutput, Queries, Targets
-from tests.parity.checks_detectors import Channels, build, stages
+from tests.parity.checks_deformable import build
 from tests.parity.oracle import SCALAR, Oracle
+from tests.parity.shared import Channels, stages
 
 # L1 and GIoU in the names of mmdetection's losses.
 MMDET = {"class": "cls", "l1": "bbox", "giou": "iou"}

@@ -10,8 +10,8 @@ from detrdistill.checkpoints.names import OFFICIAL_ADAMIXER, OFFICIAL_CONDITIONA
 from detrdistill.models.adamixer import AdaMixer
 from detrdistill.models.conditional_detr import ConditionalDETR
 from detrdistill.models.deformable_detr import DeformableDETR
-from tests.parity.checks_detectors import Channels
 from tests.parity.conftest import SELECTION
+from tests.parity.shared import Channels
 
 OFFICIAL = json.loads((SELECTION / "state_dict_keys.json").read_text(encoding="utf-8"))["models"]
 # A ResNet-50 without its weights, from C2 and from C3 on.
