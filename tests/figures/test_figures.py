@@ -1,6 +1,7 @@
 """What the figures show: the right numbers on the right artists, and equal bytes for equal data."""
 
 import math
+from io import BytesIO
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +10,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
+from PIL import Image
 
 from detrdistill.distill.stages import pair_stages
 from detrdistill.figures import style
@@ -17,6 +19,7 @@ from detrdistill.figures.convergence import TOGETHER, convergence
 from detrdistill.figures.detections import Objects, compare, hits
 from detrdistill.figures.loss_parts import loss_parts
 from detrdistill.figures.masks import query_masks
+from detrdistill.figures.png import shrunk
 from detrdistill.figures.stage_pairs import stage_pairs
 from detrdistill.figures.style import save
 from detrdistill.published import published
@@ -78,6 +81,27 @@ def test_equal_data_gives_equal_bytes(name: str, tmp_path: Path) -> None:
     assert first == second
     assert first[0].startswith(b"\x89PNG") and first[1].startswith(b"%PDF")
     assert b"CreationDate" not in first[1] and b"/Subtype /Type3" not in first[1]
+
+
+@pytest.mark.parametrize("name", ["convergence", "bars", "loss_parts"])
+def test_a_chart_has_a_palette_and_looks_the_same(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (small,) = style.save(FIGURES[name](), tmp_path / "small", ("png",))
+    monkeypatch.setattr(style, "shrunk", lambda png: png)
+    (whole,) = style.save(FIGURES[name](), tmp_path / "whole", ("png",))
+    one, other = (Image.open(path) for path in (small, whole))
+    assert one.mode == "P" and one.info["dpi"] == other.info["dpi"] and small.stat().st_size < 0.6 * whole.stat().st_size
+    away = np.abs(np.asarray(one.convert("RGB"), dtype=int) - np.asarray(other.convert("RGB"), dtype=int)).max(-1)
+    assert (away > 8).mean() < 0.005 and away.max() < 64
+
+
+@pytest.mark.parametrize("opaque", [True, False])
+def test_a_photograph_and_what_is_transparent_stay_as_they_are(opaque: bool) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (100, 100, 4), dtype=np.uint8) if opaque else np.zeros((9, 9, 4), dtype=np.uint8)
+    if opaque:
+        pixels[..., 3] = 255
+    buffer = BytesIO()
+    Image.fromarray(pixels).save(buffer, format="png")
+    assert shrunk(buffer.getvalue()) == buffer.getvalue()
 
 
 def test_a_notebook_shows_what_a_cell_returns() -> None:
