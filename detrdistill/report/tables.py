@@ -84,12 +84,15 @@ def _computed_by(about: Mapping[str, Any]) -> str:
     return f"torch {about.get('versions', {}).get('torch', 'unknown')} on {about.get('device', 'unknown')}"
 
 
-def summarise(table: Table, frame: pd.DataFrame, comparisons: "Comparisons") -> pd.DataFrame:
+def summarise(
+    table: Table, frame: pd.DataFrame, comparisons: "Comparisons", planned: Mapping[tuple[str, ...], int] | None = None
+) -> pd.DataFrame:
     """A line a row: mean over seeds, half of its 95 % t-interval, gain over the student with that of the fit, published values, status.
 
     Args:
         frame: what `collect` gave for this table.
         comparisons: of all tables of the preset, since every run of a detector tells how large noise is.
+        planned: of `register.planned_seeds`; where fewer are planned for a table than it has, no more are wanted.
 
     Raises:
         InputError: the frame holds lines of another table or preset.
@@ -98,6 +101,9 @@ def summarise(table: Table, frame: pd.DataFrame, comparisons: "Comparisons") -> 
     if held != {ours}:
         raise InputError(f"table {ours} must not be mixed with {', '.join(sorted(held - {ours}))}")
     paper = published(table.published) if table.published else None
+    most = {
+        detector: seeds for (preset, name, detector, *_), seeds in (planned or {}).items() if (preset, name) == (table.preset, table.name)
+    }
     lines = []
     for row in table.rows:
         of_detector = frame[frame["detector"] == row.detector].set_index("seed")
@@ -114,7 +120,9 @@ def summarise(table: Table, frame: pd.DataFrame, comparisons: "Comparisons") -> 
             line[f"published_{name}"] = stated if row.published else math.nan
         line |= {name: mean_and_half(runs[name])[0] for name in COSTS if name in frame}
         line |= {"stored": bool(len(runs)) and (runs["status"] == STORED).all()}
-        line |= {"measured_on": table.measured_on, "seeds": int(runs["AP"].notna().sum()), "seeds_wanted": len(row.recipes)}
+        seeds = int(runs["AP"].notna().sum())
+        wanted = max(seeds, min(len(row.recipes), most.get(row.detector) or len(row.recipes)))
+        line |= {"measured_on": table.measured_on, "seeds": seeds, "seeds_wanted": wanted}
         lines.append(line | {"status": status(line, gain, coco=table.preset == "coco" and not row.of_published)})
     return pd.DataFrame(lines)
 

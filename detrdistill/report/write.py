@@ -118,12 +118,13 @@ def write_report(
     # Of all tables, whichever are shown: every run of a detector tells how large its noise is.
     everything = all_compared(presets, seeds)
     comparisons = Comparisons(everything, source)
-    weighed = weigh(everything, comparisons, planned_seeds(everything))  # whose parts are tested together, whichever are shown
+    planned = planned_seeds(everything)
+    weighed = weigh(everything, comparisons, planned)  # whose parts are tested together, whichever are shown
     if not weighed.empty:
         shown = {table.name for table in made}
         shown |= set(BESIDE) if "main_results" in shown else set()  # its teachers are theirs
         weighed = weighed[weighed["table"].isin(shown)].reset_index(drop=True)
-    summaries = [summarise(table, frame, comparisons) for table, frame in zip(made, frames, strict=True)]
+    summaries = [summarise(table, frame, comparisons, planned) for table, frame in zip(made, frames, strict=True)]
     harms = {row: words for table, summary in zip(made, summaries, strict=True) for row, words in harms_of(table.name, summary).items()}
     claims = verdicts(weighed, harms)
     paths, sections = [], []

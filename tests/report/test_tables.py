@@ -68,6 +68,17 @@ def test_the_teacher_is_one_run_for_all_seeds() -> None:
     assert table.rows[2].recipes[1] == QUICK.recipe("detrdistill", 1)
 
 
+@pytest.mark.parametrize(("planned", "counted"), [(2, "2 of 2"), (1, "2 of 2"), (6, "2 of 3"), (0, "2 of 3"), (None, "2 of 3")])
+def test_no_more_seeds_are_wanted_than_are_planned(planned: int | None, counted: str, tmp_path: Path) -> None:
+    fill(Store(tmp_path), student=(16.0, 15.0, None))
+    table = main_results([QUICK], [0, 1, 2])
+    plans = {("quick", "main_results", "Deformable DETR", "detrdistill", "student", "AP"): planned} if planned is not None else {}
+    summary = summarise(table, collect(table, Store(tmp_path)), Comparisons([table], Store(tmp_path)), plans)
+    wanted = cells(summary).set_index("Setting")["Seeds"]
+    assert wanted["Student"] == counted
+    assert wanted["DETRDistill"] == "3 of 3"
+
+
 def test_no_seeds_are_refused() -> None:
     with pytest.raises(InputError, match="no seeds"):
         make_table("main_results", [QUICK], [])
