@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from detrdistill.files import atomic, write_text
-from detrdistill.recipes.words import DETECTORS, TITLES
+from detrdistill.recipes.words import ADAMIXER, DETECTORS, NAMES, TITLES
 from workflow.any_detr import families, families_measured, methods_of_families, parity
 from workflow.findings import REFERENCE, as_table, found, read, rows
 from workflow.growth import curves, growth, same_picture
 from workflow.ratios import BENCHMARKS, cost, ratios
 
 ROOT = Path(__file__).resolve().parents[1]
+OF_QUERIES = {"logits": "queries", "assignment": "queries", "kd_detr": "queries", "d3etr": "queries", "detrdistill": "both"}
 CURVES = ROOT / "docs" / "growth.png"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), REFERENCE / "mini" / "README.md"]
 BLOCK = re.compile(r"<!-- (\w+)((?: [\w-]+)*) -->\n(.*?)<!-- end -->", re.DOTALL)
@@ -88,6 +89,26 @@ def teacher_outputs() -> str:
     return as_table(["Teacher's outputs", *(f"{title}: DETRDistill, FGD" for title in DETECTORS.values()), "Aim"], table)
 
 
+def pulls() -> str:
+    """How hard each loss pulls at AdaMixer's backbone, the weakest first, and what its student reached in the tuning."""
+    trials = [line for line in read(REFERENCE / "mini" / "tables" / "weights.csv") if line["detector"] == NAMES[ADAMIXER]]
+    reached = {(line["row"], float(line["multiplier"])): float(line["AP_100"]) for line in trials}
+    table = []
+    for line in sorted(read(BENCHMARKS / "pulls.csv"), key=lambda line: float(line["of the gradient"])):
+        row, multiplier = line["row"], float(line["multiplier"])
+        ratio, low, high = (two_digits(float(line[name])) for name in ("of the gradient", "low", "high"))
+        cells = [f"{float(line['of the loss']):.1%}", f"{ratio} ({low} to {high})", f"{float(line['cosine']):.2f}"]
+        title, ap = TITLES.get(row, row.capitalize()), f"{reached[row, multiplier]:.1f}"
+        table.append([title, f"{multiplier:g}", OF_QUERIES.get(row, "maps"), *cells, ap])
+    gradient = "Gradient at the backbone (detection loss: 1)"
+    return as_table(["Loss", "Multiplier", "Compares", "Part of the loss", gradient, "Cosine of the two", "AP in the tuning"], table)
+
+
+def two_digits(value: float) -> str:
+    """And all that are before the point."""
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
+
+
 def exported() -> str:
     """Time and size of exported detectors."""
     if not (path := BENCHMARKS / "export.csv").is_file():
@@ -111,7 +132,7 @@ def commits() -> str:
 
 BLOCKS: Mapping[str, Callable[..., str]] = {
     one.__name__: one for one in (
-        found, cost, measured, results, gpu_days, ratios, teacher_outputs, exported, growth, commits, families, families_measured,
+        found, cost, measured, results, gpu_days, ratios, teacher_outputs, exported, growth, commits, pulls, families, families_measured,
         methods_of_families, parity,
     )
 }  # fmt: skip
