@@ -1,6 +1,7 @@
 """Benchmarks work: each runs here in its smallest sizes, whose numbers mean nothing."""
 
 import csv
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -9,6 +10,10 @@ import pytest
 
 from benchmarks import benchmarks, coverage, detectors, distillation, export, gpu_days, growth, loader, pulls, since, teacher_outputs
 from detrdistill.distill.build import build_distiller
+from detrdistill.recipes.presets import get_preset
+from detrdistill.recipes.words import ADAMIXER
+from detrdistill.runs.run import run
+from detrdistill.runs.store import Store
 from tests.models.small import untyped
 
 ROWS = {
@@ -21,7 +26,7 @@ ROWS = {
     growth: {"deformable_detr", "conditional_detr", "adamixer"},
     export: {"deformable_detr", "conditional_detr", "adamixer"},
     loader: {"pil", "tensor"},
-    pulls: {"fitnet", "features", "detrdistill"},
+    pulls: {"fitnet", "fkd", "features", "detrdistill"},
     since: {"deformable_detr"},
 }
 
@@ -46,6 +51,15 @@ def test_a_method_s_floor_decodes_what_the_method_does(method: str) -> None:
     for names in ("with_student_queries", "with_teacher_queries"):
         assert [term.name for term in getattr(floor, names)] == [term.name for term in getattr(whole, names)]
     assert floor.attention == whole.attention and floor.student is whole.student
+
+
+def test_pulls_are_measured_on_what_the_trainer_trains(tmp_path: Path) -> None:
+    recipe, store = get_preset("smoke", ADAMIXER).recipe("fitnet"), Store(tmp_path)
+    run(recipe, store, device="cpu", workers=0, progress=False)
+    log = [json.loads(line) for line in (store.folder(recipe) / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    trained = next(line for line in log if line["step"] == 2 and "loss" in line)
+    ((step, part, ratio, _),) = pulls.pulls(recipe, store, 2)
+    assert step == 2 and part == pytest.approx(trained["fitnet"] / trained["loss"], rel=1e-5) and ratio > 0
 
 
 def test_without_the_history_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
