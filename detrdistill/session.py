@@ -187,10 +187,8 @@ class Session:
         there = {setting: record for setting, record in records.items() if self.with_weights([record])}
         if len(there) < 2:
             without = ", ".join(record.id for setting, record in records.items() if setting not in there)
-            raise InputError(
-                f"a comparison needs two runs with weights, and {self.store.root} has none of {without}; "
-                "set DETRDISTILL_RESULTS to another folder, where these runs are trained"
-            )
+            found = f"the weights of {without} are not in {self.store.root}" if without else f"{len(records)} was given"
+            raise InputError(f"a comparison needs two runs with weights, and {found}; train them, in a results folder of your own")
         models = {setting: open_model(str(self.store.folder(record.recipe)), self.device) for setting, record in there.items()}
         return compare_models(models, self.preset.student.data, threshold=self.threshold, progress=self.progress)
 

@@ -81,7 +81,7 @@ class SessionTable:
     @cached_property
     def summary(self) -> pd.DataFrame:
         """A line a row, as `report.tables.summarise` has it."""
-        return summarise(self._table, self.frame, self.comparisons)
+        return summarise(self._table, self.frame, self.comparisons, planned_seeds(self._tables))
 
     @property
     def provenance(self) -> str:

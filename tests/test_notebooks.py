@@ -85,7 +85,8 @@ def test_a_run_without_weights_is_left_out_of_what_needs_them(
     assert session.with_weights([record]) == [record]
     store.weights(recipe).unlink()
     assert session.with_weights([record]) == []
-    with pytest.raises(InputError, match=rf"two runs with weights, and {store.root} has none of {record.id}; set DETRDISTILL_RESULTS"):
+    missing = rf"two runs with weights, and the weights of {record.id} are not in {store.root}; train them, in a results folder"
+    with pytest.raises(InputError, match=missing):
         session.compare({"student": record})
     path = ROOT / "notebooks" / f"{name}.ipynb"
     one = {"detectors": "deformable_detr"} if "detectors" in papermill.inspect_notebook(str(path)) else {}

@@ -8,15 +8,16 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from detrdistill.errors import InputError
 from detrdistill.files import atomic, write_text
-from detrdistill.recipes.words import ADAMIXER, DETECTORS, NAMES, TITLES
+from detrdistill.recipes.words import ADAMIXER, DETECTORS, NAMES, NOT_RUN, TITLES
 from workflow.any_detr import families, families_measured, methods_of_families, parity
 from workflow.findings import REFERENCE, as_table, found, read, rows
 from workflow.growth import curves, growth, same_picture
 from workflow.ratios import BENCHMARKS, cost, ratios
 
 ROOT = Path(__file__).resolve().parents[1]
-OF_QUERIES = {"logits": "queries", "assignment": "queries", "kd_detr": "queries", "d3etr": "queries", "detrdistill": "both"}
+OF_QUERIES = {"logits": "queries", "assignment": "queries", "kd_detr": "queries", "d3etr": "queries, attention", "detrdistill": "both"}
 CURVES = ROOT / "docs" / "growth.png"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), REFERENCE / "mini" / "README.md"]
 BLOCK = re.compile(r"<!-- (\w+)((?: [\w-]+)*) -->\n(.*?)<!-- end -->", re.DOTALL)
@@ -92,20 +93,22 @@ def teacher_outputs() -> str:
 def pulls() -> str:
     """How hard each loss pulls at AdaMixer's backbone, the weakest first, and what its student reached in the tuning."""
     trials = [line for line in read(REFERENCE / "mini" / "tables" / "weights.csv") if line["detector"] == NAMES[ADAMIXER]]
-    reached = {(line["row"], float(line["multiplier"])): float(line["AP_100"]) for line in trials}
-    table = []
+    reached = {(line["row"], float(line["multiplier"])): line["AP_100"] for line in trials if line["run"] != NOT_RUN}
+    table = [["none (plain student)", *"-----", f"{float(trials[0]['AP_plain']):.1f}"]]
     for line in sorted(read(BENCHMARKS / "pulls.csv"), key=lambda line: float(line["of the gradient"])):
         row, multiplier = line["row"], float(line["multiplier"])
+        if (row, multiplier) not in reached:
+            raise InputError(f"pulls.csv: row '{row}' x {multiplier:g} is no trial of weights.csv; measure again with benchmarks.pulls")
         ratio, low, high = (two_digits(float(line[name])) for name in ("of the gradient", "low", "high"))
-        cells = [f"{float(line['of the loss']):.1%}", f"{ratio} ({low} to {high})", f"{float(line['cosine']):.2f}"]
-        title, ap = TITLES.get(row, row.capitalize()), f"{reached[row, multiplier]:.1f}"
+        cells = [f"{two_digits(100 * float(line['of the loss']))} %", f"{ratio} ({low} to {high})", f"{float(line['cosine']):.2f}"]
+        title, ap = TITLES.get(row, row.capitalize()), f"{float(reached[row, multiplier]):.1f}"
         table.append([title, f"{multiplier:g}", OF_QUERIES.get(row, "maps"), *cells, ap])
-    gradient = "Gradient at the backbone (detection loss: 1)"
-    return as_table(["Loss", "Multiplier", "Compares", "Part of the loss", gradient, "Cosine of the two", "AP in the tuning"], table)
+    pull = "Pull at the backbone (detection loss: 1)"
+    return as_table(["Loss", "Multiplier", "Compares", "Part of the loss", pull, "Cosine of the two", "AP in the tuning"], table)
 
 
 def two_digits(value: float) -> str:
-    """And all that are before the point."""
+    """Two significant digits, and all before the point."""
     return f"{value:.2g}" if value < 10 else f"{value:.0f}"
 
 

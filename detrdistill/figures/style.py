@@ -213,7 +213,7 @@ def check_formats(formats: Sequence[str]) -> None:
 def save(figure: Figure, stem: Path | str, formats: Sequence[str] = USUAL) -> list[Path]:
     """Write `<stem>.png` (200 dpi), `<stem>.pdf` and `<stem>.svg` (vector), or some of them; equal figures are equal files.
 
-    A PNG of a chart has a palette, which makes it a third as large.
+    A PNG of a chart has a palette, which makes it less than half as large.
 
     Raises:
         InputError: an unknown format.

@@ -15,7 +15,7 @@ from detrdistill.errors import InputError
 from detrdistill.published import published, published_value
 from detrdistill.recipes.claims import MARGIN, REPRODUCED_WITHIN
 from detrdistill.recipes.identity import run_id
-from detrdistill.recipes.rows import Table
+from detrdistill.recipes.rows import Row, Table
 from detrdistill.recipes.words import MEASURED, METRICS, NO_OBJECTS, NOT_RUN, STORED
 from detrdistill.records import Cost, Record, refuse_mixed, short_commit
 from detrdistill.runs.store import Store
@@ -92,7 +92,7 @@ def summarise(
     Args:
         frame: what `collect` gave for this table.
         comparisons: of all tables of the preset, since every run of a detector tells how large noise is.
-        planned: of `register.planned_seeds`; where fewer are planned for a table than it has, no more are wanted.
+        planned: of `register.planned_seeds`; where some are planned for a table, no more are wanted, nor more teachers than these need.
 
     Raises:
         InputError: the frame holds lines of another table or preset.
@@ -101,9 +101,6 @@ def summarise(
     if held != {ours}:
         raise InputError(f"table {ours} must not be mixed with {', '.join(sorted(held - {ours}))}")
     paper = published(table.published) if table.published else None
-    most = {
-        detector: seeds for (preset, name, detector, *_), seeds in (planned or {}).items() if (preset, name) == (table.preset, table.name)
-    }
     lines = []
     for row in table.rows:
         of_detector = frame[frame["detector"] == row.detector].set_index("seed")
@@ -121,10 +118,20 @@ def summarise(
         line |= {name: mean_and_half(runs[name])[0] for name in COSTS if name in frame}
         line |= {"stored": bool(len(runs)) and (runs["status"] == STORED).all()}
         seeds = int(runs["AP"].notna().sum())
-        wanted = max(seeds, min(len(row.recipes), most.get(row.detector) or len(row.recipes)))
-        line |= {"measured_on": table.measured_on, "seeds": seeds, "seeds_wanted": wanted}
+        line |= {"measured_on": table.measured_on, "seeds": seeds, "seeds_wanted": max(seeds, _wanted(row, table, planned or {}))}
         lines.append(line | {"status": status(line, gain, coco=table.preset == "coco" and not row.of_published)})
     return pd.DataFrame(lines)
+
+
+def _wanted(row: Row, table: Table, planned: Mapping[tuple[str, ...], int]) -> int:
+    """How many runs a row should have."""
+    place = table.preset, table.name, row.detector
+    most = next((seeds for key, seeds in planned.items() if key[:3] == place and seeds), None)
+    if row.family != "teacher":
+        return len([*row.recipes][:most])
+    students = [recipe for other in table.rows if other.detector == row.detector for recipe in [*other.recipes.values()][:most]]
+    teachers = {run_id(student.teacher) for student in students if student.teacher}
+    return sum(run_id(recipe) in teachers for recipe in row.recipes.values())
 
 
 def status(line: Mapping[str, float | str], gain: Difference, *, coco: bool) -> str:

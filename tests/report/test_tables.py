@@ -79,6 +79,18 @@ def test_no_more_seeds_are_wanted_than_are_planned(planned: int | None, counted:
     assert wanted["DETRDistill"] == "3 of 3"
 
 
+@pytest.mark.parametrize(
+    ("planned", "teachers", "students"), [(2, "1 of 1", "2 of 2"), (4, "1 of 2", "2 of 4"), (None, "1 of 2", "2 of 5")]
+)
+def test_no_more_teachers_are_wanted_than_planned_students_need(planned: int | None, teachers: str, students: str, tmp_path: Path) -> None:
+    preset, store = replace(QUICK, students_a_teacher=3), Store(tmp_path)
+    fill(store, preset, student=(16.0, 15.0), distilled=(17.0, 18.0))
+    table = main_results([preset], range(5))
+    plans = {("quick", "main_results", "Deformable DETR", "detrdistill", "student", "AP"): planned} if planned else {}
+    wanted = cells(summarise(table, collect(table, store), Comparisons([table], store), plans)).set_index("Setting")["Seeds"]
+    assert (wanted["Teacher"], wanted["Student"]) == (teachers, students)
+
+
 def test_no_seeds_are_refused() -> None:
     with pytest.raises(InputError, match="no seeds"):
         make_table("main_results", [QUICK], [])

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from detrdistill.errors import InputError, NonFiniteError
@@ -11,7 +12,7 @@ from detrdistill.recipes.identity import parents, run_id
 from detrdistill.recipes.methods import METHODS, DETRDistill
 from detrdistill.recipes.presets import TUNED, get_preset, get_presets
 from detrdistill.recipes.tables import make_table
-from detrdistill.recipes.words import ADAMIXER, CONDITIONAL, DEFORMABLE
+from detrdistill.recipes.words import ADAMIXER, CONDITIONAL, DEFORMABLE, NAMES
 from detrdistill.report.weights import tuning_cells, tuning_frame
 from detrdistill.runs.plan import plan_text
 from detrdistill.runs.store import Store
@@ -34,6 +35,7 @@ from detrdistill.session import open_session
 from tests.report.test_tables import put
 
 MINI = get_presets("mini")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def fill(store: Store, row: TunedRow, score, plain: float = 0.0) -> list[tuple[float, int]]:
@@ -173,6 +175,15 @@ def test_the_quick_preset_is_not_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_frozen_names_are_rows() -> None:
     for key, found in TUNED.items():
         assert found.keys() <= {row.name for row in rows_to_tune(MINI) if row.key == key}
+
+
+@pytest.mark.parametrize("key", [key for key, found in TUNED.items() if found])
+def test_what_is_frozen_is_what_the_committed_trials_chose(key: str) -> None:
+    """A multiplier of 1 is not stated."""
+    trials = pd.read_csv(ROOT / "results" / "reference" / "mini" / "tables" / "weights.csv").query("chosen")
+    found = trials[trials["detector"] == NAMES[key]].set_index("row")["multiplier"].astype(float).to_dict()
+    assert found.keys() == {row.name for row in rows_to_tune(MINI) if row.key == key}
+    assert {row: factor for row, factor in found.items() if factor != 1} == TUNED[key]
 
 
 def test_refusals(tmp_path: Path) -> None:
