@@ -205,7 +205,7 @@ def provenance_line(frame: pd.DataFrame) -> str:
     parts = [f"Measured on {frame['measured_on'].iloc[0]}"]
     if ran.empty:
         return f"{parts[0]}: {NOT_RUN} yet."
-    commits = sorted({short_commit(commit) for commit in ran["commit"]})
+    commits = sorted({one for commit in ran["commit"] for one in short_commit(commit).split(", ")})  # a continued run names several
     parts.append(f"data {ran['data_sha256'].iloc[0][:8]}")
     parts.append(f"commit{'s' * (len(commits) > 1)} {', '.join(commits)}")
     machines = sorted(set(ran["computed_by"]))

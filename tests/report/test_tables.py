@@ -184,6 +184,15 @@ def test_missing_runs_are_said_to_be_missing(tmp_path: Path) -> None:
     assert back.loc[back["AP"].notna(), "commit"].tolist() == ["0123456789abcdef"] * 2
 
 
+def test_the_commits_of_a_continued_run_are_named_once(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store)
+    table = main_results([QUICK], [0, 1, 2])
+    frame = collect(table, store)
+    frame.loc[0, "commit"] = "fedcba9876543210, 0123456789abcdef"
+    assert "; commits 01234567, fedcba98; " in provenance_line(frame)
+
+
 def test_the_best_of_several_evaluations_is_called_that(tmp_path: Path) -> None:
     store, table = Store(tmp_path), main_results([QUICK], (0, 1, 2))
     fill(store)
