@@ -1,7 +1,7 @@
 """A table as runs to compare, and its rows: the same setting under several seeds."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from detrdistill.recipes.methods import Method
 from detrdistill.recipes.parts import Digits
@@ -25,6 +25,7 @@ class Row:
         at: the part of the schedule after which AP is read off the curve; 1 is the end, and has all numbers.
         variant: what tells it from other rows of its family, such as a backbone; "" where it is the only one.
         tuned_as: the name that a weight of the row's own was tuned under, in `Preset.tuned`; "" for a row that has none.
+        untuned: the same runs with the weights before tuning, which need not be run; empty in a table without a row that was tuned.
     """
 
     detector: str
@@ -38,6 +39,7 @@ class Row:
     at: float = 1.0
     variant: str = ""
     tuned_as: str = ""
+    untuned: Mapping[int, Recipe] = field(default_factory=dict)
 
     @property
     def of_published(self) -> bool:

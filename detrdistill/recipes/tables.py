@@ -276,7 +276,11 @@ def make_table(name: str, presets: Presets, seeds: Seeds) -> Table:
         raise InputError(f"table '{name}' trains other teachers or students than the published detector; leave it out")
     if not seeds:
         raise InputError("no seeds given; name at least one, such as 0")
-    return (TABLES | BESIDE)[name]([preset for preset in some if name not in preset.left_out] or some, seeds)
+    make, some = (TABLES | BESIDE)[name], [preset for preset in some if name not in preset.left_out] or some
+    made, before = make(some, seeds), make([replace(preset, tuned={}) for preset in some], seeds)
+    if made.recipes() == before.recipes():
+        return made
+    return replace(made, rows=tuple(replace(row, untuned=same.recipes) for row, same in zip(made.rows, before.rows, strict=True)))
 
 
 def able(name: str, presets: Presets) -> list[Preset]:

@@ -11,7 +11,7 @@ from detrdistill.files import write_text
 from detrdistill.published import in_words
 from detrdistill.recipes.rows import Table
 from detrdistill.recipes.words import METRICS, NO_OBJECTS, NOT_RUN
-from detrdistill.report.tables import COSTS, NOTES, cells, provenance_line
+from detrdistill.report.tables import COSTS, NOTES, UNTUNED, cells, provenance_line
 
 
 def write_table(table: Table, frame: pd.DataFrame, summary: pd.DataFrame, folder: Path) -> list[Path]:
@@ -39,6 +39,8 @@ def to_csv(frame: pd.DataFrame) -> str:
     for column in (*METRICS, "data_sha256", "commit"):
         empty = np.where(whole, NO_OBJECTS, "not stored") if column in METRICS else "unknown"
         filled[column] = np.where(frame[column].notna(), filled[column], np.where(ran, empty, NOT_RUN))
+    if UNTUNED in filled:
+        filled[UNTUNED] = filled[UNTUNED].where(frame[UNTUNED].notna(), NOT_RUN)
     if "cost_measured_on" in filled:
         costs = [*COSTS, "cost_measured_on"]
         filled[costs] = filled[costs].where(filled[costs].notna(), "not measured")
@@ -78,7 +80,14 @@ def to_latex(text: pd.DataFrame, title: str, provenance: str) -> str:
     )
 
 
-HEADERS = {"APs": r"AP$_S$", "APm": r"AP$_M$", "APl": r"AP$_L$", "Published AP": "Publ. AP", "Published gain": "Publ. gain"}
+HEADERS = {
+    "AP before tuning": "AP untuned",
+    "APs": r"AP$_S$",
+    "APm": r"AP$_M$",
+    "APl": r"AP$_L$",
+    "Published AP": "Publ. AP",
+    "Published gain": "Publ. gain",
+}
 LATEX = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {character: f"${character}$" for character in "<>|"}

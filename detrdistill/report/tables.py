@@ -23,6 +23,7 @@ from detrdistill.statistics import ONE_SEED, Difference, mean_and_half, seeds_to
 
 # In these tables parameters, GFLOPs and milliseconds stand beside AP, as soon as a run's costs were measured (`compare.costs`).
 WITH_COSTS = ("main_results", "light_backbones")
+UNTUNED = "AP_untuned"
 COSTS = {"parameters": "Parameters (M)", "gflops": "GFLOPs", "milliseconds": "ms"}
 COST_FORMS = {"parameters": ".2f", "gflops": ".3g", "milliseconds": ".1f"}
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 def collect(table: Table, store: Store) -> pd.DataFrame:
     """A line a run: table, preset, detector, setting, seed, run, the twelve numbers, status ("measured" or "not run"), provenance.
 
-    Where costs of a run of `WITH_COSTS` were measured, they have columns too.
+    Where a row was tuned, `UNTUNED` is the AP with the weights before. Where costs of runs of `WITH_COSTS` were measured, they are columns.
 
     Raises:
         InputError: a record was edited, or the records do not belong together (other data, or another teacher than the table's).
@@ -45,6 +46,10 @@ def collect(table: Table, store: Store) -> pd.DataFrame:
             line = {"table": table.name, "preset": table.preset, "detector": row.detector, "setting": row.name, "seed": seed}
             line |= {"run": record.id if record else run_id(recipe)}
             line |= {name: _nan(value) for name, value in metrics_at(record, row.at).items()}
+            if row.untuned:
+                before = store.record(row.untuned[seed])
+                line |= {UNTUNED: _nan(metrics_at(before, row.at)["AP"])}
+                records += [before] if before else []
             line |= {"status": _status(record, store)}
             about = record.provenance if record else {}
             records += [record] if record else []
@@ -115,7 +120,7 @@ def summarise(
         for name in ("AP", "gain"):
             stated = row.published and published_value(paper, row.published, row.column.replace("AP", name))
             line[f"published_{name}"] = stated if row.published else math.nan
-        line |= {name: mean_and_half(runs[name])[0] for name in COSTS if name in frame}
+        line |= {name: mean_and_half(runs[name])[0] for name in (UNTUNED, *COSTS) if name in frame}
         line |= {"stored": bool(len(runs)) and (runs["status"] == STORED).all()}
         seeds = int(runs["AP"].notna().sum())
         line |= {"measured_on": table.measured_on, "seeds": seeds, "seeds_wanted": max(seeds, _wanted(row, table, planned or {}))}
@@ -162,6 +167,7 @@ def cells(summary: pd.DataFrame) -> pd.DataFrame:
                 "Setting": line["title"],
                 "AP": _number(line["AP"], empty, half=line["AP_half"]),
                 "Gain": _gain(line) if distilled else "-",
+                **({"AP before tuning": _number(line[UNTUNED], NOT_RUN) if distilled else "-"} if UNTUNED in summary else {}),
                 "APs": _number(line["APs"], empty),
                 "APm": _number(line["APm"], empty),
                 "APl": _number(line["APl"], empty),
@@ -215,6 +221,8 @@ def provenance_line(frame: pd.DataFrame) -> str:
     if ran["status"].str.contains("best of").any():
         parts.append("runs of their best evaluation, which was chosen on the same images, so that their numbers are optimistic")
     text = "; ".join(parts) + "."
+    if UNTUNED in frame:
+        text += " AP before tuning: with the weights of multiplier 1, published or ours, over the seeds that were run so."
     if "cost_measured_on" not in ran or not (places := sorted(set(ran["cost_measured_on"].dropna()))):
         return text
     return f"{text} Parameters, GFLOPs (a multiply-add is two) and milliseconds an image: measured on {'; '.join(places)}."

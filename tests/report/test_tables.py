@@ -184,6 +184,23 @@ def test_missing_runs_are_said_to_be_missing(tmp_path: Path) -> None:
     assert back.loc[back["AP"].notna(), "commit"].tolist() == ["0123456789abcdef"] * 2
 
 
+def test_what_was_tuned_stands_beside_what_it_was_before(tmp_path: Path) -> None:
+    store, tuned = Store(tmp_path), replace(QUICK, tuned={"detrdistill": 3.0})
+    assert make_table("main_results", [QUICK], [0]).rows[2].untuned == {}, "nothing was tuned"
+    fill(store, tuned, distilled=(20.0, 21.0))
+    for seed, ap in enumerate((10.0, 12.0, 14.0)):
+        put(store, QUICK.recipe("detrdistill", seed), ap)
+    table = make_table("main_results", [tuned], [0, 1, 2])
+    frame = collect(table, store)
+    text = cells(summarise(table, frame, Comparisons([table], store))).set_index("Setting")
+    assert text.loc["DETRDistill", "AP before tuning"] == "12.0" and text.loc["DETRDistill", "Seeds"] == "2 of 3"
+    assert text.loc["Student", "AP before tuning"] == "-" and "over the seeds that were run so" in provenance_line(frame)
+    (path, *_) = write_table(table, frame, summarise(table, frame, Comparisons([table], store)), tmp_path / "tables")
+    back = pd.read_csv(path, na_values=["not run", "n/a"])
+    assert back.loc[back["setting"] == "detrdistill", "AP_untuned"].tolist() == [10.0, 12.0, 14.0]
+    assert len(table.recipes()) == 7, "the runs before tuning need not be made"
+
+
 def test_the_commits_of_a_continued_run_are_named_once(tmp_path: Path) -> None:
     store = Store(tmp_path)
     fill(store)
