@@ -187,7 +187,7 @@ def styled(summary: pd.DataFrame, frame: pd.DataFrame) -> Styler:
     text = cells(summary).drop(columns="Measured on")
     caption = {"selector": "caption", "props": "text-align: left; caption-side: bottom"}
     left = [{"selector": "th, td", "props": "text-align: left"}, caption]
-    return text.style.hide(axis="index").set_caption(f"{provenance_line(frame)} {NOTES}").set_table_styles(left)
+    return text.style.hide(axis="index").set_caption(caption(frame)).set_table_styles(left)
 
 
 def _number(value: float, empty: str, form: str = ".1f", half: float = math.nan) -> str:
@@ -221,8 +221,6 @@ def provenance_line(frame: pd.DataFrame) -> str:
     if ran["status"].str.contains("best of").any():
         parts.append("runs of their best evaluation, which was chosen on the same images, so that their numbers are optimistic")
     text = "; ".join(parts) + "."
-    if UNTUNED in frame:
-        text += " AP before tuning: with the weights of multiplier 1, published or ours, over the seeds that were run so."
     if "cost_measured_on" not in ran or not (places := sorted(set(ran["cost_measured_on"].dropna()))):
         return text
     return f"{text} Parameters, GFLOPs (a multiply-add is two) and milliseconds an image: measured on {'; '.join(places)}."
@@ -234,3 +232,9 @@ NOTES = (
     "adjusted for other rows as a claim's is: of twenty gains without any effect one is taken for one by chance. "
     "n/a: the data has no objects of that size."
 )
+BEFORE = "AP before tuning: with the weights of multiplier 1, published or ours, over the seeds that were run so."
+
+
+def caption(frame: pd.DataFrame) -> str:
+    """What stands below a table: its provenance, and what its columns mean."""
+    return " ".join([provenance_line(frame), NOTES, *[BEFORE] * (UNTUNED in frame)])
