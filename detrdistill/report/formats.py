@@ -11,7 +11,7 @@ from detrdistill.files import write_text
 from detrdistill.published import in_words
 from detrdistill.recipes.rows import Table
 from detrdistill.recipes.words import METRICS, NO_OBJECTS, NOT_RUN
-from detrdistill.report.tables import COSTS, UNTUNED, caption, cells
+from detrdistill.report.tables import COSTS, UNTUNED, cells, note_below
 
 
 def write_table(table: Table, frame: pd.DataFrame, summary: pd.DataFrame, folder: Path) -> list[Path]:
@@ -19,7 +19,7 @@ def write_table(table: Table, frame: pd.DataFrame, summary: pd.DataFrame, folder
     text = cells(summary)
     beside = f", beside the paper's {in_words(table.published)}" if table.published else ""
     title = f"{table.title}, preset {table.preset}{beside}"
-    provenance = caption(frame)
+    provenance = note_below(frame)
     forms = {"csv": to_csv(frame), "md": to_markdown(text, title, provenance), "tex": to_latex(text, title, provenance)}
     paths = []
     for suffix, content in forms.items():

@@ -187,7 +187,7 @@ def styled(summary: pd.DataFrame, frame: pd.DataFrame) -> Styler:
     text = cells(summary).drop(columns="Measured on")
     caption = {"selector": "caption", "props": "text-align: left; caption-side: bottom"}
     left = [{"selector": "th, td", "props": "text-align: left"}, caption]
-    return text.style.hide(axis="index").set_caption(caption(frame)).set_table_styles(left)
+    return text.style.hide(axis="index").set_caption(note_below(frame)).set_table_styles(left)
 
 
 def _number(value: float, empty: str, form: str = ".1f", half: float = math.nan) -> str:
@@ -235,6 +235,6 @@ NOTES = (
 BEFORE = "AP before tuning: with the weights of multiplier 1, published or ours, over the seeds that were run so."
 
 
-def caption(frame: pd.DataFrame) -> str:
+def note_below(frame: pd.DataFrame) -> str:
     """What stands below a table: its provenance, and what its columns mean."""
     return " ".join([provenance_line(frame), NOTES, *[BEFORE] * (UNTUNED in frame)])

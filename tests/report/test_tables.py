@@ -21,7 +21,7 @@ from detrdistill.recipes.words import METRICS
 from detrdistill.records import Record
 from detrdistill.report.comparisons import Comparisons
 from detrdistill.report.formats import write_table
-from detrdistill.report.tables import caption, cells, collect, provenance_line, summarise
+from detrdistill.report.tables import cells, collect, note_below, provenance_line, styled, summarise
 from detrdistill.report.write import stored_seeds, write_report
 from detrdistill.runs.store import Store
 from detrdistill.statistics import mean_and_half
@@ -194,7 +194,8 @@ def test_what_was_tuned_stands_beside_what_it_was_before(tmp_path: Path) -> None
     frame = collect(table, store)
     text = cells(summarise(table, frame, Comparisons([table], store))).set_index("Setting")
     assert text.loc["DETRDistill", "AP before tuning"] == "12.0" and text.loc["DETRDistill", "Seeds"] == "2 of 3"
-    assert text.loc["Student", "AP before tuning"] == "-" and "over the seeds that were run so" in caption(frame)
+    assert text.loc["Student", "AP before tuning"] == "-" and "over the seeds that were run so" in note_below(frame)
+    assert note_below(frame) in styled(summarise(table, frame, Comparisons([table], store)), frame).to_html()
     (path, *_) = write_table(table, frame, summarise(table, frame, Comparisons([table], store)), tmp_path / "tables")
     back = pd.read_csv(path, na_values=["not run", "n/a"])
     assert back.loc[back["setting"] == "detrdistill", "AP_untuned"].tolist() == [10.0, 12.0, 14.0]
