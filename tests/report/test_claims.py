@@ -291,18 +291,19 @@ def test_prose_says_what_the_committed_comparisons_say() -> None:
     for line in main.to_dict("records"):
         interval = f"{line['difference']:+.1f} ± {line['half']:.1f}"
         assert (f"the interval is {interval}" if line["than"] == "Student" else f"{line['than']}: {interval}") in page
-    for than in ("FGD", "MGD"):
-        (line,) = main[main["than"] == than].to_dict("records")
-        low, high = (line["difference"] + sign * line["adjusted_half"] for sign in (-1, 1))
-        assert line["status"] == "holds" and f"[{low:+.1f}, {high:+.1f}]" in page
-    assert f"*{main.set_index('than').loc['FitNet', 'status']}*" in page
+    (line,) = main[main["than"] == "FGD"].to_dict("records")
+    low, high = (line["difference"] + sign * line["adjusted_half"] for sign in (-1, 1))
+    assert line["status"] == "holds" and f"[{low:+.1f}, {high:+.1f}]" in page
+    for than in ("MGD", "FitNet"):
+        assert f"*{main.set_index('than').loc[than, 'status']}*" in page
     runs = pd.read_csv(root / "results" / "reference" / "mini" / "tables" / "main_results.csv")
     runs = runs[(runs["detector"] == "Deformable DETR") & runs["setting"].isin(["student", "detrdistill"]) & (runs["AP"] != "not run")]
     runs = runs.astype({"AP": float})
     plain, distilled = (runs.loc[runs["setting"] == name, "AP"].to_numpy() for name in ("student", "detrdistill"))
-    told = ["{:.1f}, {:.1f} and {:.1f}".format(*values) for values in (plain, distilled)]
+    five = ", ".join(["{:.1f}"] * 5)
+    told = [f"{five} and {{:.1f}}".format(*values) for values in (plain, distilled)]
     assert f"AP of {told[0]}, the distilled one {told[1]}" in page
-    assert "The gains are {:+.1f}, {:+.1f} and {:+.1f}".format(*(distilled - plain)) in page
+    assert f"The gains are {five} and {{:.1f}}".replace(":", ":+").format(*(distilled - plain)) in page
 
 
 @pytest.mark.parametrize("name", TABLES)
