@@ -1,7 +1,7 @@
 """The claims of a preset as its page tells them: a line a claim, and one sentence over all. No torch here."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -11,15 +11,12 @@ from detrdistill.recipes.words import NOT_RUN
 from detrdistill.report.claims import sentence
 from detrdistill.statistics import AGAINST, HOLDS, NO_EFFECT, NO_GAIN, ONE_SEED, SMALL, UNDECIDED, VERDICTS
 
-IN_PART, BOTH, WHERE_RUN = " in part", f"{HOLDS} and {AGAINST}", " where it was run"
-# What is said of one claim and of several, in the order of the headline.
+# What is said of one comparison and of several, in the order of the headline.
 OUTCOMES = {
     HOLDS: ("1 holds", "{} hold"),
     HOLDS + SMALL: ("1 holds by less than the margin", "{} hold by less than the margin"),
-    HOLDS + IN_PART: ("1 holds in part", "{} hold in part"),
-    BOTH: ("1 holds in part and came out against in part", "{} hold in part and came out against in part"),
-    AGAINST: ("1 came out against", "{} came out against"),
-    AGAINST + IN_PART: ("1 came out against in part", "{} came out against in part"),
+    AGAINST: ("1 comes out against", "{} come out against"),
+    AGAINST + SMALL: ("1 comes out against by less than the margin", "{} come out against by less than the margin"),
     NO_EFFECT: ("1 shows no effect above the margin", "{} show no effect above the margin"),
     NO_GAIN: ("1 shows no gain above the margin", "{} show no gain above the margin"),
     UNDECIDED: ("1 is undecided", "{} are undecided"),
@@ -83,39 +80,16 @@ def harms_of(table: str, summary: pd.DataFrame) -> dict[tuple[str, str, str], st
     return {(table, line["detector"], line["title"]): said.format(**line) for line in below}
 
 
-def outcome(counts: Mapping[str, int]) -> str:
-    """One word for a claim of several parts, with "where it was run" if some of them were not, and the word does not say "in part".
-
-    "holds" or "against" where all others say so, "in part" where some do. Else the weakest word: who reads that a claim has no effect
-    must be able to rely on all of its parts. "(small)" is no difference, but where all parts that hold are so.
-    """
-    word = _of_those_run(counts.keys() - {NOT_RUN})
-    whole = NOT_RUN not in counts or word in (NOT_RUN, BOTH) or word.endswith(IN_PART)
-    return word if whole else word + WHERE_RUN
-
-
-def _of_those_run(found: Set[str]) -> str:
-    if found == {HOLDS + SMALL}:
-        return HOLDS + SMALL
-    words = {word.removesuffix(SMALL) for word in found}
-    if {HOLDS, AGAINST} <= words:
-        return BOTH
-    for word in (HOLDS, AGAINST):
-        if word in words:
-            return word if len(words) == 1 else word + IN_PART
-    return next((word for word in (UNDECIDED, ONE_SEED, NO_GAIN, NO_EFFECT) if word in words), NOT_RUN)
-
-
 def headline(claims: Sequence[Verdict]) -> str:
-    """What was found, in a sentence of counts: "4 of 19 claims about DETRDistill hold, 6 hold in part and 9 were not run"."""
-    counted = Counter(outcome(claim.counts) for claim in claims)
-    if counted[NOT_RUN] == len(claims):
-        return f"None of {len(claims)} claims about DETRDistill was run yet" if claims else "No claim is asked of these tables"
+    """What was found, in a sentence of counts: "4 of 19 comparisons hold, 6 are undecided and 9 were not run"."""
+    counted = sum((Counter(claim.counts) for claim in claims), Counter())
+    asked = counted.total()
+    if counted[NOT_RUN] == asked:
+        return f"None of {asked} comparisons was run yet" if asked else "No claim is asked of these tables"
     held = counted[HOLDS]
-    said = [f"{held or 'None'} of {len(claims)} claims about DETRDistill hold{'s' * (held < 2)}"]
+    said = [f"{held or 'None'} of {asked} comparisons hold{'s' * (held < 2)}"]
     for word, (one, several) in OUTCOMES.items():
-        for place, places in (("", ""), (WHERE_RUN, " where they were run")):
-            if (count := counted[word + place]) and word + place != HOLDS:
-                said.append(one + place if count == 1 else several.format(count) + places)
+        if word != HOLDS and (count := counted[word]):
+            said.append(one if count == 1 else several.format(count))
     *most, last = said
     return f"{', '.join(most)} and {last}" if most else last

@@ -13,7 +13,8 @@ import pytest
 from detrdistill.errors import InputError
 from detrdistill.recipes.presets import get_presets
 from detrdistill.recipes.tables import QUESTIONS, TABLES, WEIGHTS, all_compared, make_table
-from detrdistill.report.board import Verdict, harms_of, headline, outcome, verdicts
+from detrdistill.recipes.words import NOT_RUN
+from detrdistill.report.board import Verdict, harms_of, headline, verdicts
 from detrdistill.report.claims import weigh
 from detrdistill.report.comparisons import Comparisons
 from detrdistill.report.page import STATUSES, Section, count_statuses, write_page
@@ -309,36 +310,19 @@ def test_what_is_wide_scrolls_by_itself(folder: Path) -> None:
     assert ".scroll { overflow-x: auto; }" in CSS.read_text()
 
 
-def test_one_word_for_a_claim_of_several_parts() -> None:
-    cases = {
-        HOLDS: {HOLDS: 2, HOLDS + SMALL: 1},
-        HOLDS + SMALL: {HOLDS + SMALL: 2},
-        "holds where it was run": {HOLDS: 1, "not run": 8},
-        "holds (small) where it was run": {HOLDS + SMALL: 1, "not run": 8},
-        "no effect above the margin where it was run": {NO_EFFECT: 1, "not run": 1},
-        "holds in part": {HOLDS: 1, UNDECIDED: 2, "not run": 1},
-        "holds and against": {HOLDS: 3, AGAINST + SMALL: 1, UNDECIDED: 1},
-        AGAINST: {AGAINST: 1},
-        "against in part": {AGAINST: 1, NO_GAIN: 1},
-        NO_EFFECT: {NO_EFFECT: 2},
-        NO_GAIN: {NO_EFFECT: 2, NO_GAIN: 1},
-        UNDECIDED: {NO_EFFECT: 2, UNDECIDED: 1, ONE_SEED: 1},
-        ONE_SEED: {NO_EFFECT: 2, ONE_SEED: 1},
-        "not run": {"not run": 4},
-    }
-    assert {word: outcome(counts) for word, counts in cases.items()} == {word: word for word in cases}
-    claims = [claim(counts=counts) for counts in cases.values()]
-    assert headline(claims) == (
-        "1 of 14 claims about DETRDistill holds, 1 holds where it was run, 1 holds by less than the margin, 1 holds by less than the "
-        "margin where it was run, 1 holds in part, 1 holds in part and came out against in part, 1 came out against, 1 came out against "
-        "in part, 1 shows no effect above the margin, 1 shows no effect above the margin where it was run, 1 shows no gain above the "
-        "margin, 1 is undecided, 1 has one seed and 1 was not run"
+def test_the_headline_counts_comparisons() -> None:
+    every = {HOLDS: 3, HOLDS + SMALL: 2, AGAINST: 1, AGAINST + SMALL: 2, NO_EFFECT: 1, NO_GAIN: 2, UNDECIDED: 1, ONE_SEED: 2, NOT_RUN: 1}
+    said = (
+        "3 of 15 comparisons hold, 2 hold by less than the margin, 1 comes out against, 2 come out against by less than the margin, "
+        "1 shows no effect above the margin, 2 show no gain above the margin, 1 is undecided, 2 have one seed and 1 was not run"
     )
-    assert headline(claims[2:3] * 2) == "None of 2 claims about DETRDistill holds and 2 hold where they were run"
-    partly = [one for one in claims if outcome(one.counts) in ("holds in part", "holds and against")]
-    assert headline([*partly, partly[0]]).startswith("None of 3 claims about DETRDistill holds, 2 hold in part and 1 holds in part")
-    assert headline(claims[:1] * 3) == "3 of 3 claims about DETRDistill hold"
-    assert headline(claims[-1:] * 2) == "None of 2 claims about DETRDistill was run yet"
+    assert headline([claim(counts=every)]) == said
+    assert headline([claim(counts={word: count}) for word, count in every.items()]) == said, "of several claims their sum"
+    assert every.keys() == {*VERDICTS, NOT_RUN}, "no verdict is left out"
+    assert headline([claim(counts={HOLDS: 1, NOT_RUN: 1})]) == "1 of 2 comparisons holds and 1 was not run"
+    assert headline([claim(counts={AGAINST: 2})]) == "None of 2 comparisons holds and 2 come out against"
+    assert headline([claim(counts={HOLDS: 2})]) == "2 of 2 comparisons hold"
+    assert headline([claim(counts={NOT_RUN: 1})] * 2) == "None of 2 comparisons was run yet"
     assert headline([]) == "No claim is asked of these tables"
 
 
@@ -350,7 +334,7 @@ def test_every_table_has_its_question_and_its_own_claims(tmp_path: Path, undrawn
     compared = all_compared(get_presets("mini"), [0])
     weighed = weigh(compared, Comparisons(compared, Store(tmp_path)))
     assert (
-        f"<h1>None of {weighed['claim'].nunique()} claims about DETRDistill was run yet</h1>" in text
+        f"<h1>None of {len(weighed)} comparisons was run yet</h1>" in text
         and "not a COCO result" in text[: text.index("<nav")]
     )
     parts = dict(re.findall(r'<section id="(\w+)">(.*?)</section>', text, re.S))
