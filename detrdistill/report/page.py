@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from detrdistill.files import write_text
 from detrdistill.recipes.claims import INSIDE, MARGIN, MARGINS, REPRODUCED_WITHIN
-from detrdistill.recipes.words import MEASURED, NOT_RUN, STORED
+from detrdistill.recipes.words import MEASURED, NAMES, NOT_RUN, STORED
 from detrdistill.report.board import Verdict
 from detrdistill.statistics import AGAINST, HOLDS, NO_EFFECT, NO_GAIN, ONE_SEED, SMALL, UNDECIDED
 
@@ -134,5 +134,11 @@ def _link(folder: Path, path: str | Path, suffix: str = "") -> dict[str, str | b
         suffix: of the file of the same name that is meant instead.
     """
     path = Path(path).with_suffix(suffix) if suffix else Path(path)
-    words = re.sub(r"(?<=[a-z])(?=[0-9])", " ", path.stem.replace("_", " ")).capitalize()  # "figure1" becomes "Figure 1"
-    return {"name": path.name, "words": words, "address": quote(path.as_posix()), "exists": (folder / path).is_file()}
+    return {"name": path.name, "words": _words(path.stem), "address": quote(path.as_posix()), "exists": (folder / path).is_file()}
+
+
+def _words(stem: str) -> str:
+    """Of "figure4_rt_detr_v2_quality" for example "Figure 4 RT-DETR v2 quality"."""
+    named = re.sub(rf"(?<=_)({'|'.join(sorted(NAMES, key=len, reverse=True))})(?=_|$)", lambda key: NAMES[key[0]], stem)
+    words = re.sub(r"^([a-z]+)(?=[0-9])", r"\1 ", named.replace("_", " "))
+    return words[:1].upper() + words[1:]

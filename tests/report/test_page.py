@@ -185,6 +185,14 @@ def test_everything_is_escaped(folder: Path) -> None:
     assert page.all("a", "href").count(anchor) == 2 and " " not in anchor
 
 
+def test_files_are_named_in_words(folder: Path) -> None:
+    """Detectors by their names, also where one name is a part of another."""
+    figures = ["main_results", "figure1", "figure4_rt_detr_v2_quality", "loss_parts_rt_detr_v2", "convergence_deformable_detr"]
+    _, text = read(folder, section(figures=[f"figures/{name}.png" for name in figures]))
+    words = "Figure 1, Figure 4 RT-DETR v2 quality, Loss parts RT-DETR v2, Convergence Deformable DETR"
+    assert f"More pictures: {words}</summary>" in text
+
+
 def test_statuses_are_counted_in_words(folder: Path) -> None:
     many = table("not run", "undecided (about 9 seeds)", "not run", "reproduced", "undecided (over 99 seeds)", "odd (so)", "holds (small)")
     assert count_statuses(many) == {"reproduced": 1, "holds (small)": 1, "undecided": 2, "not run": 2, "odd (so)": 1}
