@@ -14,9 +14,9 @@ from detrdistill.runs.store import Store
 from detrdistill.runs.tuning import FIRST_SEED, PLAIN, best_trial, rows_to_tune, tried
 
 NOTE = (
-    "AP on other digits than the reported ones, by the multiplier of a row's weights; with both seeds their mean. Each row has the same "
-    "trials: four multipliers with one seed, further ones while the best is at an end, smaller ones while even the best is below the "
-    "plain student of the first seed, the best two with a second seed."
+    "AP on other digits than the reported ones, by the multiplier of a row's weights; of both seeds their mean, in the table marked (2). "
+    "Each row has the same trials: four multipliers with one seed, further ones while the best is at an end, smaller ones while even the "
+    "best is below the plain student of the first seed, the best two with a second seed."
 )
 
 
@@ -43,7 +43,7 @@ def tuning_frame(presets: Presets, store: Store) -> pd.DataFrame:
 
 
 def tuning_cells(frame: pd.DataFrame) -> pd.DataFrame:
-    """A line a row as text: AP by multiplier (with both seeds: their mean), how many trials, what was chosen."""
+    """A line a row as text: AP by multiplier (of both seeds their mean, marked (2)), how many trials, what was chosen."""
     lines = []
     for (detector, _), trials in frame.groupby(["detector", "row"], sort=False):
         plain = trials["AP_plain"].iloc[0]
@@ -74,4 +74,4 @@ def write_tuning(frame: pd.DataFrame, note: str, folder: Path) -> list[Path]:
 
 def _ap(line: pd.Series) -> str:
     found = [value for value in (line["AP_100"], line["AP_101"]) if not math.isnan(value)]
-    return f"{sum(found) / len(found):.1f}" + (" (two seeds)" if len(found) == 2 else "")
+    return f"{sum(found) / len(found):.1f}" + (" (2)" if len(found) == 2 else "")

@@ -129,7 +129,7 @@ def test_the_table_counts_trials(tmp_path: Path) -> None:
     row = text.loc[("Deformable DETR", "FGD")]
     assert row["Plain student"] == "17.0" == text.loc[("Deformable DETR", "MGD"), "Plain student"]
     assert text.loc[("AdaMixer", "Logits"), "Plain student"] == "-"
-    assert (row["Trials"], row["Multiplier"], row["x 1"], row["x 0.1"]) == ("4", "1", "20.0 (two seeds)", "17.7")
+    assert (row["Trials"], row["Multiplier"], row["x 1"], row["x 0.1"]) == ("4", "1", "20.0 (2)", "17.7")
     assert text.loc[("AdaMixer", "Logits"), ["Trials", "Multiplier", "x 1"]].tolist() == ["0", "not run", "-"]
 
 
