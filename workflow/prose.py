@@ -1,4 +1,4 @@
-"""Fills the marked blocks of README.md, docs/ and the reading of preset mini from committed csv files: `make prose`. Draws docs/growth.png.
+"""Fills the marked blocks of README.md, docs/ and the reading of preset mini from committed files: `make prose`. Draws docs/growth.png.
 
 A block is what stands between `<!-- NAME ARGUMENTS -->` and `<!-- end -->`. Nobody writes a number there by hand; a test compares.
 The faults in docs/trust.md are not from here: `make faults` writes them.
@@ -10,7 +10,9 @@ from pathlib import Path
 
 from detrdistill.errors import InputError
 from detrdistill.files import atomic, write_text
+from detrdistill.recipes.presets import get_preset
 from detrdistill.recipes.words import ADAMIXER, DETECTORS, NAMES, NOT_RUN, TITLES
+from detrdistill.runs.store import Store
 from workflow.any_detr import families, families_measured, methods_of_families, parity
 from workflow.findings import REFERENCE, as_table, found, read, rows
 from workflow.growth import curves, growth, same_picture
@@ -18,6 +20,13 @@ from workflow.ratios import BENCHMARKS, cost, ratios
 
 ROOT = Path(__file__).resolve().parents[1]
 OF_QUERIES = {"logits": "queries", "assignment": "queries", "kd_detr": "queries", "d3etr": "queries, attention", "detrdistill": "both"}
+D3ETR_SEEDS = 0, 1, 2
+D3ETR_PARTS: Mapping[str, Mapping[str, float]] = {
+    "whole": {},
+    "no attention": {"self_attention": 0.0, "cross_attention": 0.0},
+    "matched queries alone": {"fixed": 0.0},
+    "teacher's queries alone": {"adaptive": 0.0},
+}
 CURVES = ROOT / "docs" / "growth.png"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), REFERENCE / "mini" / "README.md"]
 BLOCK = re.compile(r"<!-- (\w+)((?: [\w-]+)*) -->\n(.*?)<!-- end -->", re.DOTALL)
@@ -35,6 +44,20 @@ def measured(method: str) -> str:
     text += f"[how to read it](../results.md), [whole table]({link}).\n\n"
     heading = [*columns[:-1], "Gain in the paper (COCO)"]
     return text + as_table(heading, [[row[column] for column in columns] for row in own])
+
+
+def parts_of_d3etr() -> str:
+    """What each part of D3ETR gives AdaMixer's student, from records of preset mini that no table holds."""
+    preset, store = get_preset("mini", ADAMIXER), Store(REFERENCE / "mini")
+    table = []
+    for part, changes in D3ETR_PARTS.items():
+        found = [store.record(preset.taught(seed, preset.tuned_method("d3etr", changes))) for seed in D3ETR_SEEDS]
+        if not all(found):
+            raise InputError(f"D3ETR, {part}: its runs are not in {store.root}; bring them with detrdistill.runs.reference")
+        reached = [record.metrics["AP"] for record in found if record]
+        switches = " ".join(f"`--set d3etr.{name}={value:g}`" for name, value in changes.items()) or "-"
+        table.append([part, switches, ", ".join(f"{ap:.1f}" for ap in reached), f"{sum(reached) / len(reached):.1f}"])
+    return as_table(["Part", "Switches", f"AP, seeds {', '.join(map(str, D3ETR_SEEDS))}", "Mean"], table)
 
 
 def results(preset: str, table: str) -> str:
@@ -135,8 +158,8 @@ def commits() -> str:
 
 BLOCKS: Mapping[str, Callable[..., str]] = {
     one.__name__: one for one in (
-        found, cost, measured, results, gpu_days, ratios, teacher_outputs, exported, growth, commits, pulls, families, families_measured,
-        methods_of_families, parity,
+        found, cost, measured, parts_of_d3etr, results, gpu_days, ratios, teacher_outputs, exported, growth, commits, pulls, families,
+        families_measured, methods_of_families, parity,
     )
 }  # fmt: skip
 
