@@ -50,6 +50,12 @@ def test_growth_that_nobody_explains_is_refused(monkeypatch: pytest.MonkeyPatch)
         growth.growth()
 
 
+def test_parts_that_were_not_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prose, "D3ETR_SEEDS", (0, 9))
+    with pytest.raises(InputError, match=r"D3ETR, whole: its runs are not in .*mini; bring them"):
+        prose.parts_of_d3etr()
+
+
 def test_every_block_is_used() -> None:
     used = {block[0] for page in prose.PAGES for block in prose.BLOCK.findall(page.read_text(encoding="utf-8"))}
     assert used == prose.BLOCKS.keys() | {"faults"}

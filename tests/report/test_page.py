@@ -341,10 +341,7 @@ def test_every_table_has_its_question_and_its_own_claims(tmp_path: Path, undrawn
     text = (tmp_path / "index.html").read_text(encoding="utf-8")
     compared = all_compared(get_presets("mini"), [0])
     weighed = weigh(compared, Comparisons(compared, Store(tmp_path)))
-    assert (
-        f"<h1>None of {len(weighed)} comparisons was run yet</h1>" in text
-        and "not a COCO result" in text[: text.index("<nav")]
-    )
+    assert f"<h1>None of {len(weighed)} comparisons was run yet</h1>" in text and "not a COCO result" in text[: text.index("<nav")]
     parts = dict(re.findall(r'<section id="(\w+)">(.*?)</section>', text, re.S))
     for table_made in made:
         part, own = Reader(parts[table_made.name]), verdicts(weighed[weighed["table"] == table_made.name], {})
