@@ -32,11 +32,11 @@ from detrdistill.runs.store import Store
 IMAGES, DIGITS = 400, 5  # how many validation images are looked at, at most, and digits of the shares that are kept
 # The maps of `where_to_look` that Figure 2 shows, and what it calls them.
 REGIONS = {
-    "fgd": "FGD: objects\nx attention",
-    "fgfi": "FGFI:\nnear anchors",
-    "cross-attention": "cross-\nattention",
-    "gradient": "gradient of\ndetection loss",
-    "queries": "query masks\n(Eq. 9)",
+    "fgd": "FGD: objects x attention",
+    "fgfi": "FGFI: near anchors",
+    "cross-attention": "cross-attention",
+    "gradient": "gradient of detection loss",
+    "queries": "query masks (Eq. 9)",
 }
 
 
@@ -126,8 +126,7 @@ def shares(detector: nn.Module, dataset: CocoDataset, indices: Sequence[int], *,
 
 def shares_table(measured: Mapping[str, InsideObjects]) -> pd.DataFrame:
     """A line a detector: the means over its images, in percent."""
-    names = {name: title.replace("-\n", "-").replace("\n", " ") for name, title in REGIONS.items()}
-    names |= {"alike": "query masks, all queries alike", "area": "area of the boxes"}
+    names = REGIONS | {"alike": "query masks, all queries alike", "area": "area of the boxes"}
     means = {detector: pd.DataFrame(one.percent, dtype=float).mean() for detector, one in measured.items()}
     return pd.DataFrame(means).T.rename(columns=names)
 

@@ -257,12 +257,12 @@ def wrap(text: str, width: float, size: float, weight: str = "normal") -> list[s
     return []
 
 
-def even(text: str, width: float, size: float) -> list[str]:
+def even(text: str, width: float, size: float, weight: str = "normal") -> list[str]:
     """As few lines as possible, of about equal length: no last word alone."""
-    lines = wrap(text, width, size)
+    lines = wrap(text, width, size, weight)
     for letters in range(1, len(text)):
         evened = textwrap.wrap(text, letters, break_long_words=False)
-        if len(evened) == len(lines) and all(text_width(line, size) <= width for line in evened):
+        if len(evened) == len(lines) and all(text_width(line, size, weight) <= width for line in evened):
             return evened
     return lines
 

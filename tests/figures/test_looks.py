@@ -11,9 +11,11 @@ from matplotlib import font_manager
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+from detrdistill.analysis.where_to_look import REGIONS
 from detrdistill.distill.stages import pair_stages
 from detrdistill.errors import InputError
 from detrdistill.figures import style
+from detrdistill.figures.attention import active_regions
 from detrdistill.figures.comparison import comparison
 from detrdistill.figures.convergence import convergence
 from detrdistill.figures.detections import compare
@@ -43,6 +45,9 @@ def trials() -> pd.DataFrame:
 FIGURES = {
     **{f"runs: {name}": make for name, make in runs.FIGURES.items()},
     **{f"inside: {name}": make for name, make in inside.FIGURES.items()},
+    "inside: regions": lambda: active_regions(
+        [inside.image()] * 2, [inside.truth()] * 2, *({title: [one] * 2 for title in REGIONS.values()} for one in (np.eye(4), 0.5)), NOTE
+    ),
     # Two objects a column: more labels than that cover each other on so small a picture.
     "runs: detections": lambda: compare([runs.image()], {"ground truth": [runs.truth()], "student": [runs.found().above(0.7)]}, NOTE),
     "table: main": lambda: comparison(*tables.CASES["main"](), NOTE),
@@ -56,7 +61,7 @@ FIGURES = {
         {name: pair_stages(3, 6, name) for name in ("grouped", "last_only", "last_to_all", "uniform")}, 3, 6
     ),
 }
-LOOKS = {"column": Look(3.3, "serif", 8), "narrowest": Look(3.0, "sans", 8.5), "page": Look(7.0, "serif", 9)}
+LOOKS = {"report": Look(), "column": Look(3.3, "serif", 8), "narrowest": Look(3.0, "sans", 8.5), "page": Look(7.0, "serif", 9)}
 
 
 def words(figure: Figure) -> list[Text]:
