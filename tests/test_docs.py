@@ -50,9 +50,9 @@ def test_growth_that_nobody_explains_is_refused(monkeypatch: pytest.MonkeyPatch)
         growth.growth()
 
 
-def test_parts_that_were_not_run_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_that_no_table_holds_and_that_are_missing_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prose, "D3ETR_SEEDS", (0, 9))
-    with pytest.raises(InputError, match=r"D3ETR, whole: its runs are not in .*mini; bring them"):
+    with pytest.raises(InputError, match=r"run adamixer-\S+-d3etr-seed9: not in .*mini; bring it"):
         prose.parts_of_d3etr()
 
 

@@ -21,7 +21,7 @@ QUESTIONS = (
     ("Is it ahead of methods that its paper does not compare with?", "mini", [NOT_COMPARED]),
     ("Does each of its losses help alone?", "mini", [HELPS_ALONE]),
     ("Does the gain last if the student trains as long as its teacher?", "mini", [HELPS["full_schedule"][0], PASSES.text]),
-    ("And on real photographs (preset `bccd`)?", "bccd", [HELPS["main_results"][0], PASSES.text]),
+    ("And on real photographs (preset `bccd`)?", "bccd", [HELPS["main_results"][0], AHEAD_OF_RIVALS, PASSES.text]),
 )
 IN_A_SENTENCE = {
     "Student": "the plain student", "Teacher": "its teacher", "Logits": "its logits loss", "Features": "its feature loss",

@@ -23,6 +23,7 @@ SEEDS = (0, 1, 2)
     [
         ("quick", RESULTS / "reference" / "quick", SEEDS),
         ("mini", RESULTS / "reference" / "mini", (*SEEDS, 3, 4, 5)),
+        ("bccd", RESULTS / "reference" / "bccd", (*SEEDS, 3, 4)),
     ],
 )
 def test_the_committed_report_is_made_from_the_committed_records(preset: str, folder: Path, seeds: tuple[int, ...], tmp_path: Path) -> None:
