@@ -12,7 +12,7 @@ from detrdistill.errors import InputError
 from detrdistill.files import atomic, write_text
 from detrdistill.recipes.presets import get_preset
 from detrdistill.recipes.recipe import Recipe
-from detrdistill.recipes.words import ADAMIXER, DETECTORS, NAMES, NOT_RUN, TITLES
+from detrdistill.recipes.words import ADAMIXER, DEFORMABLE, DETECTORS, NAMES, NOT_RUN, TITLES
 from detrdistill.runs.store import Store
 from workflow.any_detr import families, families_measured, methods_of_families, parity
 from workflow.findings import REFERENCE, as_table, found, read, rows
@@ -30,14 +30,16 @@ D3ETR_PARTS: Mapping[str, Mapping[str, float]] = {
 }
 FIRST, THREE = (0,), (0, 1, 2)
 THIRD = {"logits": 1.0, "features": 0.1, "assignment": 1.0}  # of the tuned weights
-ON_PHOTOGRAPHS: Sequence[tuple[int, str, Mapping[str, float], Sequence[int]]] = (  # steps, setting, switches, seeds
-    (600, "student", {}, THREE),
-    (600, "detrdistill", {}, THREE),
-    (600, "detrdistill", {"features": 0.0}, FIRST),
-    (600, "detrdistill", THIRD, FIRST),
-    (1000, "student", {}, FIRST),
-    (1000, "detrdistill", {}, FIRST),
-    (1000, "detrdistill", THIRD, FIRST),
+ON_PHOTOGRAPHS: Sequence[tuple[str, int, str, Mapping[str, float], Sequence[int]]] = (  # detector, steps, setting, switches, seeds
+    (DEFORMABLE, 600, "student", {}, THREE),
+    (DEFORMABLE, 600, "detrdistill", {}, THREE),
+    (DEFORMABLE, 600, "detrdistill", {"features": 0.0}, FIRST),
+    (DEFORMABLE, 600, "detrdistill", THIRD, FIRST),
+    (DEFORMABLE, 1000, "student", {}, FIRST),
+    (DEFORMABLE, 1000, "detrdistill", {}, FIRST),
+    (DEFORMABLE, 1000, "detrdistill", THIRD, FIRST),
+    (ADAMIXER, 600, "student", {}, THREE),
+    (ADAMIXER, 600, "detrdistill", {}, THREE),
 )
 CURVES = ROOT / "docs" / "growth.png"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), REFERENCE / "mini" / "README.md"]
@@ -70,14 +72,15 @@ def parts_of_d3etr() -> str:
 
 
 def apart_on_photographs() -> str:
-    """What other weights and more steps give Deformable DETR's students on photographs, from records of preset bccd, most in no table."""
-    preset, table = get_preset("bccd"), []
-    for steps, setting, changes, seeds in ON_PHOTOGRAPHS:
-        recipes = [preset.recipe(setting, seed).replace(**{"schedule.steps": steps}) for seed in seeds]
+    """What other weights and more steps give students on photographs, from records of preset bccd, most in no table."""
+    table = []
+    for detector, steps, setting, changes, seeds in ON_PHOTOGRAPHS:
+        recipes = [get_preset("bccd", detector).recipe(setting, seed).replace(**{"schedule.steps": steps}) for seed in seeds]
         recipes = [one.replace(methods=tuple(method.replace(**changes) for method in one.methods)) for one in recipes]
         switches = " ".join(f"`--set {setting}.{name}={value:g}`" for name, value in changes.items()) or "-"
-        table.append([f"{steps:,}", TITLES[setting], switches, ", ".join(map(str, seeds)), *reached("bccd", recipes)])
-    return as_table(["Steps", "Setting", "Switches", "Seeds", "AP", "Mean"], table)
+        cells = [f"{steps:,}", TITLES[setting], switches, ", ".join(map(str, seeds)), *reached("bccd", recipes)]
+        table.append([DETECTORS[detector], *cells])
+    return as_table(["Detector", "Steps", "Setting", "Switches", "Seeds", "AP", "Mean"], table)
 
 
 def reached(preset: str, recipes: Sequence[Recipe]) -> list[str]:
