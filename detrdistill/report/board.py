@@ -87,7 +87,8 @@ def headline(claims: Sequence[Verdict]) -> str:
     if counted[NOT_RUN] == asked:
         return f"None of {asked} comparisons was run yet" if asked else "No claim is asked of these tables"
     held = counted[HOLDS]
-    said = [f"{held or 'None'} of {asked} comparisons hold{'s' * (held < 2)}"]
+    beyond = " by more than the margin" if not held and counted[HOLDS + SMALL] else ""  # where others hold by less
+    said = [f"{held or 'None'} of {asked} comparisons hold{'s' * (held < 2)}{beyond}"]
     for word, (one, several) in OUTCOMES.items():
         if word != HOLDS and (count := counted[word]):
             said.append(one if count == 1 else several.format(count))

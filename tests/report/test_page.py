@@ -329,6 +329,10 @@ def test_the_headline_counts_comparisons() -> None:
     assert every.keys() == {*VERDICTS, NOT_RUN}, "no verdict is left out"
     assert headline([claim(counts={HOLDS: 1, NOT_RUN: 1})]) == "1 of 2 comparisons holds and 1 was not run"
     assert headline([claim(counts={AGAINST: 2})]) == "None of 2 comparisons holds and 2 come out against"
+    assert (
+        headline([claim(counts={HOLDS + SMALL: 2})])
+        == "None of 2 comparisons holds by more than the margin and 2 hold by less than the margin"
+    )
     assert headline([claim(counts={HOLDS: 2})]) == "2 of 2 comparisons hold"
     assert headline([claim(counts={NOT_RUN: 1})] * 2) == "None of 2 comparisons was run yet"
     assert headline([]) == "No claim is asked of these tables"
