@@ -40,6 +40,7 @@ ON_PHOTOGRAPHS: Sequence[tuple[str, int, str, Mapping[str, float], Sequence[int]
     (DEFORMABLE, 1000, "detrdistill", THIRD, FIRST),
     (ADAMIXER, 600, "student", {}, THREE),
     (ADAMIXER, 600, "detrdistill", {}, THREE),
+    (ADAMIXER, 600, "detrdistill", {"features": 0.0}, FIRST),
 )
 CURVES = ROOT / "docs" / "growth.png"
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md")), REFERENCE / "mini" / "README.md"]
