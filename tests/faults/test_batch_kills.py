@@ -159,7 +159,7 @@ def test_the_batch_at_any_moment(
 ) -> None:
     """The whole of it, and Snakemake alone, whose children then go on: a call meanwhile is refused what they hold, and says so."""
     if not times(0, 1):
-        pytest.skip("minutes: with --long; tests/test_batch.py kills the batch twice")
+        pytest.skip("minutes: with --long; tests/runs/test_batch.py kills the batch twice")
     logs = {path.parent.name: path.read_bytes() for path in finished.glob("runs/*/log.jsonl")}
     for chain in range(2):
         folder, before = place(str(chain)), 0
