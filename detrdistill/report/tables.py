@@ -235,6 +235,14 @@ NOTES = (
 BEFORE = "AP before tuning: with the weights of multiplier 1, published or ours, over the seeds that were run so."
 
 
+def little_to_teach(frame: pd.DataFrame) -> str:
+    """Names teachers that are not ahead of the plain student by `MARGIN`; empty where all are, or where one of the two was not run."""
+    means = frame.groupby(["detector", "setting"], sort=False)["AP"].mean().dropna().unstack().reindex(columns=["teacher", "student"])
+    close = means[means["teacher"] - means["student"] < MARGIN]
+    named = [f"{detector}'s ({ap['teacher']:.1f} against {ap['student']:.1f})" for detector, ap in close.iterrows()]
+    return f"Teachers with little to teach, less than {MARGIN:g} AP ahead of the plain student: {', '.join(named)}." if named else ""
+
+
 def note_below(frame: pd.DataFrame) -> str:
-    """What stands below a table: its provenance, and what its columns mean."""
-    return " ".join([provenance_line(frame), NOTES, *[BEFORE] * (UNTUNED in frame)])
+    """What stands below a table: its provenance, what its columns mean, and which teachers had little to teach."""
+    return " ".join([provenance_line(frame), NOTES, *[BEFORE] * (UNTUNED in frame), little_to_teach(frame)]).strip()

@@ -21,7 +21,7 @@ from detrdistill.recipes.words import METRICS
 from detrdistill.records import Record
 from detrdistill.report.comparisons import Comparisons
 from detrdistill.report.formats import write_table
-from detrdistill.report.tables import cells, collect, note_below, provenance_line, styled, summarise
+from detrdistill.report.tables import cells, collect, little_to_teach, note_below, provenance_line, styled, summarise
 from detrdistill.report.write import stored_seeds, write_report
 from detrdistill.runs.store import Store
 from detrdistill.statistics import mean_and_half
@@ -200,6 +200,19 @@ def test_what_was_tuned_stands_beside_what_it_was_before(tmp_path: Path) -> None
     back = pd.read_csv(path, na_values=["not run", "n/a"])
     assert back.loc[back["setting"] == "detrdistill", "AP_untuned"].tolist() == [10.0, 12.0, 14.0]
     assert len(table.recipes()) == 7, "the runs before tuning need not be made"
+
+
+@pytest.mark.parametrize(
+    ("teacher", "named"),
+    [(57.0, False), (18.0, False), (17.9, True), (15.0, True), (None, False)],  # the plain students' mean is 16.0
+)
+def test_a_teacher_that_is_hardly_ahead_is_named(tmp_path: Path, teacher: float | None, named: bool) -> None:
+    store = Store(tmp_path)
+    fill(store, teacher=teacher)
+    frame = collect(main_results([QUICK], [0, 1, 2]), store)
+    about = f"Teachers with little to teach, less than 2 AP ahead of the plain student: Deformable DETR's ({teacher} against 16.0)."
+    assert little_to_teach(frame) == (about if named else "")
+    assert note_below(frame).endswith(about) is named
 
 
 def test_the_commits_of_a_continued_run_are_named_once(tmp_path: Path) -> None:
