@@ -90,7 +90,7 @@ class SessionTable:
 
     def show(self) -> Styler:
         """The table, with its provenance as caption."""
-        return styled(self.summary, self.frame)
+        return styled(self._table, self.summary, self.frame)
 
     def verdicts(self) -> Styler:
         """A line a claim of this table: its source, how many of its parts hold, and its verdict as a sentence.

@@ -36,6 +36,7 @@ class Difference:
         seeds: runs of the row that has fewer.
         family: Holm's divisor of the level; 1 for a comparison that stands alone.
         images: how many images it was taken over, one by one; 0 where it is taken over seeds.
+        by_run: of what is taken over images, the mean of each run.
     """
 
     mean: float = math.nan
@@ -45,6 +46,7 @@ class Difference:
     seeds: int = 0
     family: int = 1
     images: int = 0
+    by_run: tuple[float, ...] = ()
 
     def half(self, level: float = LEVEL) -> float:
         """Half the width of the interval that misses with probability `level`."""
@@ -53,6 +55,11 @@ class Difference:
     @property
     def adjusted_half(self) -> float:
         return self.half(LEVEL / self.family)
+
+    @property
+    def divided(self) -> bool:
+        """Whether runs point opposite ways. An interval over images does not know of it: it is about these runs' mean."""
+        return any(one * self.mean < 0 for one in self.by_run)
 
     @property
     def p(self) -> float:
@@ -250,8 +257,9 @@ def holm(differences: Sequence[Difference]) -> list[Difference]:
 def verdict(difference: Difference, margin: float | None) -> str:
     """What may be said of a difference, in the order in which it is asked; "" where nothing was measured.
 
-    "holds" or "against": the adjusted interval excludes 0; "(small)" is added where it lies within the margin. "no effect above the
-    margin": the 90 % interval lies within it. "no gain above the margin": its upper end lies below it. Else "undecided", or "one seed".
+    "holds" or "against": the adjusted interval excludes 0, and no run points the other way (`Difference.divided`); "(small)" is added
+    where it lies within the margin. "no effect above the margin": the 90 % interval lies within it. "no gain above the margin": its upper
+    end lies below it. Else "undecided", or "one seed".
 
     Args:
         margin: the smallest difference that matters; None where none is stated.
@@ -259,7 +267,7 @@ def verdict(difference: Difference, margin: float | None) -> str:
     mean, half = difference.mean, difference.adjusted_half
     if math.isnan(half):  # run once; or, with more seeds, nothing is left that could tell how large the noise is
         return "" if math.isnan(mean) else ONE_SEED if difference.seeds < 2 else UNDECIDED
-    if abs(mean) > half:
+    if abs(mean) > half and not difference.divided:
         small = margin is not None and abs(mean) + half < margin
         return (HOLDS if mean > 0 else AGAINST) + SMALL * small
     half = difference.half(EQUIVALENCE)

@@ -1,6 +1,7 @@
 """README and docs say what code and committed tables say, and stay short."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 from detrdistill.errors import InputError
 from detrdistill.recipes.families import FAMILIES
 from detrdistill.recipes.methods import METHODS
+from detrdistill.recipes.presets import Preset, detectors_of, get_presets
 from detrdistill.recipes.words import NOT_RUN
 from tests.faults.conftest import is_whole
 from tests.faults.table import PAGE as TRUST
@@ -115,11 +117,17 @@ def test_a_word_that_is_no_verdict_is_refused() -> None:
 
 
 def test_findings_say_whose_weights_were_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(findings, "TUNED", {"deformable_detr": {}, "conditional_detr": {}, "adamixer": {"fgd": 3e-4}})
+    def presets(*tuned: str) -> list[Preset]:
+        of_all = get_presets("mini", detectors_of("mini"))
+        return [replace(one, tuned={"fgd": 3e-4} if one.student.detector in tuned else {}) for one in of_all]
+
+    monkeypatch.setattr(findings, "get_presets", lambda *_: presets("adamixer"))
     assert re.fullmatch(
-        "On AdaMixer, those of every row .* Not yet on Deformable DETR and Conditional DETR: .* published .*", findings.weights()
+        "On AdaMixer, those of every row .* Not yet on Deformable DETR, Conditional DETR, RT-DETR v2 and D-FINE: .* published .* "
+        "On RT-DETR v2 and D-FINE DETRDistill is without its feature loss.",
+        findings.weights(),
     )
-    monkeypatch.setattr(findings, "TUNED", {detector: {"fgd": 3e-4} for detector in findings.TUNED})
+    monkeypatch.setattr(findings, "get_presets", lambda *_: presets(*detectors_of("mini")))
     assert "Not yet" not in findings.weights()
 
 

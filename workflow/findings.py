@@ -7,8 +7,8 @@ from pathlib import Path
 
 from detrdistill.errors import InputError
 from detrdistill.recipes.claims import AHEAD_OF_RIVALS, HELPS, HELPS_ALONE, NOT_COMPARED, PASSES
-from detrdistill.recipes.presets import TUNED
-from detrdistill.recipes.words import DETECTORS, NOT_RUN
+from detrdistill.recipes.presets import detectors_of, get_presets
+from detrdistill.recipes.words import NAMES, NOT_RUN
 from detrdistill.statistics import AGAINST, HOLDS, NO_EFFECT, NO_GAIN, SMALL, UNDECIDED, VERDICTS, seeds_words
 
 REFERENCE = Path(__file__).resolve().parents[1] / "results" / "reference"
@@ -69,12 +69,16 @@ def found() -> str:
 
 def weights() -> str:
     """Which detectors' rows were compared at weights that were tuned alike."""
-    tuned = {state: [title for one, title in DETECTORS.items() if bool(TUNED[one]) == state] for state in (True, False)}
+    presets = get_presets("mini", detectors_of("mini"))
+    tuned = {state: [NAMES[one.student.detector] for one in presets if bool(one.tuned) == state] for state in (True, False)}
+    bare = [NAMES[one.student.detector] for one in presets if not one.method.features]
     said = []
     if tuned[True]:
         said.append(f"On {listed(tuned[True])}, those of every row alike, on digits that no table reports.")
     if tuned[False]:
         said.append(f"Not yet on {listed(tuned[False])}: rivals have published weights or a public port's, DETRDistill has ours.")
+    if bare:
+        said.append(f"On {listed(bare)} DETRDistill is without its feature loss.")
     return " ".join(said)
 
 

@@ -27,19 +27,21 @@ def bars(published: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Figu
         measured = dict.fromkeys(summary["detector"])
         ours = [*(name for name in IN_ORDER if name in measured), *(name for name in measured if name not in IN_ORDER)]
         stacked = style.narrow()
+        points = 6.5 if stacked or len(ours) > 1 else 7.5
         figure = style.Picture(figsize=(style.width(), (5.4 if stacked else 3.3) * style.scale()))
         spans = [len(IN_ORDER) + 0.2, max(len(ours) + 0.2, 1.7)]
         left, right = figure.subplots(2, 1) if stacked else figure.subplots(1, 2, width_ratios=spans)
         figure.get_layout_engine().set(wspace=0.08)
         for x, detector in enumerate(IN_ORDER):
             for i, setting in enumerate(ORDER):
-                _bar(left, x, i, published_value(published, f"{detector} / {IN_PAPER[setting]}", "AP"))
+                _bar(left, x, i, published_value(published, f"{detector} / {IN_PAPER[setting]}", "AP"), points)
         left.set_title("Published\nCOCO val2017\nResNet-101 teaches ResNet-50", loc="left")
         for line in summary[summary["setting"].isin(ORDER)].to_dict("records"):
-            _bar(right, ours.index(line["detector"]), ORDER.index(line["setting"]), line["AP"], line["AP_half"])
-        seeds = int(summary.loc[summary["setting"] != "teacher", "seeds"].max())
+            _bar(right, ours.index(line["detector"]), ORDER.index(line["setting"]), line["AP"], points, line["AP_half"])
+        counts = sorted(set(summary.loc[summary["setting"].isin(ORDER[:2]) & (summary["seeds"] > 0), "seeds"].map(int)))
         where = summary["measured_on"].iloc[0].replace("; ", "\n")
-        count = f", {seeds} seed{'s' * (seeds > 1)}" if seeds else ""
+        least = f"{counts[0]} to " if len(counts) > 1 else ""
+        count = f", {least}{counts[-1]} seed{'s' * (counts[-1] > 1)}" if counts else ""
         right.set_title(f"Measured here{count}\n{where}", loc="left")
         for axes, names, span in zip((left, right), (IN_ORDER, ours), spans, strict=True):
             middle = (len(names) - 1) / 2
@@ -61,7 +63,7 @@ def bars(published: pd.DataFrame, summary: pd.DataFrame, note: str = "") -> Figu
     return figure
 
 
-def _bar(axes: Axes, group: int, place: int, value: float, half: float = math.nan) -> None:
+def _bar(axes: Axes, group: int, place: int, value: float, points: float, half: float = math.nan) -> None:
     x, colour = group + 0.28 * (place - 1), style.COLOURS[ORDER[place]]
     if math.isnan(value):
         axes.annotate("not run", (x, 0), (0, 4), textcoords="offset points", rotation=90, ha="center", va="bottom", color=style.FAINT)
@@ -78,5 +80,5 @@ def _bar(axes: Axes, group: int, place: int, value: float, half: float = math.na
         textcoords="offset points",
         ha="center",
         va="bottom",
-        fontsize=style.points(6.5 if style.narrow() else 7.5),
+        fontsize=style.points(points),
     )

@@ -1,5 +1,6 @@
 """What every part of the loss does over training, a panel a loss."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ GROUP_TITLES = {
 }
 COLOURS = {"class": style.BLUE, "l1": style.RED, "giou": style.GREEN}
 NAMES = {"l1": "L1", "giou": "GIoU"}
+# A detector of `transformers` logs a part a decoder layer and a denoising group, such as "loss_bbox_dn_0"; kinds as its library calls them.
+OF_LIBRARY = re.compile(r"detection/loss_([a-z]+)(_aux|_dn|_enc)*(_\d+)?$")
+KINDS = {"vfl": "class", "ce": "class", "bbox": "l1"}
 NOT_PARTS = ("step", "lr", "loss", "gradient norm")
 
 
@@ -27,7 +31,7 @@ def loss_parts(log: Sequence[Mapping[str, Any]], title: str = "", note: str = ""
         log: entries of `log.jsonl` as `training.logging.read_log` gives them.
     """
     with style.paper():
-        frame = pd.DataFrame(list(log))
+        frame = summed(pd.DataFrame(list(log)))
         parts = [name for name in frame.columns if name not in NOT_PARTS]
         groups = list(dict.fromkeys(name.partition("/")[0] for name in parts)) or ["detection"]
         columns = 1 if style.narrow() else min(2, len(groups))
@@ -66,3 +70,13 @@ def loss_parts(log: Sequence[Mapping[str, Any]], title: str = "", note: str = ""
         for axes, ends in labels:
             style.label_ends(axes, ends, 7.5)
     return figure
+
+
+def summed(frame: pd.DataFrame) -> pd.DataFrame:
+    """Parts that a library logs layer by layer, added up by kind: "detection/class" for "loss_vfl", "loss_vfl_aux_0", "loss_vfl_dn_1"."""
+
+    def kind(name: str) -> str:
+        found = OF_LIBRARY.match(name)
+        return f"detection/{KINDS.get(found[1], found[1])}" if found else name
+
+    return frame.T.groupby(kind, sort=False).sum(min_count=1).T if len(frame) else frame

@@ -40,8 +40,9 @@ NOTE = (
     "numbers; and the teacher, where one run teaches all students of a detector. Where a row is compared with such a teacher, its spread "
     "is taken to be that of the other rows. Off COCO a difference says only whether an effect shows at that scale. Source: where the paper "
     "shows it; second hand, as others report of it; or ours, a question of this kit. Claims of Figure 4 compare maps of the teachers, in "
-    "points of the weight that lies inside objects; the margin is 5. They are repeated over images and not over seeds, so that another "
-    "teacher may say otherwise, and were listed after a part of the images had been looked at. How to read it all: docs/results.md."
+    "points of the weight that lies inside objects; the margin is 5. They are repeated over images and not over seeds: the mean of each "
+    "teacher stands beside their number, and where teachers point opposite ways neither side is taken. Whether a claim was listed "
+    "before its runs: results/claims_register.csv. How to read it all: docs/results.md."
 )
 
 
@@ -65,7 +66,7 @@ def weigh(tables: Sequence[Table], comparisons: Comparisons, planned: Mapping[tu
                 line |= {"published": published_difference(table, ahead, than) if claim.measure == AP else math.nan}
                 key = (table.preset, table.name, detector, claim.ahead, claim.than, claim.measure)
                 line |= {"seeds": differences[-1].seeds, "seeds_planned": (planned or {}).get(key) or len(ahead.recipes)}
-                lines.append(line | {"images": differences[-1].images})
+                lines.append(line | {"images": differences[-1].images, "by_teacher": differences[-1].by_run})
     frame = pd.DataFrame(lines)
     if frame.empty:
         return frame
@@ -181,17 +182,20 @@ def _numbers(line: Mapping[str, Any]) -> str:
     interval = _interval(line, "equivalence_half") + ", 90 %" if against_margin else _adjusted(line)
     unit = "points" if line.get("measure") == INSIDE else ""
     found = [" ".join(filter(None, [_signed(line["difference"], ""), unit, interval]))]
+    if len(apart := line.get("by_teacher") or ()) > 1:
+        found.append(f"by teacher {' and '.join(_signed(one, '') for one in apart)}")
     if line["seeds_to_decide"]:
         found.append(seeds_words(line["seeds_to_decide"]))
     return f"({', '.join(found)})"
 
 
 def _replicates(line: Mapping[str, Any]) -> str:
-    """ "3 of 6" seeds; of what is taken over images "1 of 2 teachers, 400 images"."""
+    """ "3 of 6" seeds; of what is taken over images "2 of 2 teachers (+1.9, -3.1), 400 images"."""
     counted = f"{line['seeds']} of {line['seeds_planned']}"
     if line["measure"] != INSIDE:
         return counted
-    return f"{counted} teachers" + (f", {line['images']} images" if line["images"] else "")
+    apart = f" ({', '.join(_signed(one, '') for one in line['by_teacher'])})" if len(line["by_teacher"]) > 1 else ""
+    return f"{counted} teachers{apart}" + (f", {line['images']} images" if line["images"] else "")
 
 
 def _listed(words: Iterable[str]) -> str:
@@ -227,6 +231,7 @@ def write_claims(weighed: pd.DataFrame, provenance: str, folder: Path) -> list[P
         empty = {"published": "unknown", "margin": "none"}.get(column, weighed["status"].where(weighed["status"] == NOT_RUN, "no interval"))
         written[column] = written[column].where(weighed[column].notna(), empty)
     written["images"] = written["images"].where(weighed["images"] > 0, "none")
+    written["by_teacher"] = [" ".join(f"{one:.6f}" for one in means) or "none" for means in weighed["by_teacher"]]
     preset = weighed["preset"].iloc[0]
     text = to_markdown(board(weighed), f"Claims, preset {preset}", "Each comparison:").rstrip()
     text += "\n\n" + to_markdown(claim_cells(weighed), f"Comparisons, preset {preset}", provenance)

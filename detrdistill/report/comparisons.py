@@ -71,16 +71,19 @@ class Comparisons:
     def _inside(self, ahead: Row, than: Row) -> Difference:
         """One map minus another of the same runs, with a t-interval over the images that all runs were measured on.
 
-        On each image the mean over runs counts; what sets these apart is not in the interval.
+        On each image the mean over runs counts; what sets these apart is not in the interval, but in `Difference.by_run`.
         """
         records = [record for recipe in ahead.recipes.values() if (record := self._store.record(recipe))]
         measured = [found for record in records if (found := self._store.inside_objects(record))]
         columns = [pd.DataFrame(found.percent, index=found.images, dtype=float) for found in measured]
         if not columns:
             return Difference()
-        values = pd.DataFrame({i: one[ahead.name] - one[than.name] for i, one in enumerate(columns)}).dropna().mean(axis=1)
+        by_image = pd.DataFrame({i: one[ahead.name] - one[than.name] for i, one in enumerate(columns)}).dropna()
+        values, by_run = by_image.mean(axis=1), tuple(map(float, by_image.mean()))
         count, spread = len(values), float(values.std(ddof=1))
-        return Difference(float(values.mean()), spread / math.sqrt(count or 1), count - 1, spread, len(columns), images=count)
+        return Difference(
+            float(values.mean()), spread / math.sqrt(count or 1), count - 1, spread, len(columns), images=count, by_run=by_run
+        )
 
 
 def value_of(record: Record, measure: str, at: float) -> float:

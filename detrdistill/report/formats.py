@@ -19,7 +19,7 @@ def write_table(table: Table, frame: pd.DataFrame, summary: pd.DataFrame, folder
     text = cells(summary)
     beside = f", beside the paper's {in_words(table.published)}" if table.published else ""
     title = f"{table.title}, preset {table.preset}{beside}"
-    provenance = note_below(frame)
+    provenance = note_below(table, frame)
     forms = {"csv": to_csv(frame), "md": to_markdown(text, title, provenance), "tex": to_latex(text, title, provenance)}
     paths = []
     for suffix, content in forms.items():

@@ -15,6 +15,7 @@ from detrdistill.errors import InputError
 from detrdistill.published import published, published_value
 from detrdistill.recipes.claims import MARGIN, REPRODUCED_WITHIN
 from detrdistill.recipes.identity import run_id
+from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.rows import Row, Table
 from detrdistill.recipes.words import MEASURED, METRICS, NO_OBJECTS, NOT_RUN, STORED
 from detrdistill.records import Cost, Record, refuse_mixed, short_commit
@@ -182,12 +183,12 @@ def cells(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-def styled(summary: pd.DataFrame, frame: pd.DataFrame) -> Styler:
+def styled(table: Table, summary: pd.DataFrame, frame: pd.DataFrame) -> Styler:
     """The table for a notebook, with its provenance as caption."""
     text = cells(summary).drop(columns="Measured on")
     caption = {"selector": "caption", "props": "text-align: left; caption-side: bottom"}
     left = [{"selector": "th, td", "props": "text-align: left"}, caption]
-    return text.style.hide(axis="index").set_caption(note_below(frame)).set_table_styles(left)
+    return text.style.hide(axis="index").set_caption(note_below(table, frame)).set_table_styles(left)
 
 
 def _number(value: float, empty: str, form: str = ".1f", half: float = math.nan) -> str:
@@ -243,6 +244,26 @@ def little_to_teach(frame: pd.DataFrame) -> str:
     return f"Teachers with little to teach, less than {MARGIN:g} AP ahead of the plain student: {', '.join(named)}." if named else ""
 
 
-def note_below(frame: pd.DataFrame) -> str:
-    """What stands below a table: its provenance, what its columns mean, and which teachers had little to teach."""
-    return " ".join([provenance_line(frame), NOTES, *[BEFORE] * (UNTUNED in frame), little_to_teach(frame)]).strip()
+def conditions(table: Table, frame: pd.DataFrame) -> str:
+    """What a reader must know before comparing rows: other schedules, weights or losses, and teachers with little to teach."""
+    students: dict[str, Recipe] = {}  # the first of each detector
+    for row in table.rows:
+        if row.family != "teacher":
+            students.setdefault(row.detector, next(iter(row.recipes.values())))
+    made: dict[str, list[str]] = {}
+    for detector, one in students.items():
+        length = f"{one.schedule.steps:,} steps" if one.schedule.steps else f"{one.schedule.epochs:g} epochs"
+        made.setdefault(f"{length} at {one.resize.short} px", []).append(detector)
+    said = ["Students differ: " + "; ".join(f"{', '.join(names)} {how}" for how, names in made.items()) + "."] * (len(made) > 1)
+    distilled = [row for row in table.rows if row.baseline]
+    tuned = {row.detector for row in distilled if row.untuned and row.untuned != row.recipes}
+    untuned = [detector for detector in students if detector not in tuned] if distilled else []
+    said += [f"Weights of losses are as published, or ours, and not tuned: {', '.join(untuned)}."] * bool(untuned)
+    bare = {row.detector for row in distilled if row.family == "detrdistill" for one in row.recipes.values() if not one.methods[0].features}
+    said += [f"DETRDistill is without its feature loss: {', '.join(one for one in students if one in bare)}."] * bool(bare)
+    return " ".join(filter(None, [*said, little_to_teach(frame)]))
+
+
+def note_below(table: Table, frame: pd.DataFrame) -> str:
+    """What stands below a table: its provenance, what its columns mean, and `conditions`."""
+    return " ".join(filter(None, [provenance_line(frame), NOTES, BEFORE if UNTUNED in frame else "", conditions(table, frame)]))

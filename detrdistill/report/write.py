@@ -33,7 +33,7 @@ from detrdistill.report.comparisons import Comparisons
 from detrdistill.report.formats import write_table
 from detrdistill.report.page import Section, write_page
 from detrdistill.report.register import planned_seeds
-from detrdistill.report.tables import NOTES, cells, collect, little_to_teach, provenance_line, summarise
+from detrdistill.report.tables import NOTES, cells, collect, conditions, provenance_line, summarise
 from detrdistill.report.weights import NOTE as NOTE_OF_WEIGHTS
 from detrdistill.report.weights import tuning_cells, tuning_frame, write_tuning
 from detrdistill.runs.plan import records
@@ -270,7 +270,7 @@ def write_one(
         verdicts=claims,
         harms=list(harms_of(table.name, summary).values()),
         table=cells(summary).drop(columns="Measured on"),
-        note=f"Measured on {table.measured_on}. {little_to_teach(frame)}".strip(),
+        note=f"Measured on {table.measured_on}. {conditions(table, frame)}".strip(),
         provenance=note,
         figures=place.pictures(drawn),
         notebooks=[f"notebooks/{path.name}" for path in sorted(NOTEBOOKS.glob(f"[0-9]*_{table.name}.ipynb"))],
@@ -288,9 +288,9 @@ def main_figures(table: Table, frame: pd.DataFrame, summary: pd.DataFrame, store
         suffix = "" if len(detectors) == 1 else f"_{next(iter(rows['student'].recipes.values())).detector}"
         note = provenance_line(frame[frame["detector"] == detector])
         log, title = _first_log(rows["detrdistill"], store)
-        about_run = provenance_line(frame[frame["run"] == title]) if log else note
         found[f"convergence{suffix}"] = convergence({setting: _curves(row, store) for setting, row in rows.items()}, note)
-        found[f"loss_parts{suffix}"] = loss_parts(log, title, about_run)
+        if log:
+            found[f"loss_parts{suffix}"] = loss_parts(log, title, provenance_line(frame[frame["run"] == title]))
     return found
 
 

@@ -167,6 +167,21 @@ def test_loss_parts_have_a_panel_a_loss() -> None:
     assert any(text.startswith("negative GIoU 0.0") for text in texts(figure))
 
 
+def test_what_a_library_logs_layer_by_layer_is_added_up() -> None:
+    names = ("vfl", "bbox", "giou_dn_0", "vfl_aux_2", "vfl_dn_1", "ddf_enc_dn_0")
+    entries = [{"step": step, "loss": 9.0} | {f"detection/loss_{name}": float(step) for name in names} for step in (1, 2)]
+    (axes,) = (axes for axes in loss_parts(entries).axes if axes.get_visible())
+    smooth = {text.get_text(): line for text, line in zip(axes.texts, axes.lines[1::2], strict=True)}
+    assert sorted(label.split()[0] for label in smooth) == ["GIoU", "L1", "class", "ddf"]
+    faint = {line.get_color(): line.get_ydata().tolist() for line in axes.lines[::2]}
+    assert faint[style.BLUE] == [3.0, 6.0] and faint[style.RED] == faint[style.GREEN] == [1.0, 2.0]
+
+
+def test_bars_say_how_many_seeds_the_least_and_the_most_rows_have() -> None:
+    more = pd.concat([summary(), summary().assign(detector="D-FINE", seeds=7)])
+    assert "3 to 7 seeds" in bars(published("figure1"), more).axes[1].get_title("left")
+
+
 def test_empty_figures_say_not_run(tmp_path: Path) -> None:
     empty = summary().assign(AP=math.nan, AP_half=math.nan, seeds=0)
     for figure in (loss_parts([]), convergence({"student": []}), bars(published("figure1"), empty)):

@@ -123,15 +123,30 @@ def test_claims_are_taken_image_by_image(tmp_path: Path) -> None:
         assert line["difference"] == pytest.approx(np.mean(values)) and (line["seeds"], line["images"], line["margin"]) == (2, 3, 5.0)
         assert line["half"] == line["adjusted_half"] == pytest.approx(np.mean(values) - test.confidence_interval(0.95).low)
     text = claim_cells(weighed).set_index("Claim").loc["Query masks single out objects"]
-    assert text["Seeds"] == "2 of 2 teachers, 3 images" and text["Measure"] == "weight inside objects, percent, image by image"
+    assert (
+        text["Seeds"] == "2 of 2 teachers (+35.0, +36.7), 3 images" and text["Measure"] == "weight inside objects, percent, image by image"
+    )
     verdict = board(weighed).set_index("Claim").loc["Query masks single out objects", "Verdict"]
-    assert verdict.startswith("holds on AdaMixer (+35.8 points [+11.0, +60.7])")
+    assert verdict.startswith("holds on AdaMixer (+35.8 points [+11.0, +60.7], by teacher +35.0 and +36.7)")
     places = {claim.text: list(claim.where) for claim in verdicts(weighed, {})}
     assert places["Query masks single out objects"] == ["AdaMixer (2 teachers)"] and places["DETRDistill helps the student"] == ["AdaMixer"]
     assert all("5 points, by images" in STATUSES[word][2] for word in (HOLDS + SMALL, AGAINST + SMALL, NO_EFFECT, NO_GAIN))
     csv, _ = write_claims(weighed, "", tmp_path)
     images = pd.read_csv(csv).set_index("claim")["images"]
     assert images["Query masks single out objects"] == "3" and images["DETRDistill helps the student"] == "none"
+
+
+def test_teachers_that_point_opposite_ways_take_no_side(tmp_path: Path) -> None:
+    """However sure an interval over images is of their mean."""
+    store, preset = Store(tmp_path), get_preset("mini", "adamixer")
+    put_shares(store, preset, 0, [0, 1, 2], [30.0, 31.1, 32.0], [31.0, 32.0, 33.0])
+    put_shares(store, preset, 3, [0, 1, 2], [30.0, 31.0, 32.1], [27.0, 28.0, 29.0])
+    tables = all_compared([preset], range(6))
+    weighed = weigh(tables, Comparisons(tables, store), planned_seeds(tables))
+    line = weighed[weighed["claim"] == "Quality scores sharpen query masks"].iloc[0]
+    assert line["difference"] > line["adjusted_half"] > 0 and line["by_teacher"] == pytest.approx((-0.9667, 3.0333), abs=1e-3)
+    assert line["status"] == "no effect above the margin", "and not 'holds (small)'"
+    assert claim_cells(weighed).loc[line.name, "Seeds"] == "2 of 2 teachers (-1.0, +3.0), 3 images"
 
 
 def test_more_seeds_would_not_decide_them(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from detrdistill.errors import InputError
 from detrdistill.recipes.identity import run_id
 from detrdistill.recipes.parts import Digits, Folder
-from detrdistill.recipes.presets import get_preset
+from detrdistill.recipes.presets import get_preset, get_presets
 from detrdistill.recipes.recipe import Recipe
 from detrdistill.recipes.rows import measured_on
 from detrdistill.recipes.tables import main_results, make_table
@@ -21,7 +21,7 @@ from detrdistill.recipes.words import METRICS
 from detrdistill.records import Record
 from detrdistill.report.comparisons import Comparisons
 from detrdistill.report.formats import write_table
-from detrdistill.report.tables import cells, collect, little_to_teach, note_below, provenance_line, styled, summarise
+from detrdistill.report.tables import cells, collect, conditions, little_to_teach, note_below, provenance_line, styled, summarise
 from detrdistill.report.write import stored_seeds, write_report
 from detrdistill.runs.store import Store
 from detrdistill.statistics import mean_and_half
@@ -194,8 +194,8 @@ def test_what_was_tuned_stands_beside_what_it_was_before(tmp_path: Path) -> None
     frame = collect(table, store)
     text = cells(summarise(table, frame, Comparisons([table], store))).set_index("Setting")
     assert text.loc["DETRDistill", "AP before tuning"] == "12.0" and text.loc["DETRDistill", "Seeds"] == "2 of 3"
-    assert text.loc["Student", "AP before tuning"] == "-" and "over the seeds that were run so" in note_below(frame)
-    assert note_below(frame) in styled(summarise(table, frame, Comparisons([table], store)), frame).to_html()
+    assert text.loc["Student", "AP before tuning"] == "-" and "over the seeds that were run so" in note_below(table, frame)
+    assert note_below(table, frame) in styled(table, summarise(table, frame, Comparisons([table], store)), frame).to_html()
     (path, *_) = write_table(table, frame, summarise(table, frame, Comparisons([table], store)), tmp_path / "tables")
     back = pd.read_csv(path, na_values=["not run", "n/a"])
     assert back.loc[back["setting"] == "detrdistill", "AP_untuned"].tolist() == [10.0, 12.0, 14.0]
@@ -209,10 +209,29 @@ def test_what_was_tuned_stands_beside_what_it_was_before(tmp_path: Path) -> None
 def test_a_teacher_that_is_hardly_ahead_is_named(tmp_path: Path, teacher: float | None, named: bool) -> None:
     store = Store(tmp_path)
     fill(store, teacher=teacher)
-    frame = collect(main_results([QUICK], [0, 1, 2]), store)
+    table = main_results([QUICK], [0, 1, 2])
+    frame = collect(table, store)
     about = f"Teachers with little to teach, less than 2 AP ahead of the plain student: Deformable DETR's ({teacher} against 16.0)."
     assert little_to_teach(frame) == (about if named else "")
-    assert note_below(frame).endswith(about) is named
+    assert note_below(table, frame).endswith(about) is named
+
+
+def test_what_sets_the_rows_of_detectors_apart_is_said(tmp_path: Path) -> None:
+    def said(preset: str, detectors: list[str], name: str = "main_results") -> str:
+        table = make_table(name, get_presets(preset, detectors), [0])
+        return conditions(table, collect(table, Store(tmp_path)))
+
+    assert said("mini", ["deformable_detr", "adamixer"]) == "", "one schedule, tuned weights, all losses"
+    assert said("mini", ["adamixer"], "components") == "", "rows without the feature loss are not called DETRDistill"
+    assert said("quick", ["deformable_detr"]) == "Weights of losses are as published, or ours, and not tuned: Deformable DETR."
+    assert said("mini", ["deformable_detr", "conditional_detr", "d_fine"]) == (
+        "Students differ: Deformable DETR, D-FINE 600 steps at 96 px; Conditional DETR 2,000 steps at 192 px. "
+        "Weights of losses are as published, or ours, and not tuned: Conditional DETR, D-FINE. "
+        "DETRDistill is without its feature loss: D-FINE."
+    )
+    assert said("coco", ["deformable_detr", "adamixer"]).startswith(
+        "Students differ: Deformable DETR 50 epochs at 800 px; AdaMixer 12 epochs at"
+    )
 
 
 def test_the_commits_of_a_continued_run_are_named_once(tmp_path: Path) -> None:
@@ -283,7 +302,7 @@ def test_equal_records_give_equal_bytes(tmp_path: Path) -> None:
 def test_report_of_an_empty_store_needs_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys; from detrdistill.report.write import write_report; "
-        f"assert len(write_report('quick', [0], {str(tmp_path)!r})) == 16; assert 'torch' not in sys.modules"
+        f"assert len(write_report('quick', [0], {str(tmp_path)!r})) == 14; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     assert "not run" in (tmp_path / "tables" / "main_results.md").read_text()
